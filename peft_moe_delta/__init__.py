@@ -1,0 +1,14 @@
+"""Teach an instruction-tuned language model new languages without re-aligning it.
+
+Importing this package registers its tuner with PEFT: `get_peft_model(model, MoeDeltaConfig(...))`.
+"""
+
+from .languages import LanguageTable
+from .plan import ExpertPlan
+from .training import LanguageCollator, RoutingCallback
+from .tuner import MoeDeltaConfig, MoeDeltaModel, register
+
+register()
+
+__version__ = "0.1.0"
+__all__ = ["ExpertPlan", "LanguageCollator", "LanguageTable", "MoeDeltaConfig", "MoeDeltaModel", "RoutingCallback"]

@@ -1,0 +1,128 @@
+"""Where each model family keeps its MLP, and which modules can become experts.
+
+In: a model, or one of its modules. Out: module names, matrices and shapes. Everything that depends on a family's habits
+and not on its export format is here; what a module looks like is read from the module itself wherever possible.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .errors import ArchitectureError
+
+MLP_MODULES: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(
+        (
+            "cohere", "cohere2", "falcon", "bloom", "gemma", "gemma2", "gemma3", "gemma3_text", "glm", "glm4", "gpt2",
+            "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "granite", "helium", "llama", "mistral", "ministral",
+            "nemotron", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "smollm3", "stablelm", "starcoder2",
+        ),
+        "mlp",
+    )
+    | {"mpt": "ffn"}
+)  # fmt: skip
+"""`model_type` -> name of the MLP module inside a decoder layer."""
+
+_NO_MLP_MODULE = "its decoder layers keep the MLP's matrices side by side, so there is no MLP module to replace"
+REFUSED: Mapping[str, str] = MappingProxyType(
+    {
+        "opt": _NO_MLP_MODULE,
+        "xglm": _NO_MLP_MODULE,
+        "biogpt": _NO_MLP_MODULE,
+        "gpt_oss": "its MLP is already a mixture of experts and returns a tuple",
+    }
+)
+"""`model_type` -> why its MLP cannot become experts."""
+
+
+def mlp_module_name(model_type: str) -> str:
+    """The MLP's module name in a family.
+
+    Raises:
+        ArchitectureError: the family is refused, or unknown (then `target_modules` must name the module).
+    """
+    if model_type in REFUSED:
+        raise ArchitectureError(f"{model_type!r} models cannot be upcycled: {REFUSED[model_type]}.")
+    if model_type not in MLP_MODULES:
+        raise ArchitectureError(
+            f"Unknown model type {model_type!r}: cannot tell which module is the MLP. "
+            'Name it in the config, for example target_modules=["mlp"].'
+        )
+    return MLP_MODULES[model_type]
+
+
+def layer_index(module_name: str) -> int:
+    """The decoder layer a module belongs to: the first number in its dotted name.
+
+    Raises:
+        ArchitectureError: the name holds no number.
+    """
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module_name)
+    if match is None:
+        raise ArchitectureError(
+            f"Module {module_name!r} is not inside a numbered decoder layer. `target_modules` must name MLP blocks."
+        )
+    return int(match.group(1))
+
+
+def takes_residual(mlp: nn.Module) -> bool:
+    """Whether the MLP is called as `mlp(hidden, residual)` and adds the residual itself (BLOOM, MPT).
+
+    Raises:
+        ArchitectureError: the module needs any other set of arguments.
+    """
+    required = [
+        p.name
+        for p in inspect.signature(mlp.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) == 1:
+        return False
+    if len(required) == 2 and required[1] == "residual":
+        return True
+    raise ArchitectureError(
+        f"{type(mlp).__name__} is called with {required}; experts need a module called as mlp(hidden_states) or "
+        "mlp(hidden_states, residual). Choose another module in `target_modules`."
+    )
+
+
+def check_mlp(name: str, mlp: nn.Module) -> None:
+    """Refuse a module whose weights cannot be copied into trainable experts.
+
+    Raises:
+        ArchitectureError: no matrices, offloaded (meta) weights, quantised weights, or already a mixture of experts.
+    """
+    parameters = list(mlp.parameters())
+    if not any(p.dim() >= 2 for p in parameters):
+        raise ArchitectureError(f"{name} ({type(mlp).__name__}) holds no matrices, so it is not an MLP block.")
+    if any(p.is_meta for p in parameters):
+        raise ArchitectureError(
+            f"The weights of {name} are on the meta device (offloaded or not loaded). Load the base model into memory "
+            "first, without disk or CPU offload."
+        )
+    if any(not p.is_floating_point() for p in parameters) or any(hasattr(p, "quant_state") for p in parameters):
+        raise ArchitectureError(
+            f"The weights of {name} are quantised ({sorted({str(p.dtype) for p in parameters})}). Experts start as exact, "
+            "trainable copies: load the base model unquantised, and use `expert_rank` to save memory."
+        )
+    if any(child.endswith(("experts", "router")) for child, _ in mlp.named_children()):
+        raise ArchitectureError(f"{name} ({type(mlp).__name__}) is already a mixture of experts; upcycling needs a dense MLP.")
+    takes_residual(mlp)
+
+
+def linear_names(mlp: nn.Module) -> list[str]:
+    """Names, inside an MLP, of its linear maps (`nn.Linear` or GPT-2's `Conv1D`)."""
+    return [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def mlp_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """All modules of a model whose name ends with `.name`, in order of definition."""
+    for module_name, module in model.named_modules():
+        if module_name.endswith(f".{name}"):
+            yield module_name, module

@@ -1,0 +1,70 @@
+"""The two auxiliary losses of a router, as pure functions.
+
+In: router logits or probabilities of one layer. Out: a scalar tensor (fp32) and the number of tokens it speaks for.
+Returned sums and counts let the caller weight by tokens, so that micro-batches add up (see `tuner/context.py`).
+
+Shape legend: T tokens, E experts, K chosen experts a token, S sets of allowed experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the router towards a set of experts, on the unrestricted softmax.
+
+    `L = - sum_t log sum_{e in target(t)} softmax(logits_t)_e`. With target {0} on original-language tokens this is the
+    LPR loss of MoE-LPR (arXiv 2408.11396); with a group's own experts, the router classification of DMoE
+    (arXiv 2506.12388). The softmax is applied once: MoE-LPR's published code applies it twice, which bounds the loss and
+    starves badly routed tokens of gradient.
+
+    Args:
+        logits_TE: router logits, fp32.
+        targets_TE: bool, the experts a token should go to. A token without any target is not counted.
+        counted_T: bool, False for padding.
+
+    Returns:
+        The sum over counted tokens (0 where there are none, never NaN) and their number, both fp32 scalars.
+    """
+    counted_T = counted_T & targets_TE.any(dim=-1)
+    logits_TE = logits_TE.float()
+    target_T = logits_TE.masked_fill(~targets_TE, -torch.inf).where(counted_T[:, None], 0.0).logsumexp(dim=-1)
+    loss_T = (logits_TE.logsumexp(dim=-1) - target_T).where(counted_T, 0.0)
+    return loss_T.sum(), counted_T.sum().float()
+
+
+def load_balancing_loss(
+    *, probabilities_TE: Tensor, indices_TK: Tensor, sets_T: Tensor, allowed_SE: Tensor, counted_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Load balancing within each set of allowed experts: `L_s = |A_s| sum_{e in A_s} f_e P_e`, 1 at balance.
+
+    `f_e` is the share of the set's (token, rank) choices that went to expert e, `P_e` its mean router probability
+    (Switch / MoE-LPR; the published code sums over ranks, so that its balanced value is k). Sets with one expert have
+    nothing to balance and are left out. Only `P_e` carries a gradient.
+
+    Args:
+        probabilities_TE: softmax over the allowed experts, fp32.
+        indices_TK: chosen experts; an entry of E is an unused slot.
+        sets_T: the set each token chose from, an index into `allowed_SE`.
+        allowed_SE: bool, the experts in each set.
+        counted_T: bool, False for padding.
+
+    Returns:
+        `sum_s n_s L_s` and `sum_s n_s`, with n_s the counted tokens of set s: their ratio is the token-weighted mean.
+    """
+    num_sets, num_experts = allowed_SE.shape
+    counted_T = counted_T & (allowed_SE.sum(dim=-1) > 1)[sets_T]
+    weight_T = counted_T.float()
+    tokens_S = weight_T.new_zeros(num_sets).index_add_(0, sets_T, weight_T)
+
+    chosen_TE = weight_T.new_zeros(len(sets_T), num_experts + 1)
+    chosen_TE = chosen_TE.scatter_add_(1, indices_TK, torch.ones_like(indices_TK, dtype=torch.float32))[:, :num_experts]
+    choices_SE = weight_T.new_zeros(num_sets, num_experts).index_add_(0, sets_T, chosen_TE * weight_T[:, None])
+    share_SE = choices_SE / choices_SE.sum(dim=-1, keepdim=True).clamp(min=1.0)
+
+    summed_SE = weight_T.new_zeros(num_sets, num_experts)
+    summed_SE = summed_SE.index_add(0, sets_T, probabilities_TE.float() * weight_T[:, None])
+    # n_s P_e is the plain sum, so n_s L_s needs no division
+    return (allowed_SE.sum(dim=-1) * (share_SE * summed_SE).sum(dim=-1)).sum(), tokens_S.sum()

@@ -1,0 +1,197 @@
+"""What the plain Hugging Face `Trainer` needs: batches that know their languages, and the routers' figures in its log.
+
+In: documents with a `language` column of codes. Out: batches with `language_ids`, next-token labels, and, if packed,
+positions that keep documents apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .errors import DataError
+from .languages import PADDING_LANGUAGE_ID, LanguageTable
+from .tuner import MoeDeltaConfig, MoeDeltaLayer
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class _Document:
+    """One document's tokens, labels and language ids, of equal length."""
+
+    tokens: list[int]
+    labels: list[int]
+    languages: list[int]
+
+
+class LanguageCollator:
+    """Turns documents into a batch for causal language modelling with languages.
+
+    Each document is a mapping with `input_ids` (or `text`, tokenised here and closed with the end-of-text token), a
+    `language` code (or one code a token), and optionally `labels`.
+
+    Returns, all int64: `input_ids`, `labels` (-100 where there is no target), and
+
+    - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages. Padding is
+      known by its place, never by its token: end-of-text stays a target where it doubles as the padding token.
+    - packed: documents laid end to end in rows of `max_length`; `language_ids` (B, S), -100 in the rest of the last row;
+      `position_ids` (B, S) that restart with every document, from which transformers' models with an attention mask
+      interface (SDPA, eager, FlashAttention) keep documents from attending to each other. Models without `position_ids`
+      (BLOOM, MPT) would attend across: pad for those.
+
+    Args:
+        tokenizer: pads, and tokenises `text`.
+        model: the upcycled model, whose active adapter knows the languages; or a `MoeDeltaConfig`, or a `LanguageTable`.
+        max_length: tokens a row; longer documents are cut (padded) or continue on the next row (packed).
+        packing: whether to pack.
+        pad_to_multiple_of: round the padded length up.
+
+    Raises:
+        DataError: a document without tokens or language, an empty batch, or packing without `max_length`.
+        LanguageError: an unknown language.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        model: nn.Module | MoeDeltaConfig | LanguageTable,
+        *,
+        max_length: int | None = None,
+        packing: bool = False,
+        pad_to_multiple_of: int | None = None,
+    ) -> None:
+        if packing and max_length is None:
+            raise DataError("LanguageCollator(packing=True) needs `max_length`, the tokens a row. Got None.")
+        self.tokenizer = tokenizer
+        self.table = language_table_of(model)
+        self.max_length = max_length
+        self.packing = packing
+        self.pad_to_multiple_of = pad_to_multiple_of
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        if not features:
+            raise DataError("LanguageCollator got an empty batch; expected at least one document.")
+        documents = [self._read(feature) for feature in features]
+        return self._pack(documents) if self.packing else self._pad(documents)
+
+    def _read(self, feature: Mapping[str, Any]) -> _Document:
+        if "language" not in feature:
+            raise DataError(
+                f"A document has no `language`; its columns are {sorted(feature)}. Add a column of language codes: "
+                f"{', '.join(self.table.codes)}."
+            )
+        tokens = self._tokens(feature)
+        labels = list(feature["labels"]) if feature.get("labels") is not None else list(tokens)
+        language = feature["language"]
+        codes = [language] * len(tokens) if isinstance(language, str) else list(language)
+        if not tokens or not len(tokens) == len(labels) == len(codes):
+            raise DataError(
+                f"A document has {len(tokens)} tokens, {len(labels)} labels and {len(codes)} languages; expected at least "
+                "one token, and one label and one language for each."
+            )
+        ids = {code: self.table.id_of(code) for code in dict.fromkeys(codes)}
+        return _Document(tokens, [int(label) for label in labels], [ids[code] for code in codes])
+
+    def _tokens(self, feature: Mapping[str, Any]) -> list[int]:
+        if feature.get("input_ids") is not None:
+            return [int(token) for token in feature["input_ids"]]
+        if not isinstance(feature.get("text"), str):
+            raise DataError(f"A document has neither `input_ids` nor `text`; its columns are {sorted(feature)}.")
+        tokens = list(self.tokenizer(feature["text"])["input_ids"])
+        end = self.tokenizer.eos_token_id
+        return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
+
+    def _pad(self, documents: list[_Document]) -> dict[str, Tensor]:
+        length = max(len(d.tokens) for d in documents)
+        if self.max_length is not None:
+            length = min(length, self.max_length)
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-length // multiple) * multiple
+        padding = self.tokenizer.pad_token_id
+        padding = self.tokenizer.eos_token_id if padding is None else padding
+        left = self.tokenizer.padding_side == "left"
+        batch = {
+            "input_ids": _rows([d.tokens[:length] for d in documents], width, padding or 0, left),
+            "attention_mask": _rows([[1] * len(d.tokens[:length]) for d in documents], width, 0, left),
+            "labels": _rows([d.labels[:length] for d in documents], width, IGNORED_LABEL, left),
+        }
+        if all(len(set(d.languages)) == 1 for d in documents):
+            batch["language_ids"] = torch.tensor([d.languages[0] for d in documents])
+        else:
+            batch["language_ids"] = _rows([d.languages[:length] for d in documents], width, PADDING_LANGUAGE_ID, left)
+        return batch
+
+    def _pack(self, documents: list[_Document]) -> dict[str, Tensor]:
+        width = self.max_length
+        tokens = [token for d in documents for token in d.tokens]
+        # The first token of a document has no context to be predicted from.
+        labels = [label for d in documents for label in (IGNORED_LABEL, *d.labels[1:])]
+        languages = [language for d in documents for language in d.languages]
+        positions = [position for d in documents for position in range(len(d.tokens))]
+        rest = -len(tokens) % width
+        padding = self.tokenizer.pad_token_id
+        padding = self.tokenizer.eos_token_id if padding is None else padding
+        rows = {
+            "input_ids": tokens + [padding or 0] * rest,
+            "labels": labels + [IGNORED_LABEL] * rest,
+            "language_ids": languages + [PADDING_LANGUAGE_ID] * rest,
+            "position_ids": positions + list(range(rest)),
+        }
+        return {name: torch.tensor(values).view(-1, width) for name, values in rows.items()}
+
+
+class RoutingCallback(TrainerCallback):
+    """Adds the routers' figures to the Trainer's log: auxiliary losses and the share of tokens on expert 0 per group.
+
+    Means since the last log, over the tokens of this process: `load_balancing_loss`, `language_prior_loss`,
+    `expert_0_share/<group>`.
+    """
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        layer = next((m for m in model.modules() if isinstance(m, MoeDeltaLayer)), None) if model is not None else None
+        if layer is None or logs is None:
+            return
+        figures = layer.context.read_statistics()
+        logs.update(figures)
+        if state.log_history:
+            state.log_history[-1].update(figures)
+
+
+def language_table_of(model: nn.Module | MoeDeltaConfig | LanguageTable) -> LanguageTable:
+    """The languages that a model's active adapter, or a configuration, knows.
+
+    Raises:
+        DataError: the model has no adapter of this kind.
+    """
+    if isinstance(model, LanguageTable):
+        return model
+    config: Any = model
+    if isinstance(model, nn.Module):
+        active = getattr(model, "active_adapters", [])
+        names = active() if callable(active) else active
+        config = next((getattr(model, "peft_config", {}).get(name) for name in names), None)
+    if not isinstance(config, MoeDeltaConfig):
+        raise DataError(
+            f"LanguageCollator needs an upcycled model, a MoeDeltaConfig or a LanguageTable to know the languages; got "
+            f"{type(model).__name__} without an active MoeDelta adapter."
+        )
+    return config.language_table
+
+
+def _rows(rows: list[list[int]], width: int, filler: int, left: bool) -> Tensor:
+    """Equal rows by filling up on one side."""
+    return torch.tensor([[filler] * (width - len(r)) + r if left else r + [filler] * (width - len(r)) for r in rows])

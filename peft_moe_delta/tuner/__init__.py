@@ -1,0 +1,12 @@
+"""The tuner in PEFT's own parts: `config`, `layer`, `model`, `registration`.
+
+`context` carries languages in and losses out, `experts` makes experts from an MLP, `fingerprint` knows the base model,
+`grafting` moves an adapter onto a post-trained model.
+"""
+
+from .config import MoeDeltaConfig
+from .layer import MoeDeltaLayer
+from .model import MoeDeltaModel
+from .registration import register
+
+__all__ = ["MoeDeltaConfig", "MoeDeltaLayer", "MoeDeltaModel", "register"]

@@ -1,0 +1,136 @@
+"""`MoeDeltaConfig`: what a user asks for, and what the saved adapter needs to be rebuilt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from peft import PeftConfig, TaskType
+
+from ..errors import PlanError
+from ..languages import LanguageTable
+from ..plan import ExpertPlan
+from ..routing import Routing, routing_named
+
+
+class MoeDeltaType(str, Enum):
+    """The `peft_type` of this method. PEFT's own enum cannot be extended, and transformers reads `.value`."""
+
+    MOE_DELTA = "MOE_DELTA"
+
+
+STAGES: dict[str, tuple[float, float]] = {"expansion": (0.01, 0.0), "review": (0.0, 0.1)}
+"""Stage -> default coefficients (load balancing, language prior), as published by MoE-LPR (arXiv 2408.11396)."""
+
+_RUNTIME_FIELDS = ("verify_base",)
+
+
+@dataclass
+class MoeDeltaConfig(PeftConfig):
+    """Configuration of [`MoeDeltaModel`]: MLP blocks become experts that belong to language groups.
+
+    Args:
+        languages: language code -> group. The group `"original"` is that of the languages the base model speaks.
+        experts: group -> new experts in each transformed layer; one number, or one a layer (0 leaves a layer without).
+        top_k: experts a token uses; a token that may use fewer uses all of those. None for 2.
+        routing: `"learned"`, every token may use every expert (MoE-LPR); `"language"`, the experts of its language's
+            group, from `language_ids` (X-MOD, DMoE).
+        expert_rank: None for full copies of the MLP; a rank r for `W_e = W_0 + B_e A_e` over the frozen MLP.
+        target_modules: the MLP blocks, as in PEFT; None finds them by the model's type.
+        exclude_modules: module names to leave out, as in PEFT.
+        layers_to_transform: decoder layers to transform; None for all.
+        layers_pattern: name of the layer list where it is not the usual one, as in PEFT.
+        modules_to_save: further modules to train and save whole, as in PEFT.
+        stage: `"expansion"` trains experts and routers; `"review"` trains routers only. Set by
+            `model.start_expansion()` and `model.start_review()`.
+        load_balancing_coef: weight of the load-balancing loss; None for the stage's default (0.01, 0 in review).
+        language_prior_coef: weight of the language-prior loss; None for the stage's default (0, 0.1 in review).
+        language_ids: language codes in the order of their ids. Filled in; append-only.
+        group_order: group names in the order of their experts. Filled in; append-only.
+        base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
+        graft: what the adapter was grafted onto and how; None for an adapter that was not grafted. Filled in.
+        verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
+
+    Raises:
+        LanguageError: `languages` is empty or malformed.
+        PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1.
+    """
+
+    task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM)
+    languages: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, Any] = field(default_factory=dict)
+    top_k: int | None = None
+    routing: str = "learned"
+    expert_rank: int | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    stage: str = "expansion"
+    load_balancing_coef: float | None = None
+    language_prior_coef: float | None = None
+    language_ids: list[str] | None = None
+    group_order: list[str] | None = None
+    base_fingerprint: dict[str, Any] | None = None
+    graft: dict[str, Any] | None = None
+    verify_base: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MoeDeltaType.MOE_DELTA  # type: ignore[assignment]
+        table = self.language_table
+        self.language_ids, self.group_order = list(table.codes), list(table.groups)
+        routing_named(self.routing)
+        if self.stage not in STAGES:
+            raise PlanError(f"Unknown stage {self.stage!r}; expected one of: {', '.join(STAGES)}.")
+        for name, value in (("top_k", self.top_k), ("expert_rank", self.expert_rank)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise PlanError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+
+    @property
+    def language_table(self) -> LanguageTable:
+        """Languages and groups with their ids, in the saved order."""
+        return LanguageTable.build(self.languages, self.language_ids, self.group_order)
+
+    @property
+    def routing_rule(self) -> Routing:
+        """The routing, by name."""
+        return routing_named(self.routing)
+
+    @property
+    def experts_per_token(self) -> int:
+        """`top_k`, or its default of 2 (MoE-LPR)."""
+        return 2 if self.top_k is None else self.top_k
+
+    @property
+    def load_balancing(self) -> float:
+        """The load-balancing coefficient in force."""
+        return STAGES[self.stage][0] if self.load_balancing_coef is None else self.load_balancing_coef
+
+    @property
+    def language_prior(self) -> float:
+        """The language-prior coefficient in force."""
+        return STAGES[self.stage][1] if self.language_prior_coef is None else self.language_prior_coef
+
+    def plan(self, layers: list[int]) -> ExpertPlan:
+        """The experts of a model whose transformed decoder layers are `layers`, ascending.
+
+        Raises:
+            PlanError: see `ExpertPlan.build`; or `top_k` exceeds the largest set of experts any token may use.
+        """
+        plan = ExpertPlan.build(layers, self.language_table.groups, self.experts)
+        largest = max(
+            sum(row) for counts in plan.counts for row in self.routing_rule.allowed_experts(counts) if sum(counts) > 1
+        )
+        if self.top_k is not None and self.top_k > largest:
+            raise PlanError(
+                f"top_k={self.top_k} exceeds {largest}, the largest set of experts any token may use under "
+                f"{self.routing!r} routing with experts={self.experts}. Lower top_k or add experts."
+            )
+        return plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are saved."""
+        return {key: value for key, value in super().to_dict().items() if key not in _RUNTIME_FIELDS}

@@ -1,0 +1,300 @@
+"""What a forward pass knows beyond hidden states: languages, padding, and the auxiliary losses on their way out.
+
+MLP blocks see hidden states only. `ForwardContext` is the side channel: it hangs on the base model (every PEFT road keeps
+that), a forward pre-hook takes `language` / `language_ids` and the padding mask in, the layers read them, and a forward
+hook adds the auxiliary loss to `output["loss"]`.
+
+Shape legend: B batch, S sequence, T = B * S tokens, G language groups, E experts, K chosen experts a token.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LanguageError, PeftMoeDeltaError
+from ..languages import PADDING_LANGUAGE_ID, LanguageTable
+
+ARGUMENTS = ("language", "language_ids")
+"""Keyword arguments that an upcycled model accepts beyond the base model's own."""
+
+
+@lru_cache(maxsize=256)
+def constant(rows: tuple, device: torch.device) -> Tensor:
+    """A small table as a tensor, copied to each device once."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
+
+
+@dataclass
+class ForwardState:
+    """One forward pass.
+
+    Attributes:
+        shape: (B, S).
+        language: a code for the whole batch, or one a row; None where ids were given or nothing is known.
+        language_ids: int64, (B, S); -100 for padding; None where nothing is known.
+        mask_T: bool, False for padding; None where no token is known to be padding.
+        num_items: tokens the loss is averaged over, where the caller says (Trainer, with gradient accumulation).
+        recording: whether the layers must deposit auxiliary losses.
+    """
+
+    shape: tuple[int, int]
+    language: str | list[str] | None = None
+    language_ids: Tensor | None = None
+    mask_T: Tensor | None = None
+    num_items: Tensor | int | None = None
+    recording: bool = False
+    losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _groups: dict[LanguageTable, tuple[Tensor, frozenset[int]] | None] = field(default_factory=dict)
+
+    def groups(self, table: LanguageTable, device: torch.device) -> tuple[Tensor, frozenset[int]] | None:
+        """Group index of every token, (T,), and the groups that occur; None where no language is known.
+
+        Raises:
+            LanguageError: a code or an id is not in the table.
+        """
+        if table not in self._groups:
+            self._groups[table] = self._find_groups(table, device)
+        return self._groups[table]
+
+    def _find_groups(self, table: LanguageTable, device: torch.device) -> tuple[Tensor, frozenset[int]] | None:
+        batch, sequence = self.shape
+        if self.language_ids is not None:
+            # The one host sync of a forward pass that carries ids: which of them occur decides what has to run.
+            present = set(self.language_ids.unique().tolist()) - {PADDING_LANGUAGE_ID}
+            if any(not 0 <= i < len(table.codes) for i in present):
+                raise LanguageError(
+                    f"`language_ids` holds {sorted(present)}; expected 0 to {len(table.codes) - 1} for "
+                    f"{', '.join(table.codes)}, or {PADDING_LANGUAGE_ID} for padding. Build batches with LanguageCollator."
+                )
+            groups = frozenset(table.group_of[i] for i in present)
+            ids_T = self.language_ids.reshape(-1).to(device)
+            group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
+            # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
+            padding_group = next(iter(groups)) if len(groups) == 1 else 0
+            return group_T.masked_fill(ids_T < 0, padding_group), groups or frozenset({0})
+        if self.language is None:
+            return None
+        codes = [self.language] * batch if isinstance(self.language, str) else list(self.language)
+        if len(codes) != batch:
+            raise LanguageError(f"`language` lists {len(codes)} codes for a batch of {batch}. Give one code, or one a row.")
+        rows = tuple(table.group_of[table.id_of(code)] for code in codes)
+        return constant(rows, device).repeat_interleave(sequence), frozenset(rows)
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """`sum over losses / tokens`, averaged over layers; None where no layer deposited anything.
+
+        Each deposit is a sum over tokens. Dividing by the tokens of the whole step (`num_items`), as the model's own loss
+        does, makes micro-batches add up to their batch; without it, by this pass's tokens.
+        """
+        if not self.losses:
+            return None
+        total, tokens = (torch.stack(part) for part in zip(*self.losses, strict=True))
+        return total.mean() / (tokens.max().clamp(min=1) if self.num_items is None else self.num_items)
+
+
+class ForwardContext:
+    """The side channel of one base model, shared by all its upcycled layers and adapters.
+
+    Attributes:
+        language: default language code, used when a call names none.
+        current: the forward pass under way; None between passes.
+        statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device.
+        auxiliary: the last training pass's auxiliary loss where it could not be added to the model's own loss.
+    """
+
+    def __init__(self) -> None:
+        self.language: str | None = None
+        self.current: ForwardState | None = None
+        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        self.auxiliary: Tensor | None = None
+        self._handles: list[Any] = []
+
+    @classmethod
+    def of(cls, model: nn.Module) -> ForwardContext:
+        """The context of a base model, attached to it on first use."""
+        context = model.__dict__.get("_moe_delta_context")
+        if context is None:
+            context = cls()
+            model.__dict__["_moe_delta_context"] = context
+            model.__dict__["forward"] = LanguageForward(model)
+            context._handles = [
+                model.register_forward_pre_hook(context._enter, with_kwargs=True),
+                model.register_forward_hook(context._leave, always_call=True),
+            ]
+        return context
+
+    def detach(self, model: nn.Module) -> None:
+        """Take the context off its base model again."""
+        for handle in self._handles:
+            handle.remove()
+        forward = model.__dict__.pop("forward")
+        del model.__dict__["_moe_delta_context"]
+        if forward.wrapped is not None:
+            model.__dict__["forward"] = forward.wrapped
+
+    def state(self) -> ForwardState:
+        """The forward pass under way.
+
+        Raises:
+            PeftMoeDeltaError: there is none: a layer was called outside of its model.
+        """
+        if self.current is None:
+            raise PeftMoeDeltaError(
+                "An upcycled layer was called outside of its model's forward pass, so the languages of its tokens are "
+                "unknown. Call the model, not the layer."
+            )
+        return self.current
+
+    def record(self, name: str, total: Tensor, count: Tensor) -> None:
+        """Add to a running statistic, without a host sync."""
+        old_total, old_count = self.statistics.get(name, (0.0, 0.0))
+        self.statistics[name] = (old_total + total.detach().double(), old_count + count.detach().double())
+
+    def read_statistics(self) -> dict[str, float]:
+        """Means of the running statistics since the last call; those without any token are left out."""
+        read, self.statistics = self.statistics, {}
+        pairs = {name: (float(total), float(count)) for name, (total, count) in read.items()}
+        return {name: total / count for name, (total, count) in pairs.items() if count}
+
+    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        language = kwargs.pop("language", None)
+        language_ids = kwargs.pop("language_ids", None)
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return args, kwargs  # the model will say what it misses
+        shape = (tokens.shape[0], tokens.shape[1])
+        language_ids = _ids_for(shape, language_ids)
+        mask = kwargs.get("attention_mask")
+        mask_T = mask[:, -shape[1] :].reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        if language_ids is not None:
+            known_T = (language_ids != PADDING_LANGUAGE_ID).reshape(-1)
+            mask_T = known_T if mask_T is None else mask_T & known_T
+        self.auxiliary = None
+        self.current = ForwardState(
+            shape,
+            language=(language or self.language) if language_ids is None else None,
+            language_ids=language_ids,
+            mask_T=mask_T,
+            num_items=kwargs.get("num_items_in_batch"),
+            recording=model.training and torch.is_grad_enabled(),
+        )
+        if self.current.recording:
+            self._keep_through_checkpointing(model)
+        return args, kwargs
+
+    def _leave(self, model: nn.Module, args: tuple, output: Any) -> Any:
+        state, self.current = self.current, None
+        auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
+        if auxiliary is None:
+            return None
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if loss is None:
+            self.auxiliary = auxiliary
+            warnings.warn(
+                "This training pass returned no loss, so the routers' auxiliary loss could not be added to it. Pass "
+                "`labels`, or add `model.auxiliary_loss` to your own loss.",
+                stacklevel=2,
+            )
+            return None
+        output["loss"] = loss + auxiliary.to(loss.dtype)
+        return output
+
+    def _keep_through_checkpointing(self, model: nn.Module) -> None:
+        """Let gradient checkpointing recompute a layer with the languages of the pass it belongs to.
+
+        transformers keeps `torch.utils.checkpoint.checkpoint` on each checkpointed module, with the user's arguments;
+        `context_fn` is that function's own hook for such state.
+        """
+        for module in model.modules():
+            function = module.__dict__.get("_gradient_checkpointing_func")
+            if function is None or not getattr(module, "gradient_checkpointing", False):
+                continue
+            arguments = getattr(function, "keywords", {})
+            given = arguments.get("context_fn")
+            if getattr(given, "func", None) is _checkpoint_contexts:
+                continue
+            if arguments.get("use_reentrant", True):
+                raise PeftMoeDeltaError(
+                    "Gradient checkpointing with use_reentrant=True loses the languages of the tokens when it recomputes "
+                    'a layer. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                )
+            module._gradient_checkpointing_func = partial(
+                function, context_fn=partial(_checkpoint_contexts, self, given)
+            )
+
+
+class LanguageForward:
+    """The base model's own `forward`, with a signature that also names `language` and `language_ids`.
+
+    Trainer keeps only the data columns that this signature names, and `generate` accepts only arguments in it. The
+    values themselves are taken by the context's pre-hook.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.wrapped = model.__dict__.get("forward")  # what accelerate or others put over the class's own
+        parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+        extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ARGUMENTS]
+        rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
+        self.__signature__ = inspect.Signature([p for p in parameters if p not in rest] + extra + rest)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.wrapped is not None:
+            return self.wrapped(*args, **kwargs)
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+
+def _checkpoint_contexts(context: ForwardContext, given: Callable | None) -> tuple[Any, Any]:
+    """`context_fn` of `torch.utils.checkpoint`: contexts for a layer's forward pass and for its recomputation."""
+    forward, recompute = given() if given is not None else (nullcontext(), nullcontext())
+    stack = ExitStack()
+    state = context.current
+
+    @contextmanager
+    def restored() -> Iterator[None]:
+        # The same operations must run again, but what they deposit was counted the first time.
+        replay = ForwardState(state.shape, mask_T=state.mask_T, recording=state.recording, _groups=state._groups)
+        before, context.current = context.current, replay
+        statistics, context.statistics = context.statistics, {}
+        try:
+            with stack, recompute:
+                yield
+        finally:
+            context.current, context.statistics = before, statistics
+
+    return forward, restored()
+
+
+def _ids_for(shape: tuple[int, int], language_ids: Tensor | None) -> Tensor | None:
+    """Language ids as (B, S).
+
+    During cached generation the prompt's (B, prompt) ids meet one new token a row: it continues the row's last language.
+
+    Raises:
+        LanguageError: the ids fit neither (B,) nor (B, S).
+    """
+    if language_ids is None:
+        return None
+    batch, sequence = shape
+    if language_ids.shape == (batch,):
+        return language_ids[:, None].expand(batch, sequence)
+    if language_ids.dim() == 2 and language_ids.shape[0] == batch:
+        if language_ids.shape[1] == sequence:
+            return language_ids
+        if sequence == 1:
+            return language_ids[:, -1:]
+    raise LanguageError(
+        f"`language_ids` has shape {tuple(language_ids.shape)}; expected ({batch},) or ({batch}, {sequence}). "
+        "For generation, pass one id a row."
+    )

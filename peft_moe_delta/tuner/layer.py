@@ -1,0 +1,281 @@
+"""`MoeDeltaLayer`: a decoder layer's MLP and the experts that grew beside it.
+
+In: the hidden states the MLP would have received. Out: `y_t = sum_j w_tj Expert_{i_tj}(x_t)`, where expert 0 is the MLP
+itself, unchanged and frozen.
+
+Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, G language groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..architectures import takes_residual
+from ..errors import LanguageError, PlanError
+from ..languages import LanguageTable
+from ..losses import language_prior_loss, load_balancing_loss
+from ..routing import Routes, choose_experts
+from .config import MoeDeltaConfig
+from .context import ForwardContext, ForwardState, constant
+from .experts import expert_weights, full_expert, low_rank_expert
+
+EXPERTS, ROUTER = "moe_delta_experts", "moe_delta_router"
+
+
+class Router(nn.Module):
+    """`logits = W_r x`, without bias, in fp32 whatever the model's dtype. `weight` is (E, D)."""
+
+    def __init__(self, hidden_size: int, num_experts: int, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device))
+        nn.init.xavier_normal_(self.weight)
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return F.linear(x_TD.float(), self.weight.float())
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one adapter uses one layer.
+
+    Attributes:
+        config: the adapter's configuration; shared, so that a change of stage reaches every layer.
+        counts: experts each group owns here; `counts[0] == 1`, expert 0.
+        table: the adapter's languages and groups.
+        allowed: (G, E) booleans, the experts each group's tokens may use.
+        own: (G, E) booleans, the experts each group owns.
+    """
+
+    config: MoeDeltaConfig
+    counts: tuple[int, ...]
+    table: LanguageTable
+    allowed: tuple[tuple[bool, ...], ...]
+    own: tuple[tuple[bool, ...], ...]
+
+    @classmethod
+    def build(cls, config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerSettings:
+        starts = [sum(counts[:g]) for g in range(len(counts))]
+        own = tuple(
+            tuple(start <= e < start + n for e in range(sum(counts))) for start, n in zip(starts, counts, strict=True)
+        )
+        return cls(config, counts, config.language_table, config.routing_rule.allowed_experts(counts), own)
+
+    @property
+    def restricted(self) -> bool:
+        """Whether some group may not use every expert."""
+        return not all(all(row) for row in self.allowed)
+
+    @property
+    def uses_router(self) -> bool:
+        """Whether the router's logits matter: somebody has a choice, or the prior loss trains it."""
+        return self.config.language_prior > 0 or any(sum(row) > 1 for row in self.allowed)
+
+    @property
+    def prior_targets(self) -> tuple[tuple[bool, ...], ...]:
+        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
+
+        Review protects the original languages; in expansion the prior classifies every group (DMoE).
+        """
+        if self.config.stage == "review":
+            return (self.own[0], *((False,) * len(row) for row in self.own[1:]))
+        return self.own
+
+
+class MoeDeltaLayer(nn.Module, BaseTunerLayer):
+    """An MLP with experts, for one or more adapters. Parameters live under `moe_delta_experts` and `moe_delta_router`."""
+
+    adapter_layer_names = (EXPERTS, ROUTER)
+    other_param_names = ("settings",)
+
+    def __init__(self, base_layer: nn.Module, context: ForwardContext) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.context = context
+        self.moe_delta_experts = nn.ModuleDict()
+        self.moe_delta_router = nn.ModuleDict()
+        self.settings: dict[str, LayerSettings] = {}
+        self.merged_adapters: list[str] = []
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self._takes_residual = takes_residual(base_layer)
+
+    def add_experts(self, adapter_name: str, settings: LayerSettings, hidden_size: int) -> None:
+        """Grow an adapter's experts and router beside the MLP."""
+        rank = settings.config.expert_rank
+        new = [
+            full_expert(self.base_layer) if rank is None else low_rank_expert(self.base_layer, rank)
+            for _ in range(sum(settings.counts) - 1)
+        ]
+        device = next(self.base_layer.parameters()).device
+        self.moe_delta_experts[adapter_name] = nn.ModuleList(new)
+        self.moe_delta_router[adapter_name] = Router(hidden_size, 1 + len(new), device)
+        self.settings[adapter_name] = settings
+        self.set_adapter(self.active_adapters, inference_mode=settings.config.inference_mode)
+
+    def experts(self, adapter_name: str) -> list[nn.Module]:
+        """All experts of an adapter, expert 0 first."""
+        return [self.base_layer, *self.moe_delta_experts[adapter_name]]
+
+    def expert_weights(self, adapter_name: str, expert: int) -> dict[str, Tensor]:
+        """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
+        return dict(expert_weights(self.experts(adapter_name)[expert], self.base_layer))
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        name = next((a for a in self.active_adapters if a in self.settings), None)
+        if self.disable_adapters or name is None:
+            return self.base_layer(x, residual) if self._takes_residual else self.base_layer(x)
+        y = self._mixture(x.reshape(-1, x.shape[-1]), name).view(x.shape)
+        return residual + y if self._takes_residual else y
+
+    def _mixture(self, x_TD: Tensor, name: str) -> Tensor:
+        settings, experts = self.settings[name], self.experts(name)
+        state = self.context.state()
+        groups = state.groups(settings.table, x_TD.device)
+        if groups is None and settings.config.routing_rule.needs_language:
+            raise LanguageError(
+                f"Routing {settings.config.routing!r} needs the language of every token, and none was given. Known "
+                f"languages: {', '.join(settings.table.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
+                '`language="..."`, or call model.set_language(...).'
+            )
+        only = self._only_expert(settings, groups)
+        if only is not None and not (state.recording and settings.config.language_prior > 0):
+            return self._run_alone(experts, only, x_TD)
+        logits_TE = self.moe_delta_router[name](x_TD)
+        sets_T = groups[0] if groups is not None and settings.restricted else None
+        allowed_TE = None if sets_T is None else constant(settings.allowed, x_TD.device)[sets_T]
+        routes = choose_experts(logits_TE, settings.config.experts_per_token, allowed_TE)
+        if state.recording:
+            self._record(settings, state, logits_TE, routes, groups)
+        return self._combine(experts, x_TD, routes)
+
+    @staticmethod
+    def _only_expert(settings: LayerSettings, groups: tuple[Tensor, frozenset[int]] | None) -> int | None:
+        """The expert that every token of this pass must use, where there is just one."""
+        present = range(len(settings.allowed)) if groups is None else groups[1]
+        usable = [any(column) for column in zip(*(settings.allowed[g] for g in present), strict=True)]
+        return usable.index(True) if sum(usable) == 1 else None
+
+    def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor) -> Tensor:
+        y_TD = self._run(experts[expert], x_TD)
+        if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # DDP waits for every trainable parameter: the idle experts take part with no tokens.
+            idle = [self._run(e, x_TD[:0]).sum() for i, e in enumerate(experts) if i != expert and _trainable(e)]
+            y_TD = y_TD + sum(idle)
+        return y_TD
+
+    def _combine(self, experts: list[nn.Module], x_TD: Tensor, routes: Routes) -> Tensor:
+        """Sort the choices by expert once, run every expert on its slice, put the rows back and sum."""
+        num_tokens, top_k = routes.indices_TK.shape
+        chosen = routes.indices_TK.reshape(-1)
+        order = chosen.argsort(stable=True)
+        # The host must know the slices: the one sync of this layer.
+        counts = chosen.bincount(minlength=len(experts) + 1).tolist()[: len(experts)]
+        used = order[: sum(counts)]
+        slices = x_TD.index_select(0, used // top_k).split(counts)
+        # In training an expert without tokens runs too: its gradient is then zero, not missing, as DDP needs.
+        outputs = [
+            self._run(expert, rows)
+            for expert, rows in zip(experts, slices, strict=True)
+            if len(rows) or (torch.is_grad_enabled() and _trainable(expert))
+        ]
+        rows = torch.cat(outputs)
+        if len(used) == len(chosen):
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+            y_TKD = rows.index_select(0, place)
+        else:
+            y_TKD = rows.new_zeros(len(chosen), rows.shape[-1]).index_copy(0, used, rows)
+        if top_k == 1:
+            return y_TKD  # a single weight is 1
+        y_TKD = y_TKD.view(num_tokens, top_k, -1)
+        return (y_TKD * routes.weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
+
+    def _run(self, expert: nn.Module, x_TD: Tensor) -> Tensor:
+        """One expert on its tokens, in its own dtype (new experts are fp32 by PEFT's default), back in the input's."""
+        dtype = x_TD.dtype
+        if not torch.is_autocast_enabled(x_TD.device.type):
+            x_TD = x_TD.to(next(expert.parameters()).dtype)
+        y_TD = expert(x_TD, torch.zeros_like(x_TD)) if self._takes_residual else expert(x_TD)
+        return y_TD.to(dtype)
+
+    def _record(
+        self,
+        settings: LayerSettings,
+        state: ForwardState,
+        logits_TE: Tensor,
+        routes: Routes,
+        groups: tuple[Tensor, frozenset[int]] | None,
+    ) -> None:
+        """Deposit this layer's auxiliary losses and statistics."""
+        config, context, device = settings.config, self.context, logits_TE.device
+        counted_T = torch.ones(len(logits_TE), dtype=torch.bool, device=device) if state.mask_T is None else state.mask_T
+        group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
+        allowed = settings.allowed if settings.restricted else settings.allowed[:1]
+        sets_T = group_T if settings.restricted else torch.zeros_like(group_T)
+        balance, balanced = load_balancing_loss(
+            probabilities_TE=routes.probabilities_TE,
+            indices_TK=routes.indices_TK,
+            sets_T=sets_T,
+            allowed_SE=constant(allowed, device),
+            counted_T=counted_T,
+        )
+        context.record("load_balancing_loss", balance, balanced)
+        total = config.load_balancing * balance
+        if config.language_prior > 0:
+            if groups is None:
+                raise LanguageError(
+                    f"The language-prior loss (coefficient {config.language_prior}, stage {config.stage!r}) needs the "
+                    "language of every token, and none was given. Use LanguageCollator, or set language_prior_coef=0."
+                )
+            prior, tokens = language_prior_loss(
+                logits_TE=logits_TE, targets_TE=constant(settings.prior_targets, device)[group_T], counted_T=counted_T
+            )
+            context.record("language_prior_loss", prior, tokens)
+            total = total + config.language_prior * prior
+        state.losses.append((total, counted_T.sum()))
+        on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
+        for group in range(len(settings.table.groups)) if groups is not None else ():
+            here_T = (group_T == group) & counted_T
+            context.record(f"expert_0_share/{settings.table.groups[group]}", (on_zero_T & here_T).sum(), here_T.sum())
+        if groups is None:
+            context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
+
+    # What PEFT's base class assumes of a leaf layer with one weight, said for an MLP block.
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate one adapter; only what its stage trains gets gradients."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if len(names) > 1:
+            raise PlanError(f"One adapter can be active at a time; got {names}. Activate one of them.")
+        for name, settings in self.settings.items():
+            frozen = (EXPERTS,) if settings.config.stage == "review" else ()
+            self.frozen_peft_weight_names[name] = frozen if settings.uses_router else (*frozen, ROUTER)
+        super().set_adapter(names, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name not in self.settings:
+            return
+        for container in (self.moe_delta_experts, self.moe_delta_router):
+            if not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device or next(self.base_layer.parameters()).device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def unmerge(self) -> None:
+        raise NotImplementedError(MERGE_REFUSED)
+
+
+MERGE_REFUSED = (
+    "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
+    "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
+)
+
+
+def _trainable(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())

@@ -1,0 +1,208 @@
+"""`MoeDeltaModel`, the tuner: finds the MLP blocks, grows experts beside them, switches stages, grafts.
+
+In: a causal LM and a `MoeDeltaConfig`. Out: the same model with `MoeDeltaLayer`s in place of MLP blocks, as PEFT's tuners
+leave it.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from torch import Tensor, nn
+
+from ..architectures import check_mlp, layer_index, mlp_module_name
+from ..errors import ArchitectureError
+from ..plan import ExpertPlan
+from .config import MoeDeltaConfig
+from .context import ForwardContext
+from .fingerprint import check_fingerprint, fingerprint
+from .layer import MERGE_REFUSED, LayerSettings, MoeDeltaLayer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class MoeDeltaModel(BaseTuner):
+    """Language-routed experts in place of MLP blocks. Made by `get_peft_model(model, MoeDeltaConfig(...))`.
+
+    Untrained experts are copies, so the upcycled model computes what the base model computes.
+
+    Raises:
+        ArchitectureError: no MLP block to replace, or weights that are offloaded or quantised.
+        PlanError: expert counts that do not fit the model's layers.
+        CheckpointError: a loaded adapter that was made for another base model.
+    """
+
+    prefix: str = "moe_delta_"
+    tuner_layer_cls = MoeDeltaLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # -- what a user calls --------------------------------------------------------------------------------------------
+
+    def start_expansion(
+        self, *, load_balancing_coef: float | None = None, language_prior_coef: float | None = None
+    ) -> None:
+        """Train experts and routers on new-language text (MoE-LPR, stage 1).
+
+        Args:
+            load_balancing_coef: None for 0.01.
+            language_prior_coef: None for 0. DMoE classifies every group with 1.28.
+        """
+        self._start_stage("expansion", load_balancing_coef, language_prior_coef)
+
+    def start_review(
+        self, *, load_balancing_coef: float | None = None, language_prior_coef: float | None = None
+    ) -> None:
+        """Train only the routers, with the language-prior loss on the original languages (MoE-LPR, stage 2).
+
+        Args:
+            load_balancing_coef: None for 0.
+            language_prior_coef: None for 0.1.
+        """
+        self._start_stage("review", load_balancing_coef, language_prior_coef)
+
+    def set_language(self, code: str | None) -> None:
+        """Set the language of calls that name none; None forgets it.
+
+        Raises:
+            LanguageError: the active adapter does not know the language.
+        """
+        if code is not None:
+            self.active_config.language_table.id_of(code)
+        ForwardContext.of(self.model).language = code
+
+    def graft(self, post_trained: str | PreTrainedModel, **options: Any) -> PeftModel:
+        """The same experts over the post-trained checkpoint; see `grafting.graft`."""
+        from .grafting import graft
+
+        return graft(self, post_trained, **options)
+
+    def merge_and_graft(self, post_trained: str | PreTrainedModel, **options: Any) -> PreTrainedModel:
+        """A stand-alone stock model with the post-training delta on every expert; see `grafting.merge_and_graft`."""
+        from .grafting import merge_and_graft
+
+        return merge_and_graft(self, post_trained, **options)
+
+    @property
+    def active_config(self) -> MoeDeltaConfig:
+        """The active adapter's configuration."""
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def auxiliary_loss(self) -> Tensor | None:
+        """The routers' loss of the last training pass where that pass returned no loss to add it to."""
+        return ForwardContext.of(self.model).auxiliary
+
+    def layers(self, adapter_name: str | None = None) -> dict[int, MoeDeltaLayer]:
+        """Decoder layer index -> upcycled layer, for one adapter (default: the active one), ascending."""
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        found = {
+            layer_index(key): module
+            for key, module in self.model.named_modules()
+            if isinstance(module, MoeDeltaLayer) and name in module.settings
+        }
+        return dict(sorted(found.items()))
+
+    def plan(self, adapter_name: str | None = None) -> ExpertPlan:
+        """The experts of an adapter (default: the active one) in the layers that have any."""
+        layers = self.layers(adapter_name)
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        counts = tuple(layer.settings[name].counts for layer in layers.values())
+        return ExpertPlan(tuple(layers), self.peft_config[name].language_table.groups, counts)
+
+    def _start_stage(self, stage: str, load_balancing_coef: float | None, language_prior_coef: float | None) -> None:
+        config = self.active_config
+        config.stage, config.load_balancing_coef, config.language_prior_coef = (
+            stage,
+            load_balancing_coef,
+            language_prior_coef,
+        )
+        self.set_adapter(self.active_adapters)
+
+    # -- what PEFT calls ----------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: MoeDeltaConfig, model_config: dict) -> MoeDeltaConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = [mlp_module_name(model_config.get("model_type", ""))]
+        return peft_config
+
+    def _prepare_model(self, peft_config: MoeDeltaConfig, model: nn.Module) -> None:
+        """Check everything before the first module is replaced, so that a refused model is left as it was."""
+        if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
+            raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
+        blocks: dict[int, nn.Module] = {}
+        for name, module in self._targets(peft_config, model):
+            mlp = module.get_base_layer() if isinstance(module, MoeDeltaLayer) else module
+            check_mlp(name, mlp)
+            if layer_index(name) in blocks:
+                raise ArchitectureError(
+                    f"`target_modules` {peft_config.target_modules} matches two modules in layer {layer_index(name)}, "
+                    f"among them {name}. Name exactly one MLP block a layer."
+                )
+            blocks[layer_index(name)] = mlp
+        if not blocks:
+            return  # PEFT says which names it looked for
+        layers = sorted(blocks)
+        plan = peft_config.plan(layers)
+        found = fingerprint([blocks[layer] for layer in layers])
+        if peft_config.base_fingerprint is not None:
+            check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
+        peft_config.base_fingerprint = found
+        self._plan_under_way = plan
+
+    def _targets(self, peft_config: MoeDeltaConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The modules PEFT is going to match, without those inside an upcycled layer."""
+        inside: tuple[str, ...] = ()
+        targets = []
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, name + ".")
+            matched = self._check_target_module_exists(peft_config, name)
+            if matched and not isinstance(matched, _ExcludedModule):
+                targets.append((name, module))
+        return targets
+
+    def _create_and_replace(
+        self,
+        peft_config: MoeDeltaConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        plan = self._plan_under_way
+        layer = layer_index(current_key)
+        if plan.num_experts(layer) == 1:
+            return  # a dense layer stays the base model's own
+        if not isinstance(target, MoeDeltaLayer):
+            target = MoeDeltaLayer(target, ForwardContext.of(self.model))
+            setattr(parent, target_name, target)
+        counts = plan.counts[plan.layers.index(layer)]
+        hidden_size = self.model.config.get_text_config().hidden_size
+        target.add_experts(adapter_name, LayerSettings.build(peft_config, counts), hidden_size)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _check_merge_allowed(self) -> None:
+        raise NotImplementedError(MERGE_REFUSED)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        ForwardContext.of(model).detach(model)
+        return model
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """`...mlp.moe_delta_experts.<adapter>.0.up_proj.weight` -> the same without the adapter's name."""
+        return re.sub(rf"({re.escape(cls.prefix)}[^.]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
+
+
