@@ -1,0 +1,16 @@
+"""Measuring a model language by language: held-out text, tasks with exact answers, and how sure the numbers are."""
+
+from .bits_per_byte import TextScore, bits_per_byte
+from .bootstrap import Interval, bootstrap_interval, paired_difference
+from .exact_match import TaskScore, encode_task, exact_match
+
+__all__ = [
+    "Interval",
+    "TaskScore",
+    "TextScore",
+    "bits_per_byte",
+    "bootstrap_interval",
+    "encode_task",
+    "exact_match",
+    "paired_difference",
+]

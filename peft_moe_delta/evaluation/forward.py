@@ -1,0 +1,71 @@
+"""One evaluation forward pass: rows of token ids come in, logits at chosen positions go out.
+
+Shapes: B rows, T longest row, P chosen positions, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DataError
+
+# Wraps the list of batches and yields them in order, as `tqdm.tqdm` does.
+Progress = Callable[[list[Any]], Iterable[Any]]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module gets its own training flag back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, so that little padding is computed; longest first, so that a batch too big
+    for the memory fails at once."""
+    if batch_size < 1:
+        raise DataError(f"batch_size: got {batch_size}, expected 1 or more. Pass how many rows to run at once.")
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def logits_at(
+    model: nn.Module, rows: Sequence[Sequence[int]], positions: Iterable[int], language: str | None
+) -> torch.Tensor:
+    """(B, P, V) logits at `positions`, in their order, of right-padded `rows`, in the model's own dtype.
+
+    `language` reaches the model only when given: adapters understand it, plain models do not.
+    """
+    forward = _inner_forward(model)
+    device = next(model.parameters()).device
+    lengths = torch.tensor([len(row) for row in rows])
+    attention_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    input_ids = torch.zeros_like(attention_mask)  # any id will do for the padding: it is masked and never scored
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row)] = torch.tensor(row)
+
+    wanted = torch.tensor(list(positions), device=device)
+    options: dict[str, Any] = {} if language is None else {"language": language}
+    if "use_cache" in forward:
+        options["use_cache"] = False
+    if "logits_to_keep" in forward:  # the head is the dearest matrix of a small model: run it where it is needed
+        options["logits_to_keep"] = wanted
+    logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **options).logits
+    return logits if "logits_to_keep" in forward else logits[:, wanted]
+
+
+def _inner_forward(model: nn.Module) -> frozenset[str]:
+    """Names of the arguments of the causal language model's forward, looking through PEFT's wrapper, which has none."""
+    unwrap = getattr(model, "get_base_model", None)
+    inner = unwrap() if unwrap is not None else model
+    return frozenset(inspect.signature(inner.forward).parameters)
