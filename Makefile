@@ -1,0 +1,59 @@
+# Every target makes what it needs, from nothing. `make help` lists them.
+
+PYTHON ?= python3
+WORKERS ?= 2
+# More for pip, for example where to find a CPU build of torch.
+PIP_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
+# One thread a process: many threads in several processes on few cores slow torch down several times over.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo demo-quick test test-slow bench lint wheel-test clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED)  ## the whole job on a real model: prints the table (20 minutes on 2 cores)
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
+	$(BIN)/peft-moe-delta run examples/demo.yaml
+
+demo-quick: $(INSTALLED)  ## the same with fewer steps and layers (3 minutes)
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
+	$(BIN)/peft-moe-delta run examples/demo.yaml --quick
+
+test: $(INSTALLED)  ## the tests, but for the slow ones
+	$(PYTEST) -m "not slow"
+
+test-slow: $(INSTALLED)  ## the slow tests alone
+	$(PYTEST) -m slow
+
+bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
+	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+
+lint: $(INSTALLED)  ## ruff's rules and formatting, and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel-test: $(INSTALLED)  ## build the wheel, install it in an empty environment, import it from elsewhere
+	$(BIN)/python tests/check_wheel.py
+
+clean:  ## remove the environment, the caches and everything built
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# From nothing whenever what is installed may have changed, so that no leftover helps a test to pass.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "The versions in constraints.txt need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; \
+	  exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo,trl]"
+	@touch $@

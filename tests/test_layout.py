@@ -1,0 +1,194 @@
+"""The arrows between modules: who may import whom, who may print, who may touch PEFT's registries.
+
+Read from the source, so an import inside a function, under `TYPE_CHECKING` or by name counts like any other.
+A new room gets a line in `LEVELS`, in the same place as in the design's table.
+"""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = "peft_moe_delta"
+ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+
+# A room is a folder or a flat module of the package. It imports rooms of lower levels and itself.
+LEVELS = {
+    "errors": 0,
+    "languages": 0,
+    "architectures": 0,
+    "plan": 1,
+    "losses": 1,
+    "checkpoint": 1,
+    "routing": 2,
+    "delta": 2,
+    "export": 3,
+    "tuner": 4,
+    "allocation": 5,
+    "training": 5,
+    "evaluation": 5,
+    "hub": 6,
+    "recipe": 7,
+    "cli": 7,
+    "__init__": 8,
+}
+# Two arrows within a level: everyone raises the package's errors, and the command line runs recipes.
+WITHIN_A_LEVEL = {("languages", "errors"), ("architectures", "errors"), ("cli", "recipe")}
+
+TENSORS_AND_FILES_ONLY = {"delta", "checkpoint"}  # use neither of the next line's libraries
+MODEL_LIBRARIES = {"peft", "transformers"}
+MAY_PRINT_AND_EXIT = {"cli"}
+MAY_REGISTER = "tuner.registration"
+
+EXITS = {"sys.exit", "os._exit"}
+STREAMS = {"sys.stdout", "sys.stderr"}
+
+
+def module_name(path: Path) -> str:
+    """`tuner/layer.py` -> `tuner.layer`; a folder's `__init__.py` keeps its last part."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def dotted(node: ast.AST) -> str:
+    """The text of `a.b.c`, or nothing for any other expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
+        return f"{owner}.{node.attr}"
+    return ""
+
+
+def absolute(module: str, node: ast.ImportFrom) -> str:
+    """What a `from ... import` reads from, with leading dots resolved against the module it stands in."""
+    if not node.level:
+        return node.module or ""
+    folder = [PACKAGE, *module.split(".")][: -node.level]
+    return ".".join([*folder, *([node.module] if node.module else [])])
+
+
+def imported(module: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and full dotted name of everything that is imported, names of `from` imports included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{absolute(module, node)}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and dotted(node.func).split(".")[-1] in {"import_module", "__import__"}:
+            for argument in node.args[:1]:
+                if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
+                    yield node.lineno, argument.value
+
+
+def arrow_violation(room: str, target: str) -> str | None:
+    """Why `room` may not import `target`, a dotted name that starts with the package's own."""
+    other = room_of(target.removeprefix(PACKAGE).lstrip(".") or "__init__")
+    if other not in LEVELS:
+        if (ROOT / other).is_dir() or (ROOT / f"{other}.py").is_file():
+            return None  # the room itself fails with the advice to place it
+        other = "__init__"  # a name of the package's index, not a room
+    if other == room or LEVELS[other] < LEVELS[room] or (room, other) in WITHIN_A_LEVEL:
+        return None
+    if other == "__init__":
+        return f"imports {target} from the package's index: import it from the module that defines it"
+    return f"imports {other} (level {LEVELS[other]}) but is on level {LEVELS[room]}: only lower levels"
+
+
+def registers(name: str) -> bool:
+    """Whether a dotted name is PEFT's table of methods: the module or one of its three mappings."""
+    return name == "peft.mapping" or name.startswith("peft.mapping.") or "PEFT_TYPE_TO_" in name.split(".")[-1]
+
+
+def violations(module: str, source: str) -> list[str]:
+    """Everything in a module's source that breaks the layout, each as `module:line: what`."""
+    room = room_of(module)
+    if room not in LEVELS:
+        return [f"{module}: has no level; place {room!r} in LEVELS of tests/test_layout.py and in the design's table"]
+    tree = ast.parse(source)
+    found: list[tuple[int, str]] = []
+    for line, name in imported(module, tree):
+        top = name.split(".")[0]
+        if top == PACKAGE and (why := arrow_violation(room, name)):
+            found.append((line, why))
+        if top in MODEL_LIBRARIES and room in TENSORS_AND_FILES_ONLY:
+            found.append((line, f"imports {top}: {room} works on tensors and files alone"))
+        if name in EXITS and room not in MAY_PRINT_AND_EXIT:
+            found.append((line, f"imports {name}: only cli.py exits; raise an error"))
+        if registers(name) and module != MAY_REGISTER:
+            found.append((line, f"imports {name}: only tuner/registration.py touches PEFT's registries"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and registers(dotted(node)) and module != MAY_REGISTER:
+            found.append((node.lineno, f"uses {dotted(node)}: only tuner/registration.py touches PEFT's registries"))
+        if room in MAY_PRINT_AND_EXIT:
+            continue
+        if isinstance(node, ast.Name) and node.id in {"print", "exit", "quit", "SystemExit"}:
+            found.append((node.lineno, f"uses {node.id}: only cli.py prints and exits; return a value, raise an error"))
+        if isinstance(node, ast.Attribute) and dotted(node) in EXITS | STREAMS:
+            found.append((node.lineno, f"uses {dotted(node)}: only cli.py prints and exits"))
+    return [f"{module}:{line}: {what}" for line, what in sorted(set(found))]
+
+
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_module_keeps_to_its_level(path):
+    assert violations(module_name(path), path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("plan", "from .tuner import MoeDeltaModel"),
+        ("plan", "from . import tuner"),
+        ("plan", "import peft_moe_delta.tuner.model"),
+        ("plan", "from peft_moe_delta.tuner.model import MoeDeltaModel"),
+        ("plan", "from .losses import load_balancing_loss"),
+        ("plan", "def lazily():\n    from .routing import base"),
+        ("plan", "importlib.import_module('peft_moe_delta.routing')"),
+        ("plan", "from . import ExpertPlan"),
+        ("plan", "import peft_moe_delta"),
+        ("routing.base", "from ..export import mixtral"),
+        ("routing.base", "from ..delta import compute"),
+        ("routing.__init__", "from ..delta import compute"),
+        ("recipe", "from .cli import main"),
+        ("delta.compute", "import torch, transformers"),
+        ("delta.compute", "from peft.utils import get_peft_model_state_dict"),
+        ("checkpoint", "from transformers.utils import SAFE_WEIGHTS_NAME"),
+        ("training", "print('loss')"),
+        ("training", "write = print"),
+        ("training", "import sys\nsys.exit(1)"),
+        ("training", "from sys import exit"),
+        ("training", "raise SystemExit(1)"),
+        ("training", "import sys\nsys.stderr.write('loss')"),
+        ("tuner.model", "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING"),
+        ("tuner.model", "from peft import PEFT_TYPE_TO_TUNER_MAPPING"),
+        ("tuner.model", "import peft\npeft.mapping.PEFT_TYPE_TO_TUNER_MAPPING"),
+        ("tuner.model", "import peft\npeft.PEFT_TYPE_TO_CONFIG_MAPPING"),
+        ("utils", "import json"),
+    ],
+)
+def test_checker_finds(module, source):
+    assert violations(module, source) != []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("languages", "from .errors import LanguageError"),
+        ("plan", "from peft_moe_delta.languages import ORIGINAL_GROUP"),
+        ("routing.language", "from .base import Routing\nfrom ..errors import PlanError"),
+        ("routing.__init__", "from .base import Routing"),
+        ("tuner.model", "from peft.tuners.tuners_utils import BaseTuner\nfrom .. import plan, routing"),
+        ("tuner.registration", "from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING"),
+        ("cli", "import sys\nfrom .recipe import read\nprint('done')\nsys.exit(0)"),
+        ("delta.compute", "import torch\nfrom ..checkpoint import ShardReader"),
+        ("__init__", "from .cli import main\nfrom .tuner import MoeDeltaModel"),
+    ],
+)
+def test_checker_allows(module, source):
+    assert violations(module, source) == []
