@@ -5,10 +5,18 @@ Importing this package registers its tuner with PEFT: `get_peft_model(model, Moe
 
 from .languages import LanguageTable
 from .plan import ExpertPlan
-from .training import LanguageCollator, RoutingCallback
+from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from .tuner import MoeDeltaConfig, MoeDeltaModel, register
 
 register()
 
 __version__ = "0.1.0"
-__all__ = ["ExpertPlan", "LanguageCollator", "LanguageTable", "MoeDeltaConfig", "MoeDeltaModel", "RoutingCallback"]
+__all__ = [
+    "AuxiliaryLossMixin",
+    "ExpertPlan",
+    "LanguageCollator",
+    "LanguageTable",
+    "MoeDeltaConfig",
+    "MoeDeltaModel",
+    "RoutingCallback",
+]

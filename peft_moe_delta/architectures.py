@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -39,6 +40,11 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 """`model_type` -> why its MLP cannot become experts."""
+
+OUTSIDE_THE_TEXT_DECODER = r"(?!(.*\.)?language_model\.).*"
+"""Module names (a regular expression) that are not in a multimodal model's text decoder: other towers have MLPs too."""
+
+_TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mlp_module_name(model_type: str) -> str:
@@ -92,11 +98,12 @@ def takes_residual(mlp: nn.Module) -> bool:
     )
 
 
-def check_mlp(name: str, mlp: nn.Module) -> None:
+def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
     """Refuse a module whose weights cannot be copied into trainable experts.
 
     Raises:
-        ArchitectureError: no matrices, offloaded (meta) weights, quantised weights, or already a mixture of experts.
+        ArchitectureError: no matrices, offloaded (meta) weights, quantised weights, already a mixture of experts, or not
+            a map from hidden states to hidden states.
     """
     parameters = list(mlp.parameters())
     if not any(p.dim() >= 2 for p in parameters):
@@ -106,14 +113,42 @@ def check_mlp(name: str, mlp: nn.Module) -> None:
             f"The weights of {name} are on the meta device (offloaded or not loaded). Load the base model into memory "
             "first, without disk or CPU offload."
         )
-    if any(not p.is_floating_point() for p in parameters) or any(hasattr(p, "quant_state") for p in parameters):
+    if any(p.dtype not in _TRAINABLE_DTYPES or hasattr(p, "quant_state") for p in parameters):
         raise ArchitectureError(
             f"The weights of {name} are quantised ({sorted({str(p.dtype) for p in parameters})}). Experts start as exact, "
             "trainable copies: load the base model unquantised, and use `expert_rank` to save memory."
         )
     if any(child.endswith(("experts", "router")) for child, _ in mlp.named_children()):
         raise ArchitectureError(f"{name} ({type(mlp).__name__}) is already a mixture of experts; upcycling needs a dense MLP.")
-    takes_residual(mlp)
+    nothing = torch.empty(1, 0, hidden_size, dtype=parameters[0].dtype, device=parameters[0].device)
+    try:
+        # No token, so no work; past any hooks, which may act on what passes.
+        result = mlp.forward(nothing, nothing) if takes_residual(mlp) else mlp.forward(nothing)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ArchitectureError(
+            f"{name} ({type(mlp).__name__}) cannot be called on hidden states of size {hidden_size} alone: {error}. "
+            "`target_modules` must name MLP blocks."
+        ) from error
+    if not isinstance(result, torch.Tensor) or result.shape != nothing.shape:
+        raise ArchitectureError(
+            f"{name} ({type(mlp).__name__}) does not return hidden states of size {hidden_size}. `target_modules` must "
+            "name MLP blocks."
+        )
+
+
+def check_low_rank(name: str, mlp: nn.Module) -> None:
+    """Refuse an MLP that low-rank experts cannot cover.
+
+    Raises:
+        ArchitectureError: the MLP keeps parameters outside of its linear maps.
+    """
+    linear = linear_names(mlp)
+    stray = [parameter for parameter, _ in mlp.named_parameters() if parameter.rpartition(".")[0] not in linear]
+    if stray:
+        raise ArchitectureError(
+            f"{name} ({type(mlp).__name__}) has parameters outside of its linear maps ({', '.join(stray)}), which "
+            "low-rank experts do not cover. Use full experts (expert_rank=None)."
+        )
 
 
 def linear_names(mlp: nn.Module) -> list[str]:

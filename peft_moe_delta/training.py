@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from .errors import DataError
 from .languages import PADDING_LANGUAGE_ID, LanguageTable
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
+from .tuner.context import ForwardContext
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object
 
 IGNORED_LABEL = -100
 
@@ -34,20 +40,20 @@ class LanguageCollator:
     """Turns documents into a batch for causal language modelling with languages.
 
     Each document is a mapping with `input_ids` (or `text`, tokenised here and closed with the end-of-text token), a
-    `language` code (or one code a token), and optionally `labels`.
+    `language` code (or one code a token), and optionally `labels` and an `attention_mask`, whose zeros are left out.
 
     Returns, all int64: `input_ids`, `labels` (-100 where there is no target), and
 
-    - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages. Padding is
-      known by its place, never by its token: end-of-text stays a target where it doubles as the padding token.
-    - packed: documents laid end to end in rows of `max_length`; `language_ids` (B, S), -100 in the rest of the last row;
-      `position_ids` (B, S) that restart with every document, from which transformers' models with an attention mask
-      interface (SDPA, eager, FlashAttention) keep documents from attending to each other. Models without `position_ids`
-      (BLOOM, MPT) would attend across: pad for those.
+    - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages. Padding
+      is known by its place, never by its token: end-of-text stays a target where it doubles as the padding token.
+    - packed: documents laid end to end in rows of `max_length`; `language_ids` (B, S), -100 in the rest of the last
+      row; `position_ids` (B, S) that restart with every document and row, from which transformers' models with an
+      attention mask interface (SDPA, eager, FlashAttention) keep documents from attending to each other. Models without
+      `position_ids` (BLOOM, MPT) would attend across: pad for those.
 
     Args:
         tokenizer: pads, and tokenises `text`.
-        model: the upcycled model, whose active adapter knows the languages; or a `MoeDeltaConfig`, or a `LanguageTable`.
+        model: the upcycled model, whose active adapter knows the languages; or a `MoeDeltaConfig` or `LanguageTable`.
         max_length: tokens a row; longer documents are cut (padded) or continue on the next row (packed).
         packing: whether to pack.
         pad_to_multiple_of: round the padded length up.
@@ -81,7 +87,7 @@ class LanguageCollator:
         return self._pack(documents) if self.packing else self._pad(documents)
 
     def _read(self, feature: Mapping[str, Any]) -> _Document:
-        if "language" not in feature:
+        if feature.get("language") is None:
             raise DataError(
                 f"A document has no `language`; its columns are {sorted(feature)}. Add a column of language codes: "
                 f"{', '.join(self.table.codes)}."
@@ -92,17 +98,23 @@ class LanguageCollator:
         codes = [language] * len(tokens) if isinstance(language, str) else list(language)
         if not tokens or not len(tokens) == len(labels) == len(codes):
             raise DataError(
-                f"A document has {len(tokens)} tokens, {len(labels)} labels and {len(codes)} languages; expected at least "
-                "one token, and one label and one language for each."
+                f"A document has {len(tokens)} tokens, {len(labels)} labels and {len(codes)} languages; expected at "
+                "least one token, and one label and one language for each."
             )
         ids = {code: self.table.id_of(code) for code in dict.fromkeys(codes)}
-        return _Document(tokens, [int(label) for label in labels], [ids[code] for code in codes])
+        columns = tokens, [int(label) for label in labels], [ids[code] for code in codes]
+        if feature.get("attention_mask") is None:
+            return _Document(*columns)
+        return _Document(*([v for v, kept in zip(c, feature["attention_mask"], strict=True) if kept] for c in columns))
 
     def _tokens(self, feature: Mapping[str, Any]) -> list[int]:
         if feature.get("input_ids") is not None:
             return [int(token) for token in feature["input_ids"]]
         if not isinstance(feature.get("text"), str):
-            raise DataError(f"A document has neither `input_ids` nor `text`; its columns are {sorted(feature)}.")
+            raise DataError(
+                f"A document has neither `input_ids` nor `text`; its columns are {sorted(feature)}. If the trainer "
+                "dropped a column, set remove_unused_columns=False."
+            )
         tokens = list(self.tokenizer(feature["text"])["input_ids"])
         end = self.tokenizer.eos_token_id
         return tokens if end is None or tokens[-1:] == [end] else [*tokens, end]
@@ -128,12 +140,15 @@ class LanguageCollator:
         return batch
 
     def _pack(self, documents: list[_Document]) -> dict[str, Tensor]:
-        width = self.max_length
+        width: Any = self.max_length
         tokens = [token for d in documents for token in d.tokens]
-        # The first token of a document has no context to be predicted from.
-        labels = [label for d in documents for label in (IGNORED_LABEL, *d.labels[1:])]
         languages = [language for d in documents for language in d.languages]
-        positions = [position for d in documents for position in range(len(d.tokens))]
+        # Counted from where the document or the row begins, whichever is nearer.
+        places = (place for d in documents for place in range(len(d.tokens)))
+        positions = [min(place, at % width) for at, place in enumerate(places)]
+        # A first token has no context to be predicted from.
+        targets = (label for d in documents for label in d.labels)
+        labels = [label if position else IGNORED_LABEL for label, position in zip(targets, positions, strict=True)]
         rest = -len(tokens) % width
         padding = self.tokenizer.pad_token_id
         padding = self.tokenizer.eos_token_id if padding is None else padding
@@ -149,9 +164,15 @@ class LanguageCollator:
 class RoutingCallback(TrainerCallback):
     """Adds the routers' figures to the Trainer's log: auxiliary losses and the share of tokens on expert 0 per group.
 
-    Means since the last log, over the tokens of this process: `load_balancing_loss`, `language_prior_loss`,
-    `expert_0_share/<group>`.
+    Means since the last training log, over the tokens of this process: `load_balancing_loss`, `language_prior_loss`,
+    `expert_0_share/<group>`. They reach `log_history`, what Trainer prints, and callbacks given after this one. Those
+    of `report_to` come first; for them: `trainer.callback_handler.callbacks.insert(0, RoutingCallback())`.
     """
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _read_statistics(kwargs.get("model"))  # what an earlier training left unread
 
     def on_log(
         self,
@@ -159,16 +180,66 @@ class RoutingCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, float] | None = None,
-        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        layer = next((m for m in model.modules() if isinstance(m, MoeDeltaLayer)), None) if model is not None else None
-        if layer is None or logs is None:
-            return
-        figures = layer.context.read_statistics()
+        if logs is None or "loss" not in logs:
+            return  # an evaluation, or the summary at the end
+        figures = _read_statistics(kwargs.get("model"))
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
+
+
+class AuxiliaryLossMixin(_Trainer):
+    """Adds the routers' auxiliary loss in trainers that make their loss themselves.
+
+    The plain `Trainer` takes the model's own loss, which contains the auxiliary loss already. TRL's `SFTTrainer` makes
+    its own from log-probabilities, and so does `Trainer` with label smoothing or `compute_loss_func` from logits:
+
+        class LanguageSFTTrainer(AuxiliaryLossMixin, SFTTrainer): ...
+
+    Keeps the `language` column, too, which `SFTTrainer` would drop.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = self.model
+        if (context := _context_of(model)) is not None:
+            context.name_arguments(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        context = _context_of(model)
+        if context is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+        with context.collect(num_items_in_batch) as collected:
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # As Trainer does to its own loss: DDP is going to divide what was averaged over the tokens of all processes.
+        averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None
+        auxiliary = sum(collected) * (self.accelerator.num_processes if averaged else 1)
+        return (result[0] + auxiliary, result[1]) if return_outputs else result + auxiliary
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if "language" not in columns:
+            columns.append("language")
+
+
+def _context_of(model: nn.Module | None) -> ForwardContext | None:
+    """The side channel of an upcycled model, whatever it is wrapped in."""
+    modules = () if model is None else model.modules()
+    return next((module.context for module in modules if isinstance(module, MoeDeltaLayer)), None)
+
+
+def _read_statistics(model: nn.Module | None) -> dict[str, float]:
+    context = _context_of(model)
+    return {} if context is None else context.read_statistics()
 
 
 def language_table_of(model: nn.Module | MoeDeltaConfig | LanguageTable) -> LanguageTable:
@@ -181,9 +252,9 @@ def language_table_of(model: nn.Module | MoeDeltaConfig | LanguageTable) -> Lang
         return model
     config: Any = model
     if isinstance(model, nn.Module):
-        active = getattr(model, "active_adapters", [])
-        names = active() if callable(active) else active
-        config = next((getattr(model, "peft_config", {}).get(name) for name in names), None)
+        configs = getattr(model, "peft_config", {})
+        active: Any = model.active_adapters if configs else ()
+        config = next((configs.get(name) for name in (active() if callable(active) else active)), None)
     if not isinstance(config, MoeDeltaConfig):
         raise DataError(
             f"LanguageCollator needs an upcycled model, a MoeDeltaConfig or a LanguageTable to know the languages; got "

@@ -88,11 +88,27 @@ class MoeDeltaConfig(PeftConfig):
         for name, value in (("top_k", self.top_k), ("expert_rank", self.expert_rank)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PlanError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise PlanError(
+                f"`layers_to_transform` and `layers_pattern` have no effect on the regular expression target_modules="
+                f"{self.target_modules!r}. Put the layers into the expression, or give a list of module names."
+            )
+        if self.wanted_layers is not None and self.wanted_layers != sorted(set(self.wanted_layers)):
+            raise PlanError(
+                "`layers_to_transform` must be ascending, since per-layer expert counts follow it; got "
+                f"{self.wanted_layers}."
+            )
 
     @property
     def language_table(self) -> LanguageTable:
         """Languages and groups with their ids, in the saved order."""
         return LanguageTable.build(self.languages, self.language_ids, self.group_order)
+
+    @property
+    def wanted_layers(self) -> list[int] | None:
+        """`layers_to_transform` as a list; None where every layer is transformed."""
+        layers = self.layers_to_transform
+        return [layers] if isinstance(layers, int) else layers or None
 
     @property
     def routing_rule(self) -> Routing:
@@ -121,15 +137,21 @@ class MoeDeltaConfig(PeftConfig):
             PlanError: see `ExpertPlan.build`; or `top_k` exceeds the largest set of experts any token may use.
         """
         plan = ExpertPlan.build(layers, self.language_table.groups, self.experts)
-        largest = max(
-            sum(row) for counts in plan.counts for row in self.routing_rule.allowed_experts(counts) if sum(counts) > 1
-        )
+        self.check_top_k(plan)
+        return plan
+
+    def check_top_k(self, plan: ExpertPlan) -> None:
+        """Refuse a `top_k` that no token could ever use.
+
+        Raises:
+            PlanError: `top_k` exceeds the largest set of experts any token may use under the routing in force.
+        """
+        largest = max(sum(row) for counts in plan.counts for row in self.routing_rule.allowed_experts(counts))
         if self.top_k is not None and self.top_k > largest:
             raise PlanError(
                 f"top_k={self.top_k} exceeds {largest}, the largest set of experts any token may use under "
                 f"{self.routing!r} routing with experts={self.experts}. Lower top_k or add experts."
             )
-        return plan
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are saved."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -26,10 +26,19 @@ from ..languages import PADDING_LANGUAGE_ID, LanguageTable
 ARGUMENTS = ("language", "language_ids")
 """Keyword arguments that an upcycled model accepts beyond the base model's own."""
 
+COLUMNS = ("text",)
+"""What `LanguageCollator` reads in a data set beyond the arguments of a model, so that Trainer must not drop it."""
+
+
+def constant(rows: tuple, device: torch.device) -> Tensor:
+    """Whole numbers, or rows of booleans, as a tensor: copied to each device once, or part of a compiled graph."""
+    if not torch.compiler.is_compiling():
+        return _kept_constant(rows, device)
+    return torch.tensor(rows, device=device, dtype=torch.bool if isinstance(rows[0], tuple) else torch.int64)
+
 
 @lru_cache(maxsize=256)
-def constant(rows: tuple, device: torch.device) -> Tensor:
-    """A small table as a tensor, copied to each device once."""
+def _kept_constant(rows: tuple, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
 
@@ -86,7 +95,10 @@ class ForwardState:
             return None
         codes = [self.language] * batch if isinstance(self.language, str) else list(self.language)
         if len(codes) != batch:
-            raise LanguageError(f"`language` lists {len(codes)} codes for a batch of {batch}. Give one code, or one a row.")
+            raise LanguageError(
+                f"`language` lists {len(codes)} codes for a batch of {batch}. Give one code, or one a row; "
+                "for several beams or samples a row, give `language_ids`, which `generate` repeats."
+            )
         rows = tuple(table.group_of[table.id_of(code)] for code in codes)
         return constant(rows, device).repeat_interleave(sequence), frozenset(rows)
 
@@ -117,6 +129,8 @@ class ForwardContext:
         self.current: ForwardState | None = None
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
         self.auxiliary: Tensor | None = None
+        self._collected: list[Tensor] | None = None
+        self._num_items: Tensor | int | None = None
         self._handles: list[Any] = []
 
     @classmethod
@@ -137,10 +151,32 @@ class ForwardContext:
         """Take the context off its base model again."""
         for handle in self._handles:
             handle.remove()
-        forward = model.__dict__.pop("forward")
         del model.__dict__["_moe_delta_context"]
+        forward = model.__dict__["forward"]
+        if not isinstance(forward, LanguageForward):
+            return  # somebody put theirs over ours, which by itself does nothing
+        del model.__dict__["forward"]
         if forward.wrapped is not None:
             model.__dict__["forward"] = forward.wrapped
+
+    def name_arguments(self, model: nn.Module) -> None:
+        """Put `LanguageForward` on top again where somebody, such as TRL, replaced the base model's `forward`."""
+        if not isinstance(model.__dict__.get("forward"), LanguageForward):
+            model.__dict__["forward"] = LanguageForward(model)
+
+    @contextmanager
+    def collect(self, num_items: Tensor | int | None = None) -> Iterator[list[Tensor]]:
+        """Hand over the auxiliary losses of the training passes within, instead of adding them to the model's loss.
+
+        Args:
+            num_items: tokens the loss is averaged over, where the passes are not told.
+        """
+        before = self._collected, self._num_items
+        self._collected, self._num_items = collected, _ = [], num_items
+        try:
+            yield collected
+        finally:
+            self._collected, self._num_items = before
 
     def state(self) -> ForwardState:
         """The forward pass under way.
@@ -176,6 +212,9 @@ class ForwardContext:
         shape = (tokens.shape[0], tokens.shape[1])
         language_ids = _ids_for(shape, language_ids)
         mask = kwargs.get("attention_mask")
+        if mask is None and language_ids is not None and kwargs.get("position_ids") is not None:
+            # Packed documents, for all we know: transformers keeps them apart only where it makes no cache.
+            kwargs.setdefault("use_cache", False)
         mask_T = mask[:, -shape[1] :].reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if language_ids is not None:
             known_T = (language_ids != PADDING_LANGUAGE_ID).reshape(-1)
@@ -186,7 +225,7 @@ class ForwardContext:
             language=(language or self.language) if language_ids is None else None,
             language_ids=language_ids,
             mask_T=mask_T,
-            num_items=kwargs.get("num_items_in_batch"),
+            num_items=kwargs.get("num_items_in_batch", self._num_items),
             recording=model.training and torch.is_grad_enabled(),
         )
         if self.current.recording:
@@ -198,12 +237,16 @@ class ForwardContext:
         auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
         if auxiliary is None:
             return None
+        if self._collected is not None:
+            self._collected.append(auxiliary)
+            return None
         loss = output.get("loss") if isinstance(output, dict) else None
-        if loss is None:
+        if loss is None or "log_probs" in output:
             self.auxiliary = auxiliary
             warnings.warn(
-                "This training pass returned no loss, so the routers' auxiliary loss could not be added to it. Pass "
-                "`labels`, or add `model.auxiliary_loss` to your own loss.",
+                "This training pass returned no loss, or log-probabilities of which its caller makes the loss (TRL), "
+                "so the routers' auxiliary loss could not be added. Pass `labels`, derive your trainer from "
+                "AuxiliaryLossMixin, or add `model.auxiliary_loss` to your own loss.",
                 stacklevel=2,
             )
             return None
@@ -222,30 +265,31 @@ class ForwardContext:
                 continue
             arguments = getattr(function, "keywords", {})
             given = arguments.get("context_fn")
-            if getattr(given, "func", None) is _checkpoint_contexts:
-                continue
+            if isinstance(given, _CheckpointContexts):
+                if given.context is self:
+                    continue
+                given = given.given  # left over from an adapter that was unloaded
             if arguments.get("use_reentrant", True):
                 raise PeftMoeDeltaError(
                     "Gradient checkpointing with use_reentrant=True loses the languages of the tokens when it recomputes "
                     'a layer. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
-            module._gradient_checkpointing_func = partial(
-                function, context_fn=partial(_checkpoint_contexts, self, given)
-            )
+            module._gradient_checkpointing_func = partial(function, context_fn=_CheckpointContexts(self, given))
 
 
 class LanguageForward:
     """The base model's own `forward`, with a signature that also names `language` and `language_ids`.
 
-    Trainer keeps only the data columns that this signature names, and `generate` accepts only arguments in it. The
-    values themselves are taken by the context's pre-hook.
+    Trainer keeps only the data columns that this signature names, hence `text`, and `generate` accepts only arguments
+    in it. The values themselves are taken by the context's pre-hook.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.wrapped = model.__dict__.get("forward")  # what accelerate or others put over the class's own
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-        extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ARGUMENTS]
+        names = (*ARGUMENTS, *COLUMNS)
+        extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
         self.__signature__ = inspect.Signature([p for p in parameters if p not in rest] + extra + rest)
 
@@ -255,25 +299,35 @@ class LanguageForward:
         return type(self.model).forward(self.model, *args, **kwargs)
 
 
-def _checkpoint_contexts(context: ForwardContext, given: Callable | None) -> tuple[Any, Any]:
-    """`context_fn` of `torch.utils.checkpoint`: contexts for a layer's forward pass and for its recomputation."""
-    forward, recompute = given() if given is not None else (nullcontext(), nullcontext())
-    stack = ExitStack()
-    state = context.current
+@dataclass(frozen=True)
+class _CheckpointContexts:
+    """`context_fn` of `torch.utils.checkpoint`: contexts for a layer's forward pass and for its recomputation.
+
+    Attributes:
+        context: whose forward pass it is.
+        given: the `context_fn` of the user.
+    """
+
+    context: ForwardContext
+    given: Callable[[], tuple[Any, Any]] | None
+
+    def __call__(self) -> tuple[Any, Any]:
+        forward, recompute = (nullcontext(), nullcontext()) if self.given is None else self.given()
+        state = self.context.current
+        return forward, recompute if state is None else self._replayed(state, recompute)
 
     @contextmanager
-    def restored() -> Iterator[None]:
+    def _replayed(self, state: ForwardState, recompute: Any) -> Iterator[None]:
         # The same operations must run again, but what they deposit was counted the first time.
+        context = self.context
         replay = ForwardState(state.shape, mask_T=state.mask_T, recording=state.recording, _groups=state._groups)
         before, context.current = context.current, replay
         statistics, context.statistics = context.statistics, {}
         try:
-            with stack, recompute:
+            with recompute:
                 yield
         finally:
             context.current, context.statistics = before, statistics
-
-    return forward, restored()
 
 
 def _ids_for(shape: tuple[int, int], language_ids: Tensor | None) -> Tensor | None:
@@ -286,6 +340,11 @@ def _ids_for(shape: tuple[int, int], language_ids: Tensor | None) -> Tensor | No
     """
     if language_ids is None:
         return None
+    if not isinstance(language_ids, Tensor) or language_ids.is_floating_point():
+        raise LanguageError(
+            f"`language_ids` must be a tensor of whole numbers; got {language_ids!r}. Build batches with "
+            'LanguageCollator, or name a language by its code: language="...".'
+        )
     batch, sequence = shape
     if language_ids.shape == (batch,):
         return language_ids[:, None].expand(batch, sequence)

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import linear_names
-from ..errors import ArchitectureError
 
 
 class LowRankLinear(nn.Module):
@@ -57,9 +56,10 @@ class LowRankLinear(nn.Module):
         return self.frozen.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        # PEFT keeps A and B in fp32 over a 16-bit model: each map runs in its own dtype.
         change = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)
-        result = self.frozen(x)
-        return result + change.to(result.dtype)
+        result = self.frozen(x.to(self.frozen.weight.dtype))
+        return (result + change).to(result.dtype)
 
 
 def full_expert(mlp: nn.Module) -> nn.Module:
@@ -73,19 +73,8 @@ def full_expert(mlp: nn.Module) -> nn.Module:
 
 
 def low_rank_expert(mlp: nn.Module, rank: int) -> nn.Module:
-    """A copy of an MLP's structure in which every linear map is a `LowRankLinear` over the original one.
-
-    Raises:
-        ArchitectureError: the MLP keeps parameters outside of its linear maps.
-    """
-    names = linear_names(mlp)
-    stray = [n for n, _ in mlp.named_parameters() if n.rpartition(".")[0] not in names]
-    if stray:
-        raise ArchitectureError(
-            f"{type(mlp).__name__} has parameters outside of its linear maps ({', '.join(stray)}), which low-rank experts "
-            "do not cover. Use full experts (expert_rank=None)."
-        )
-    memo = {id(mlp.get_submodule(name)): LowRankLinear(mlp.get_submodule(name), rank) for name in names}
+    """A copy of an MLP's structure in which every linear map is a `LowRankLinear` over the original one."""
+    memo = {id(mlp.get_submodule(name)): LowRankLinear(mlp.get_submodule(name), rank) for name in linear_names(mlp)}
     return _without_hooks(copy.deepcopy(mlp, memo))
 
 

@@ -49,14 +49,12 @@ class LayerSettings:
         config: the adapter's configuration; shared, so that a change of stage reaches every layer.
         counts: experts each group owns here; `counts[0] == 1`, expert 0.
         table: the adapter's languages and groups.
-        allowed: (G, E) booleans, the experts each group's tokens may use.
         own: (G, E) booleans, the experts each group owns.
     """
 
     config: MoeDeltaConfig
     counts: tuple[int, ...]
     table: LanguageTable
-    allowed: tuple[tuple[bool, ...], ...]
     own: tuple[tuple[bool, ...], ...]
 
     @classmethod
@@ -65,7 +63,12 @@ class LayerSettings:
         own = tuple(
             tuple(start <= e < start + n for e in range(sum(counts))) for start, n in zip(starts, counts, strict=True)
         )
-        return cls(config, counts, config.language_table, config.routing_rule.allowed_experts(counts), own)
+        return cls(config, counts, config.language_table, own)
+
+    @property
+    def allowed(self) -> tuple[tuple[bool, ...], ...]:
+        """(G, E) booleans, the experts each group's tokens may use under the routing in force."""
+        return self.config.routing_rule.allowed_experts(self.counts)
 
     @property
     def restricted(self) -> bool:
@@ -145,7 +148,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             )
         only = self._only_expert(settings, groups)
         if only is not None and not (state.recording and settings.config.language_prior > 0):
-            return self._run_alone(experts, only, x_TD)
+            return self._run_alone(experts, only, x_TD, self.moe_delta_router[name])
         logits_TE = self.moe_delta_router[name](x_TD)
         sets_T = groups[0] if groups is not None and settings.restricted else None
         allowed_TE = None if sets_T is None else constant(settings.allowed, x_TD.device)[sets_T]
@@ -161,11 +164,13 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         usable = [any(column) for column in zip(*(settings.allowed[g] for g in present), strict=True)]
         return usable.index(True) if sum(usable) == 1 else None
 
-    def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor) -> Tensor:
+    def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor, router: nn.Module) -> Tensor:
         y_TD = self._run(experts[expert], x_TD)
         if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-            # DDP waits for every trainable parameter: the idle experts take part with no tokens.
+            # DDP waits for every trainable parameter: idle experts and the idle router take part with no tokens.
             idle = [self._run(e, x_TD[:0]).sum() for i, e in enumerate(experts) if i != expert and _trainable(e)]
+            if _trainable(router):
+                idle.append(router(x_TD[:0]).sum())
             y_TD = y_TD + sum(idle)
         return y_TD
 

@@ -6,15 +6,18 @@ leave it.
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from ..architectures import check_mlp, layer_index, mlp_module_name
-from ..errors import ArchitectureError
+from ..architectures import OUTSIDE_THE_TEXT_DECODER, check_low_rank, check_mlp, layer_index, mlp_module_name
+from ..errors import ArchitectureError, PlanError
 from ..plan import ExpertPlan
 from .config import MoeDeltaConfig
 from .context import ForwardContext
@@ -44,26 +47,37 @@ class MoeDeltaModel(BaseTuner):
     # -- what a user calls --------------------------------------------------------------------------------------------
 
     def start_expansion(
-        self, *, load_balancing_coef: float | None = None, language_prior_coef: float | None = None
+        self,
+        *,
+        routing: str | None = None,
+        load_balancing_coef: float | None = None,
+        language_prior_coef: float | None = None,
     ) -> None:
         """Train experts and routers on new-language text (MoE-LPR, stage 1).
 
         Args:
+            routing: None keeps the routing in force.
             load_balancing_coef: None for 0.01.
             language_prior_coef: None for 0. DMoE classifies every group with 1.28.
         """
-        self._start_stage("expansion", load_balancing_coef, language_prior_coef)
+        self._start_stage("expansion", routing, load_balancing_coef, language_prior_coef)
 
     def start_review(
-        self, *, load_balancing_coef: float | None = None, language_prior_coef: float | None = None
+        self,
+        *,
+        routing: str | None = None,
+        load_balancing_coef: float | None = None,
+        language_prior_coef: float | None = None,
     ) -> None:
         """Train only the routers, with the language-prior loss on the original languages (MoE-LPR, stage 2).
 
         Args:
+            routing: None keeps the routing in force. Experts that were expanded under `"language"` become a learned
+                mixture, which needs no `language_ids` and exports to stock architectures, with `"learned"`.
             load_balancing_coef: None for 0.
             language_prior_coef: None for 0.1.
         """
-        self._start_stage("review", load_balancing_coef, language_prior_coef)
+        self._start_stage("review", routing, load_balancing_coef, language_prior_coef)
 
     def set_language(self, code: str | None) -> None:
         """Set the language of calls that name none; None forgets it.
@@ -74,6 +88,17 @@ class MoeDeltaModel(BaseTuner):
         if code is not None:
             self.active_config.language_table.id_of(code)
         ForwardContext.of(self.model).language = code
+
+    @contextmanager
+    def in_language(self, code: str | None) -> Iterator[None]:
+        """`set_language` for the length of a block."""
+        context = ForwardContext.of(self.model)
+        before = context.language
+        self.set_language(code)
+        try:
+            yield
+        finally:
+            context.language = before
 
     def graft(self, post_trained: str | PreTrainedModel, **options: Any) -> PeftModel:
         """The same experts over the post-trained checkpoint; see `grafting.graft`."""
@@ -114,30 +139,52 @@ class MoeDeltaModel(BaseTuner):
         counts = tuple(layer.settings[name].counts for layer in layers.values())
         return ExpertPlan(tuple(layers), self.peft_config[name].language_table.groups, counts)
 
-    def _start_stage(self, stage: str, load_balancing_coef: float | None, language_prior_coef: float | None) -> None:
+    def _start_stage(
+        self,
+        stage: str,
+        routing: str | None,
+        load_balancing_coef: float | None,
+        language_prior_coef: float | None,
+    ) -> None:
         config = self.active_config
-        config.stage, config.load_balancing_coef, config.language_prior_coef = (
-            stage,
-            load_balancing_coef,
-            language_prior_coef,
-        )
+        changed = replace(config, stage=stage, routing=routing or config.routing)
+        changed.check_top_k(self.plan())
+        config.stage, config.routing = changed.stage, changed.routing
+        config.load_balancing_coef, config.language_prior_coef = load_balancing_coef, language_prior_coef
         self.set_adapter(self.active_adapters)
 
     # -- what PEFT calls ----------------------------------------------------------------------------------------------
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What is filled in belongs to this model; the caller may use its configuration for another one.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and self.peft_config:
+            # Each layer has chosen a successor among its own adapters, which need not be the same everywhere.
+            self.set_adapter(min(self.peft_config))
+
     def _prepare_adapter_config(self, peft_config: MoeDeltaConfig, model_config: dict) -> MoeDeltaConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = [mlp_module_name(model_config.get("model_type", ""))]
+            if peft_config.exclude_modules is None and model_config.get("text_config") is not None:
+                peft_config.exclude_modules = OUTSIDE_THE_TEXT_DECODER
         return peft_config
 
     def _prepare_model(self, peft_config: MoeDeltaConfig, model: nn.Module) -> None:
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
+        hidden_size = self.model.config.get_text_config().hidden_size
         blocks: dict[int, nn.Module] = {}
         for name, module in self._targets(peft_config, model):
             mlp = module.get_base_layer() if isinstance(module, MoeDeltaLayer) else module
-            check_mlp(name, mlp)
+            check_mlp(name, mlp, hidden_size)
+            if peft_config.expert_rank is not None:
+                check_low_rank(name, mlp)
             if layer_index(name) in blocks:
                 raise ArchitectureError(
                     f"`target_modules` {peft_config.target_modules} matches two modules in layer {layer_index(name)}, "
@@ -147,6 +194,12 @@ class MoeDeltaModel(BaseTuner):
         if not blocks:
             return  # PEFT says which names it looked for
         layers = sorted(blocks)
+        missing = set(peft_config.wanted_layers or ()) - set(layers)
+        if missing:
+            raise PlanError(
+                f"`layers_to_transform` names the layers {sorted(missing)}, where {type(self.model).__name__} has no "
+                f"module called {peft_config.target_modules}. It matches in the layers {layers}."
+            )
         plan = peft_config.plan(layers)
         found = fingerprint([blocks[layer] for layer in layers])
         if peft_config.base_fingerprint is not None:

@@ -1,0 +1,8 @@
+"""Post-training deltas: what instruction tuning changed, and how it is added to experts. Tensors and files only."""
+
+from .arithmetic import graft_tensor
+from .post_training import PostTrainingDelta
+from .report import DeltaReport, FamilyDelta
+from .scale import Scale
+
+__all__ = ["DeltaReport", "FamilyDelta", "PostTrainingDelta", "Scale", "graft_tensor"]

@@ -1,0 +1,79 @@
+"""What a post-training delta amounts to, part by part, and whether grafting it is doubtful.
+
+In: the norms of deltas and weights. Out: frozen rows that `dataclasses.asdict` turns into JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+DOUBTFUL_RATIO = 0.5
+"""From here on `||Delta|| / ||W||` is called doubtful: two unrelated models of equal norm are at sqrt(2)."""
+
+_FAMILIES = {
+    "norm": r"norm|\bln_",
+    "embeddings": r"embed|lm_head|\bwte\b|\bwpe\b",
+    "self_attn": r"attn|attention",
+    "mlp": r"mlp|ffn|feed_forward",
+}
+
+
+def family_of(name: str) -> str:
+    """The part of a model that a tensor belongs to: norm, embeddings, self_attn, mlp or other."""
+    return next((family for family, pattern in _FAMILIES.items() if re.search(pattern, name)), "other")
+
+
+@dataclass(frozen=True)
+class FamilyDelta:
+    """The delta of one part of the model, over all its tensors.
+
+    Attributes:
+        family: see `family_of`.
+        delta_norm: `||Delta||`, fp64.
+        weight_norm: `||W_0||`, fp64.
+    """
+
+    family: str
+    delta_norm: float
+    weight_norm: float
+
+    @property
+    def ratio(self) -> float:
+        """`||Delta|| / ||W_0||`; infinite where zeros were changed, 0 where they were not."""
+        if self.weight_norm == 0:
+            return float("inf") if self.delta_norm else 0.0
+        return self.delta_norm / self.weight_norm
+
+
+@dataclass(frozen=True)
+class DeltaReport:
+    """Size of a delta by part of the model.
+
+    Attributes:
+        families: one row a part, in order of appearance.
+        doubtful: reasons to doubt that grafting makes sense; empty if there is none.
+    """
+
+    families: tuple[FamilyDelta, ...]
+    doubtful: tuple[str, ...]
+
+    @classmethod
+    def of(cls, squares: Iterable[tuple[str, float, float]]) -> DeltaReport:
+        """Sum up `(tensor name, ||Delta||^2, ||W_0||^2)`."""
+        sums: dict[str, list[float]] = {}
+        for name, delta, weight in squares:
+            row = sums.setdefault(family_of(name), [0.0, 0.0])
+            row[0] += delta
+            row[1] += weight
+        rows = tuple(FamilyDelta(family, delta**0.5, weight**0.5) for family, (delta, weight) in sums.items())
+        doubtful = [
+            f"{row.family}: the change is {row.ratio:.0%} of the weights' norm; unrelated models are at about 141%, so "
+            "the post-trained checkpoint may not descend from this base"
+            for row in rows
+            if row.ratio >= DOUBTFUL_RATIO
+        ]
+        if not any(row.delta_norm for row in rows):
+            doubtful.append("the two checkpoints are equal: there is nothing to graft")
+        return cls(rows, tuple(doubtful))

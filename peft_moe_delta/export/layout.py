@@ -1,0 +1,130 @@
+"""The one write loop, and what a stock architecture has to say to use it.
+
+In: `UpcycledWeights`. Out: a config and a stream of (on-disk name, tensor), one expert at a time, so that building a
+model in memory and writing files in bounded memory read the same loop. A stock architecture is a `MoeLayout`: a name
+map, its config fields and the reasons for which a model does not fit; `mixtral.py` is the shortest.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .weights import UpcycledWeights
+
+SAME_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "attention_dropout",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "use_cache",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""Config fields that dense and MoE architectures share, name and meaning."""
+
+_HEAD = "lm_head.weight"
+
+
+class Layout:
+    """The dense architecture itself, for weights without MoE layers; what the others add is in `MoeLayout`."""
+
+    def config(self, weights: UpcycledWeights) -> PretrainedConfig:
+        """The exported model's config."""
+        config = copy.deepcopy(weights.config)
+        config.dtype = weights.dtype
+        add_legacy_rope(config)
+        return config
+
+    def tensors(self, weights: UpcycledWeights) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor with its on-disk name; a layer's experts come together, and a tied embedding once."""
+        layer_of = {name: layer for layer, names in weights.mlp_names.items() for name in names.values()}
+        written: set[int] = set()
+        for name in weights.dense:
+            layer = layer_of.get(name)
+            if layer is None:
+                if not (name == _HEAD and weights.config.tie_word_embeddings):
+                    yield from self.outside_mlp(weights, name)
+            elif layer not in written:
+                written.add(layer)
+                yield from self.mlp(weights, layer)
+
+    def outside_mlp(self, weights: UpcycledWeights, name: str) -> Iterator[tuple[str, Tensor]]:
+        """One tensor that belongs to no MLP."""
+        yield name, weights.dense[name]
+
+    def mlp(self, weights: UpcycledWeights, layer: int) -> Iterator[tuple[str, Tensor]]:
+        """The MLP of one layer."""
+        for matrix, tensor in weights.expert(layer, 0).items():
+            yield weights.mlp_names[layer][matrix], tensor
+
+
+class MoeLayout(Layout, ABC):
+    """A stock MoE architecture for dense models with Llama's names (`model.layers.N.mlp.gate_proj.weight`)."""
+
+    dense_types: ClassVar[tuple[str, ...]]
+    """`model_type` of the dense models whose attention, norms and embeddings it shares."""
+    config_class: ClassVar[type[PretrainedConfig]]
+    router_name: ClassVar[str]
+    """The router's name inside a decoder layer."""
+    expert_names: ClassVar[Mapping[str, str]]
+    """Name inside the dense MLP -> name inside a decoder layer, `{}` standing for the expert's number."""
+
+    @abstractmethod
+    def fields(self, weights: UpcycledWeights) -> dict[str, Any]:
+        """Config fields beyond `SAME_FIELDS`."""
+
+    def misfits(self, weights: UpcycledWeights) -> Iterator[str]:
+        """Why the weights cannot be held exactly, one reason at a time; none if they can."""
+        counts = [len(weights.selected(layer)) for layer in weights.moe_layers]
+        if len(set(counts)) > 1:
+            yield f"its MoE layers all have one number of experts, these have {counts}"
+        unknown = {matrix for names in weights.mlp_names.values() for matrix in names} - set(self.expert_names)
+        if unknown:
+            yield f"its experts have no {', '.join(sorted(unknown))}"
+
+    def config(self, weights: UpcycledWeights) -> PretrainedConfig:
+        same = {field: copy.deepcopy(getattr(weights.config, field)) for field in SAME_FIELDS}
+        neutral: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
+        config = self.config_class(**same, **neutral, **self.fields(weights), dtype=weights.dtype)
+        add_legacy_rope(config)
+        return config
+
+    def mlp(self, weights: UpcycledWeights, layer: int) -> Iterator[tuple[str, Tensor]]:
+        if layer not in weights.moe_layers:
+            yield from super().mlp(weights, layer)
+            return
+        prefix = f"model.layers.{layer}."
+        yield prefix + self.router_name, weights.router(layer)
+        for position in range(len(weights.selected(layer))):
+            for matrix, tensor in weights.expert(layer, position).items():
+                yield prefix + self.expert_names[matrix].format(position), tensor
+
+
+def add_legacy_rope(config: PretrainedConfig) -> None:
+    """Write `rope_theta` and `rope_scaling` beside `rope_parameters`, or transformers 4 reads default positions.
+
+    `rope_scaling` goes into the instance's dictionary, which is what is serialised: transformers 5 has a property of
+    that name, whose setter would replace `rope_parameters`.
+    """
+    rope = dict(getattr(config, "rope_parameters", None) or {})
+    if "rope_theta" not in rope:  # no rotary positions, or one set of them for each layer type
+        return
+    config.rope_theta = rope.pop("rope_theta")
+    if rope["rope_type"] != "default":
+        vars(config)["rope_scaling"] = rope

@@ -1,0 +1,108 @@
+"""What is exported, whatever it was made from.
+
+In: a dense model's config and tensors, and callables for its experts and routers. Out: one object that layouts read,
+one expert at a time. Nothing here knows PEFT or computes anything: low-rank experts and grafts arrive as full tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..architectures import mlp_module_name
+from ..errors import GraftError
+from ..plan import ExpertPlan
+
+
+@dataclass(frozen=True)
+class UpcycledWeights:
+    """An upcycled model as tensors; every token may use every expert that is exported.
+
+    Attributes:
+        config: of the dense (post-trained) model.
+        plan: experts per layer and group.
+        top_k: experts a token may be sent to.
+        dense: the dense model's state dict, in its own names; its MLPs are expert 0.
+        experts: (layer, expert >= 1) -> the expert's tensors, named as inside the dense MLP (`gate_proj.weight`).
+        routers: layer -> router weight (E, d), rows in the plan's order, for layers with more than one expert.
+        group: None for the whole model under learned routing; else the one group that is exported (`for_group`).
+    """
+
+    config: PretrainedConfig
+    plan: ExpertPlan
+    top_k: int
+    dense: Mapping[str, Tensor]
+    experts: Callable[[int, int], Mapping[str, Tensor]]
+    routers: Callable[[int], Tensor]
+    group: str | None = None
+
+    def for_group(self, group: str) -> UpcycledWeights:
+        """What a group's languages run on under routing by language: its experts, expert 0 in layers where it has none.
+
+        With at most one expert a layer that is a dense model, else a smaller mixture of experts.
+
+        Raises:
+            GraftError: the plan has no such group.
+        """
+        if group not in self.plan.groups:
+            raise GraftError(f"Cannot export group {group!r}: the plan has {', '.join(self.plan.groups)}. Choose one.")
+        return dataclasses.replace(self, group=group)
+
+    def selected(self, layer: int) -> tuple[int, ...]:
+        """The plan's indices of the experts that are exported in a layer, in order."""
+        if self.group is None:
+            return tuple(range(self.plan.num_experts(layer)))
+        return tuple(self.plan.experts_of(layer, self.group)) or (0,)
+
+    @cached_property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers that are exported with more than one expert."""
+        return tuple(layer for layer in self.plan.layers if len(self.selected(layer)) > 1)
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """The layers that are exported with one expert."""
+        return tuple(layer for layer in range(self.config.num_hidden_layers) if layer not in self.moe_layers)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of a MoE layer, in weights whose MoE layers all have the same number."""
+        return len(self.selected(self.moe_layers[0]))
+
+    @property
+    def num_experts_per_token(self) -> int:
+        """k, at most `num_experts`."""
+        return min(self.top_k, self.num_experts)
+
+    @cached_property
+    def mlp_names(self) -> Mapping[int, Mapping[str, str]]:
+        """Layer -> {name inside the MLP: name in `dense`}."""
+        pattern = re.compile(rf"(?:.*?\.)?(\d+)\.{re.escape(mlp_module_name(self.config.model_type))}\.(.+)")
+        names: dict[int, dict[str, str]] = {}
+        for name in self.dense:
+            if match := pattern.fullmatch(name):
+                names.setdefault(int(match[1]), {})[match[2]] = name
+        return names
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the dense MLPs, which the exported model has throughout."""
+        return self.dense[next(name for names in self.mlp_names.values() for name in names.values())].dtype
+
+    def expert(self, layer: int, position: int) -> Mapping[str, Tensor]:
+        """Tensors of the expert at a position of `selected(layer)`, named as inside the dense MLP, in `dtype`."""
+        expert = self.selected(layer)[position]
+        if expert == 0:
+            return {matrix: self.dense[name] for matrix, name in self.mlp_names[layer].items()}
+        return {matrix: tensor.to(self.dtype) for matrix, tensor in self.experts(layer, expert).items()}
+
+    def router(self, layer: int) -> Tensor:
+        """Router rows of the selected experts, (E, d), in `dtype`: stock architectures keep no fp32 router."""
+        return self.routers(layer)[list(self.selected(layer))].to(self.dtype)

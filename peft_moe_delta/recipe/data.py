@@ -1,0 +1,64 @@
+"""Text and tasks from the files a recipe names.
+
+In: jsonl files. Out: lists of texts or tasks, cut to a limit where one is set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+
+def read_texts(path: str, limit_bytes: int | None = None) -> list[str]:
+    """The `text` column of a jsonl file, whole documents up to a number of UTF-8 bytes.
+
+    Raises:
+        DataError: no such file, a line without text, or no text at all.
+    """
+    texts, size = [], 0
+    for number, line in _lines(path):
+        text = line.get("text")
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{path}, line {number}: expected a `text` with at least one character; got {text!r}.")
+        texts.append(text)
+        size += len(text.encode())
+        if limit_bytes is not None and size >= limit_bytes:
+            break
+    return texts
+
+
+def read_tasks(path: str, limit: int | None = None) -> list[dict[str, str]]:
+    """Tasks of a jsonl file with `prompt` and `answer`.
+
+    Raises:
+        DataError: no such file, a line without them, or no task at all.
+    """
+    tasks = []
+    for number, line in _lines(path):
+        if not isinstance(line.get("prompt"), str) or not isinstance(line.get("answer"), str):
+            raise DataError(f"{path}, line {number}: expected `prompt` and `answer`; got the fields {sorted(line)}.")
+        tasks.append(line)
+    return tasks[:limit]
+
+
+def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered objects of a jsonl file, at least one."""
+    if not Path(path).is_file():
+        raise DataError(f"No file {path}. The recipe names it; check the path (relative to the working folder).")
+    number = 0
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    line = json.loads(text)
+                    if not isinstance(line, dict):
+                        raise DataError(f"{path}, line {number}: expected an object; got {type(line).__name__}.")
+                    yield number, line
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}, after line {number}: not a jsonl file in UTF-8: {error}") from error
+    if number == 0:
+        raise DataError(f"{path} is empty.")

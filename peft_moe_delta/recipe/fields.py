@@ -1,0 +1,214 @@
+"""What a recipe file says, read and checked.
+
+In: a YAML file. Out: `Recipe`, frozen. Every field has the name it has in the file; an unknown or missing field is an
+error that names it. Paths are relative to the working folder; models and checkpoints may be Hub ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Language:
+    """One language: its group, and jsonl files with a `text` column."""
+
+    group: str
+    train: str
+    test: str
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A set of tasks with exact answers: jsonl files with `prompt` and `answer`."""
+
+    test: str
+    validation: str | None = None
+
+
+@dataclass(frozen=True)
+class Training:
+    """One run of the plain Trainer. `sequence_length` is in tokens."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    sequence_length: int = 128
+
+
+@dataclass(frozen=True)
+class Tuning(Training):
+    """Supervised tuning of the base model on tasks, for recipes that bring no post-trained model."""
+
+    tasks: str = ""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`MoeDeltaConfig`, as far as a recipe sets it."""
+
+    experts: dict[str, Any]
+    routing: str = "learned"
+    top_k: int | None = None
+    expert_rank: int | None = None
+    layers_to_transform: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Review(Training):
+    """The review stage. `language_prior_coef` as in `MoeDeltaModel.start_review`."""
+
+    routing: str | None = None
+    language_prior_coef: float | None = None
+
+
+@dataclass(frozen=True)
+class Graft:
+    """How the post-training delta is applied, as in `merge_and_graft`."""
+
+    expert_scale: float | dict[str, float] | str = 1.0
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much held-out material is scored; None for all of it."""
+
+    test_bytes: int | None = None
+    validation_bytes: int | None = None
+    test_tasks: int | None = None
+    validation_tasks: int | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole job.
+
+    Attributes:
+        model: the base model: folder or Hub id.
+        output: where every step leaves its folder.
+        languages: code -> group and text.
+        adapter: experts and routing.
+        expand: stage 1, on the text of the languages that are not original.
+        review: stage 2, routers only, on the text of all languages; None to leave it out.
+        post_trained: folder or Hub id; None where `tune` makes one.
+        tune: supervised tuning that makes the post-trained model.
+        dense: continual pre-training of the dense base on the very tokens of `expand`, plus the delta, to compare with.
+        graft: how the delta is applied.
+        tasks: name -> tasks with exact answers, scored beside the text.
+        limits: how much is scored.
+        num_hidden_layers: cut the base model down to its first layers, to try a recipe out.
+        precision: `"bf16"` or `"fp32"`, of the arithmetic; weights are trained in fp32.
+        seed: of every random choice.
+    """
+
+    model: str
+    output: str
+    languages: dict[str, Language]
+    adapter: Adapter
+    expand: Training
+    review: Review | None = None
+    post_trained: str | None = None
+    tune: Tuning | None = None
+    dense: Training | None = None
+    graft: Graft = field(default_factory=Graft)
+    tasks: dict[str, Tasks] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    num_hidden_layers: int | None = None
+    precision: str = "bf16"
+    seed: int = 0
+
+    @property
+    def expanded_languages(self) -> list[str]:
+        """The languages that are to be learnt, in order."""
+        return [code for code, language in self.languages.items() if language.group != "original"]
+
+
+def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
+    """Read a recipe; with `quick`, its section `quick` is laid over the rest.
+
+    Raises:
+        RecipeError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RecipeError(f"No recipe at {path}. Start from examples/demo.yaml.")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} must hold fields, one a line; got {type(data).__name__}.")
+    changes = data.pop("quick", None)
+    if quick and changes is None:
+        raise RecipeError(f"{path} has no section `quick`, so --quick has nothing to change. Add one, or run without.")
+    recipe: Recipe = _read(Recipe, _laid_over(data, changes) if quick else data, str(path))
+    if (recipe.post_trained is None) == (recipe.tune is None):
+        raise RecipeError(f"{path} must have either `post_trained` (a model) or `tune` (how to make one), not both.")
+    if recipe.precision not in ("bf16", "fp32"):
+        raise RecipeError(f'{path}: `precision` must be "bf16" or "fp32"; got {recipe.precision!r}.')
+    return recipe
+
+
+def _laid_over(data: Any, changes: Any) -> Any:
+    """Nested fields replaced one by one, anything else whole."""
+    if not (isinstance(data, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**data, **{key: _laid_over(data.get(key), value) for key, value in changes.items()}}
+
+
+def _read(kind: Any, data: Any, where: str) -> Any:
+    """A value of the kind a field is annotated with."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _read_section(kind, data, where)
+    if origin in (types.UnionType, typing.Union):
+        if data is None and type(None) in arguments:
+            return None
+        kinds = [k for k in arguments if k is not type(None)]
+        fitting = [k for k in kinds if not dataclasses.is_dataclass(k) and _fits(k, data)]
+        return _read(fitting[0] if fitting else kinds[0], data, where)
+    if not _fits(kind, data):
+        raise RecipeError(f"{where} must be {getattr(kind, '__name__', kind)}; got {data!r}.")
+    if origin is dict:
+        return {str(key): _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
+    return float(data) if kind is float else data
+
+
+def _read_section(kind: Any, data: Any, where: str) -> Any:
+    """A dataclass from a mapping with its fields."""
+    if not isinstance(data, Mapping):
+        raise RecipeError(f"{where} must be a section with fields; got {data!r}.")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = sorted(set(map(str, data)) - set(fields))
+    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
+    missing = sorted(required - set(data))
+    if unknown or missing:
+        raise RecipeError(
+            f"{where}: unknown fields {unknown}, missing fields {missing}. Known fields: {', '.join(fields)}."
+        )
+    hints = typing.get_type_hints(kind)
+    return kind(**{name: _read(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+
+
+def _fits(kind: Any, data: Any) -> bool:
+    """Whether a YAML value can be read as a kind; numbers like 4e-4, which YAML 1.1 takes for text, are given as 4.0e-4."""
+    origin = typing.get_origin(kind) or kind
+    if origin is Any:
+        return True
+    if origin is float:
+        return isinstance(data, int | float) and not isinstance(data, bool)
+    if origin is int:
+        return isinstance(data, int) and not isinstance(data, bool)
+    return isinstance(data, origin)

@@ -1,0 +1,116 @@
+"""The graft as a step: the reviewed adapter and the post-trained model become a stock checkpoint that was tried out.
+
+In: base, adapter, post-trained model. Out: a checkpoint folder with tokenizer, `graft.json` and the proof that a process
+without this package loads it and computes the same.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, PreTrainedModel
+
+from ..delta import PostTrainingDelta, graft_tensor
+from ..errors import GraftError
+from ..evaluation import bits_per_byte, exact_match
+from .data import read_tasks, read_texts
+from .fields import Graft, Recipe
+from .scoring import arithmetic, window
+from .stages import load_model, save_with_tokenizer
+
+_RELOAD = Path(__file__).with_name("reload.py")
+_RELOAD_TOLERANCE = 1e-3
+
+
+def graft(
+    recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | str, fields: Graft, folder: Path
+) -> None:
+    """`merge_and_graft`, saved with the post-trained model's tokenizer, reloaded by plain transformers."""
+    model = PeftModel.from_pretrained(load_model(base), adapter)
+    validation = _validation(recipe, base) if fields.expert_scale == "auto" else None
+    chat = model.merge_and_graft(
+        load_model(post_trained), scale=fields.scale, expert_scale=fields.expert_scale, validation=validation
+    )
+    save_with_tokenizer(chat, post_trained, folder)
+    report = asdict(chat.graft_report) | {"post_trained": str(post_trained), "reload": _reload(chat, folder)}
+    (folder / "graft.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def graft_dense(base: Path | str, tuned: Path, post_trained: Path | str, folder: Path) -> None:
+    """A continually pre-trained dense model plus the delta: `theta' + (theta_post - theta_base)` (arXiv 2504.21023)."""
+    model, before, after = load_model(tuned), load_model(base), load_model(post_trained)
+    delta = PostTrainingDelta.from_checkpoints(dict(before.named_parameters()), dict(after.named_parameters()))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(graft_tensor(delta.base[name], delta.post_trained[name], parameter, name=name))
+    save_with_tokenizer(model, post_trained, folder)
+
+
+def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float]:
+    """Score of a grafted model against the post-trained one on validation material, as fractions of equal weight.
+
+    `mean over expanded languages of (1 - bits / post-trained's bits) + mean over tasks of (exact match - post-trained's)`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    limits = recipe.limits
+    texts = {
+        code: read_texts(recipe.languages[code].validation, limits.validation_bytes)
+        for code in recipe.expanded_languages
+        if recipe.languages[code].validation
+    }
+    tasks = [read_tasks(t.validation, limits.validation_tasks) for t in recipe.tasks.values() if t.validation]
+    if not texts:
+        raise GraftError(
+            'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. Name one, '
+            "or give a number."
+        )
+
+    def measure(model: PreTrainedModel) -> tuple[list[float], list[float]]:
+        with arithmetic(recipe):
+            bits = [bits_per_byte(model, tokenizer, text, **window(recipe)).value for text in texts.values()]
+            return bits, [exact_match(model, tokenizer, task).value for task in tasks]
+
+    reference: list[tuple[list[float], list[float]]] = []
+
+    def score(grafted: PeftModel) -> float:
+        if not reference:
+            with grafted.disable_adapter():  # what is left is the post-trained model
+                reference.append(measure(grafted))
+        bits, matches = measure(grafted)
+        gain = statistics.fmean(1 - now / before for now, before in zip(bits, reference[0][0], strict=True))
+        kept = [now - before for now, before in zip(matches, reference[0][1], strict=True)]
+        return gain + (statistics.fmean(kept) if kept else 0.0)
+
+    return score
+
+
+def _reload(chat: PreTrainedModel, folder: Path) -> dict[str, str | float]:
+    """Load the checkpoint in a process that cannot import this package, and compare logits.
+
+    Raises:
+        GraftError: that process failed, or computed something else.
+    """
+    proof = folder / "reload.safetensors"
+    child = subprocess.run([sys.executable, str(_RELOAD), str(folder), str(proof)], capture_output=True, text=True)
+    if child.returncode:
+        raise GraftError(f"Plain transformers cannot load the checkpoint in {folder}:\n{child.stderr[-2000:]}")
+    found = load_file(proof)
+    proof.unlink()
+    with torch.inference_mode():
+        expected = chat(input_ids=found["input_ids"].to(chat.device)).logits.float().cpu()
+    difference = (expected - found["logits"]).abs().max().item()
+    if not difference <= _RELOAD_TOLERANCE:
+        raise GraftError(
+            f"The reloaded checkpoint computes other logits (by up to {difference:.3g}) than the model that was saved. "
+            "Please report the two configs."
+        )
+    return {"architecture": child.stdout.strip(), "max_logit_difference": difference}

@@ -1,0 +1,26 @@
+"""Run as a script: load a checkpoint with plain transformers, where `peft_moe_delta` cannot be imported.
+
+In: a checkpoint folder and a file to write. Out: that file, with token ids and their logits; the architecture on stdout.
+"""
+
+import sys
+
+sys.modules["peft_moe_delta"] = None  # type: ignore[assignment]  # any import of it now fails
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+
+def main(folder: str, proof: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator)
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids).logits.float()
+    save_file({"input_ids": input_ids, "logits": logits.contiguous()}, proof)
+    sys.stdout.write(type(model).__name__)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,54 @@
+"""Scoring one checkpoint on all held-out material of a recipe.
+
+In: a checkpoint. Out: `scores.json`: bits and bytes of every document by language, 0 or 1 for every task.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from ..evaluation import bits_per_byte, exact_match
+from .data import read_tasks, read_texts
+from .fields import Recipe
+from .stages import load_model
+
+FILE = "scores.json"
+_WINDOW = 1024
+
+
+def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
+    """Score a checkpoint in a stock architecture."""
+    model, tokenizer = load_model(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    scores: dict[str, Any] = {"text": {}, "tasks": {}}
+    with arithmetic(recipe):
+        for code, language in recipe.languages.items():
+            texts = read_texts(language.test, recipe.limits.test_bytes)
+            result = bits_per_byte(model, tokenizer, texts, progress=_bar(f"{code} text"), **window(recipe))
+            scores["text"][code] = {"bits": result.bits.tolist(), "bytes": result.bytes.tolist()}
+        for name, tasks in recipe.tasks.items():
+            listed = read_tasks(tasks.test, recipe.limits.test_tasks)
+            scores["tasks"][name] = exact_match(model, tokenizer, listed, progress=_bar(name)).correct.tolist()
+    (folder / FILE).write_text(json.dumps(scores), encoding="utf-8")
+
+
+def arithmetic(recipe: Recipe) -> AbstractContextManager:
+    """The precision the recipe computes in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
+
+
+def window(recipe: Recipe) -> dict[str, int]:
+    """How documents are cut: every token once, in windows without overlap, which most documents do not fill."""
+    return {"max_length": _WINDOW, "stride": _WINDOW, "batch_size": 4}
+
+
+def _bar(label: str) -> partial:
+    return partial(tqdm, desc=label, leave=False)

@@ -1,0 +1,155 @@
+"""The steps that train, each one run of the plain Hugging Face `Trainer`.
+
+In: models, text and tasks as the recipe names them. Out: checkpoints and adapters in the folders of their steps.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+from ..errors import DataError
+from ..evaluation import encode_task
+from ..training import LanguageCollator, RoutingCallback
+from ..tuner import MoeDeltaConfig
+from .data import read_tasks, read_texts
+from .fields import Recipe, Review, Training, Tuning
+
+Features = list[dict[str, Any]]
+
+
+def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
+    """A causal LM in fp32, which small updates need; on the first GPU where there is one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).to(device)
+
+
+def save_with_tokenizer(model: PreTrainedModel | PeftModel, tokenizer_of: str | Path, folder: Path) -> None:
+    """A checkpoint with the tokenizer, chat template included, of another one."""
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+
+
+def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None:
+    """Supervised tuning: the base model learns tasks with exact answers and becomes the post-trained model."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    features: Features = []
+    for task in read_tasks(fields.tasks):
+        input_ids, labels = encode_task(tokenizer, task["prompt"], task["answer"])
+        features.append({"input_ids": input_ids, "labels": labels})
+    model = load_model(base)
+    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True), "tune")
+    save_with_tokenizer(model, base, folder)
+
+
+def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
+    """Stage 1: new experts learn from new-language text."""
+    adapter = recipe.adapter
+    model = get_peft_model(
+        load_model(base),
+        MoeDeltaConfig(
+            languages={code: language.group for code, language in recipe.languages.items()},
+            experts=adapter.experts,
+            routing=adapter.routing,
+            top_k=adapter.top_k,
+            expert_rank=adapter.expert_rank,
+            layers_to_transform=adapter.layers_to_transform,
+        ),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
+    _train(recipe, model, features, recipe.expand, LanguageCollator(tokenizer, model), "expand")
+    model.save_pretrained(folder)
+
+
+def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path) -> None:
+    """Stage 2: the routers alone learn from all languages which expert serves whom."""
+    model = PeftModel.from_pretrained(load_model(base), expanded, is_trainable=True)
+    model.start_review(routing=fields.routing, language_prior_coef=fields.language_prior_coef)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    features = blocks(recipe, tokenizer, list(recipe.languages), fields)
+    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model), "review")
+    model.save_pretrained(folder)
+
+
+def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:
+    """What one would do without experts: continual pre-training of the whole dense model on the very same tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
+    for feature in features:
+        feature["labels"] = feature["input_ids"]
+        del feature["language"]
+    model = load_model(base)
+    _train(recipe, model, features, fields, default_data_collator, "dense")
+    save_with_tokenizer(model, base, folder)
+
+
+def blocks(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequence[str], fields: Training
+) -> Features:
+    """Equally many blocks of `sequence_length` tokens of each language, enough for every step, shuffled.
+
+    Raises:
+        DataError: a language has too little text.
+    """
+    each = -(-fields.steps * fields.batch_size // len(languages))
+    features: Features = []
+    for code in languages:
+        texts = read_texts(recipe.languages[code].train)
+        random.Random(recipe.seed).shuffle(texts)
+        tokens: list[int] = []
+        for text in texts:
+            tokens += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+            if len(tokens) >= each * fields.sequence_length:
+                break
+        starts = range(0, len(tokens) - fields.sequence_length + 1, fields.sequence_length)
+        if len(starts) < each:
+            raise DataError(
+                f"{recipe.languages[code].train} has {len(tokens):,} tokens of {code!r}; {fields.steps} steps of "
+                f"{fields.batch_size} x {fields.sequence_length} tokens need {each * fields.sequence_length:,} of each "
+                "language. Bring more text, or train for fewer steps."
+            )
+        features += [{"input_ids": tokens[s : s + fields.sequence_length], "language": code} for s in starts[:each]]
+    random.Random(recipe.seed).shuffle(features)
+    return features
+
+
+def _train(
+    recipe: Recipe, model: torch.nn.Module, features: Features, fields: Training, collator: Callable, name: str
+) -> None:
+    """The plain Trainer, with cosine decay and a short warm-up."""
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=fields.steps,
+            per_device_train_batch_size=fields.batch_size,
+            learning_rate=fields.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=max(1, fields.steps // 10),
+            bf16=recipe.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=max(1, fields.steps // 5),
+            save_strategy="no",
+            report_to=[],
+            seed=recipe.seed,
+        )
+        trainer = Trainer(
+            model, arguments, train_dataset=features, data_collator=collator, callbacks=[RoutingCallback()]
+        )
+        trainer.train()

@@ -1,0 +1,89 @@
+"""Steps whose results are kept.
+
+In: a step's name, everything its result depends on, and the function that makes it. Out: the step's folder, complete or
+absent. A step runs again only when something it depends on has changed: its fields, its input files, or a step before it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import whole_folder
+
+RECORD = "step.json"
+_VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished step: its folder, and the key that stands for everything that went into it."""
+
+    folder: Path
+    key: str
+
+
+class Workspace:
+    """The output folder of a recipe."""
+
+    def __init__(self, output: str | Path) -> None:
+        self.output = Path(output)
+        self.output.mkdir(parents=True, exist_ok=True)
+
+    def step(self, name: str, depends_on: dict[str, Any], make: Callable[[Path], None]) -> Step:
+        """Run `make(folder)` unless the folder holds the result already.
+
+        The record beside the result says what it came from: command, versions, inputs, time and the files' hashes.
+        """
+        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=_as_json).encode()).hexdigest()
+        folder = self.output / name
+        record = folder / RECORD
+        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["key"] == key:
+            log.info("%s: kept from an earlier run", name)
+            return Step(folder, key)
+        log.info("%s ...", name)
+        started = time.time()
+        with whole_folder(folder, overwrite=True) as partial:
+            make(partial)
+            seconds = round(time.time() - started, 1)
+            files = {str(f.relative_to(partial)): file_hash(f) for f in sorted(partial.rglob("*")) if f.is_file()}
+            written = {
+                "key": key,
+                "command": sys.argv,
+                "versions": {package: version(package) for package in _VERSIONS},
+                "depends_on": depends_on,
+                "seconds": seconds,
+                "files": files,
+            }
+            text = json.dumps(written, indent=1, sort_keys=True, default=_as_json)
+            (partial / RECORD).write_text(text, encoding="utf-8")
+        log.info("%s: done in %.0f s", name, seconds)
+        return Step(folder, key)
+
+
+def file_hash(path: str | Path) -> str:
+    """sha256 of a file."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_identity(model: str) -> Any:
+    """What stands for a model: the hashes of a folder's weights and config, or a Hub id as it is."""
+    folder = Path(model)
+    if not folder.is_dir():
+        return model
+    return {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json", ".jinja")}
+
+
+def _as_json(value: Any) -> Any:
+    return value.key if isinstance(value, Step) else vars(value)

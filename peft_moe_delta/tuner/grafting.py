@@ -1,0 +1,344 @@
+"""Grafting: an adapter trained on the base model moves onto the post-trained one.
+
+In: an upcycled base model and its post-trained sibling. Out: the same experts over the post-trained model, with the
+post-training delta on every expert (DeltaMoE, arXiv 2605.18083): `W_0 + a (E - W_0) + s (P - W_0)`.
+
+`graft` gives a PEFT model; `merge_and_graft` goes on from there and gives a stand-alone stock model. The model that is
+grafted from is never changed: un-grafting means using it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..delta import PostTrainingDelta, Scale, graft_tensor
+from ..errors import GraftError
+from ..export import UpcycledWeights, build_model, check_equal_logits, choose_layout
+from .config import MoeDeltaConfig
+from .experts import LowRankLinear
+from .layer import MoeDeltaLayer
+
+if TYPE_CHECKING:
+    from .model import MoeDeltaModel
+
+Validation = Callable[[PeftModel], float]
+"""A score of a grafted model on held-out text and tasks; higher is better."""
+
+EXPERT_SCALES = (0.25, 0.5, 0.75, 1.0)
+"""What `expert_scale="auto"` tries first; it then tries the middles beside the best."""
+
+
+@dataclass(frozen=True)
+class GraftReport:
+    """What was grafted and how; `model.graft_report` of the result, and `graft` in a grafted adapter's config.
+
+    Attributes:
+        post_trained: name or path of the post-trained model.
+        scale: share of the post-training delta, a number or one a name pattern.
+        expert_scale: share of each group's own change that was kept.
+        trials: `(expert_scale, score)` of every trial of `"auto"`, in order.
+        layout: name of the stock architecture; None for an adapter.
+        language: the language a dense export was made for; None otherwise.
+        max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
+    """
+
+    post_trained: str
+    scale: float | dict[str, float]
+    expert_scale: dict[str, float]
+    trials: tuple[tuple[float, float], ...] = ()
+    layout: str | None = None
+    language: str | None = None
+    max_logit_difference: float | None = None
+
+
+def graft(
+    tuner: MoeDeltaModel,
+    post_trained: str | Path | PreTrainedModel,
+    *,
+    scale: float = 1.0,
+    expert_scale: float | Mapping[str, float] | str = 1.0,
+    validation: Validation | None = None,
+) -> PeftModel:
+    """The same experts over the post-trained checkpoint, as a PEFT model whose adapter is all there is to share.
+
+    Args:
+        tuner: the upcycled base model; left as it is.
+        post_trained: the post-trained model: Hub id, folder, or a loaded model, which is wrapped in place as
+            `get_peft_model` does.
+        scale: only 1: the adapter cannot carry part of a delta to attention, norms and embeddings.
+        expert_scale: `a`, the share of the expert's own change to keep: a number, `{group: number}`, or `"auto"` for the
+            best under `validation`.
+        validation: scores a grafted model, higher is better; with `expert_scale="auto"` only.
+
+    Raises:
+        GraftError: the post-trained model is not a sibling of the base, a delta is not finite, or a bad scale.
+    """
+    if scale != 1:
+        raise GraftError(
+            f"graft() takes attention, norms and embeddings whole from the post-trained model, so scale must be 1; got "
+            f"{scale}. Use merge_and_graft(..., scale={scale}) for a stand-alone model."
+        )
+    return _Graft(tuner, post_trained, Scale(1.0)).run(expert_scale, validation)
+
+
+def merge_and_graft(
+    tuner: MoeDeltaModel,
+    post_trained: str | Path | PreTrainedModel,
+    *,
+    scale: float | Mapping[str, float] = 1.0,
+    expert_scale: float | Mapping[str, float] | str = 1.0,
+    validation: Validation | None = None,
+    language: str | None = None,
+    tolerance: float = 1e-4,
+) -> PreTrainedModel:
+    """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
+
+    Args:
+        tuner, post_trained, expert_scale, validation: as in `graft`; a loaded `post_trained` is left as it is.
+        scale: `s`, the share of the post-training delta: a number, or `{pattern: number}` over parameter names.
+        language: for routing by language, what that language runs on: a dense model where its group has at most one
+            expert a layer, else a stock mixture of its group's experts.
+        tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
+
+    Returns:
+        A model in the post-trained model's dtype, with its config and generation config, and `graft_report`.
+
+    Raises:
+        GraftError: as in `graft`; or no stock architecture holds the model exactly (the message says what does).
+    """
+    if isinstance(post_trained, PreTrainedModel):
+        post_trained = copy.deepcopy(post_trained)
+    grafted = _Graft(tuner, post_trained, Scale(scale)).run(expert_scale, validation)
+    return to_stock(grafted, language=language, tolerance=tolerance)
+
+
+def to_stock(model: PeftModel, *, language: str | None = None, tolerance: float = 1e-4) -> PreTrainedModel:
+    """An upcycled model, grafted or not, as a stand-alone stock model; see `merge_and_graft`.
+
+    The export is built and compared with the adapter in fp32, then rounded once to the dense model's dtype.
+    """
+    tuner: MoeDeltaModel = model.base_model
+    dtype = next(tuner.model.parameters()).dtype
+    exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
+    weights = _weights(exact.base_model, language)
+    layout = choose_layout(weights)
+    exported = build_model(weights, layout)
+    with exact.base_model.in_language(language):
+        difference = check_equal_logits(exact, exported, tolerance=tolerance)
+    exported = exported.to(dtype)
+    exported.config.dtype = dtype
+    exported.generation_config = copy.deepcopy(tuner.model.generation_config)
+    report = tuner.active_config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}))
+    layout_name = exported.config.model_type
+    exported.graft_report = GraftReport(
+        **(report | {"layout": layout_name, "language": language, "max_logit_difference": difference})
+    )
+    return exported.eval()
+
+
+def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
+    """What is exported: everything under learned routing, one group's share under routing by language."""
+    name, config, layers = tuner.active_adapters[0], tuner.active_config, tuner.layers()
+    weights = UpcycledWeights(
+        config=tuner.model.config,
+        plan=tuner.plan(),
+        top_k=config.experts_per_token,
+        dense=trained_weights(tuner),
+        experts=lambda layer, expert: layers[layer].expert_weights(name, expert),
+        routers=lambda layer: layers[layer].moe_delta_router[name].weight.detach(),
+    )
+    table = config.language_table
+    if config.routing_rule.needs_language and language is None:
+        raise GraftError(
+            f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "
+            f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs on, or "
+            "use graft() and share the adapter."
+        )
+    if not config.routing_rule.needs_language and language is not None:
+        raise GraftError(
+            f"language={language!r} selects experts under routing by language, but this adapter's routing is "
+            f"{config.routing!r}: every language uses all experts. Leave `language` out."
+        )
+    return weights if language is None else weights.for_group(table.groups[table.group_of[table.id_of(language)]])
+
+
+class _Graft:
+    """One graft under way: the sibling checked, the adapter moved, experts filled in at a scale."""
+
+    def __init__(self, tuner: MoeDeltaModel, post_trained: str | Path | PreTrainedModel, scale: Scale) -> None:
+        self.tuner, self.scale = tuner, scale
+        self.name = tuner.active_adapters[0]
+        if not isinstance(post_trained, PreTrainedModel):
+            post_trained = AutoModelForCausalLM.from_pretrained(post_trained, dtype="auto")
+        post_trained = post_trained.to(next(tuner.model.parameters()).device)
+        _check_siblings(tuner.model, post_trained)
+        self.delta = PostTrainingDelta.from_checkpoints(base_weights(tuner), dict(post_trained.state_dict()))
+        doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
+        if doubts:
+            warnings.warn(f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=4)
+        self.model = post_trained
+        if scale != Scale(1.0):
+            self._scale_dense()
+
+    def run(self, expert_scale: float | Mapping[str, float] | str, validation: Validation | None) -> PeftModel:
+        """Wrap the post-trained model and give it the experts."""
+        if (expert_scale == "auto") != (validation is not None):
+            raise GraftError(
+                f'expert_scale="auto" and `validation` go together; got expert_scale={expert_scale!r} and '
+                f"validation={validation!r}. Pass a function that scores a grafted model, or a number."
+            )
+        scales = self._expert_scales(1.0 if expert_scale == "auto" else expert_scale)
+        config: MoeDeltaConfig = copy.deepcopy(self.tuner.peft_config[self.name])
+        config.base_fingerprint = None
+        experts = next(iter(self.tuner.layers().values())).moe_delta_experts[self.name]
+        keep_fp32 = next(experts.parameters()).dtype == torch.float32
+        # The stage's frozen parts stay frozen: what may follow is a short review.
+        grafted = get_peft_model(self.model, config, self.name, autocast_adapter_dtype=keep_fp32)
+        if grafted.base_model.active_adapters != [self.name]:
+            grafted.set_adapter(self.name)
+        self.target: MoeDeltaModel = grafted.base_model
+        grafted.train(self.tuner.training)
+        self._fill(scales)
+        trials: list[tuple[float, float]] = []
+        if validation is not None:
+            trials = self._search(grafted, validation)
+            scales = self._expert_scales(max(trials, key=lambda trial: trial[1])[0])
+            self._fill(scales)
+        report = GraftReport(str(self.model.name_or_path), self.scale.value, scales, tuple(trials))
+        grafted.active_peft_config.graft = asdict(report)
+        grafted.graft_report = report
+        return grafted
+
+    def _search(self, grafted: PeftModel, validation: Validation) -> list[tuple[float, float]]:
+        """Score a coarse grid, then the middles on either side of its best."""
+        scores: dict[float, float] = {}
+
+        def score(scale: float) -> None:
+            if scale not in scores:
+                self._fill(self._expert_scales(scale))
+                scores[scale] = float(validation(grafted))
+
+        for scale in EXPERT_SCALES:
+            score(scale)
+        best = max(scores, key=scores.__getitem__)
+        grid = (0.0, *EXPERT_SCALES)
+        for neighbour in (s for s in grid if abs(grid.index(s) - grid.index(best)) == 1):
+            score((best + neighbour) / 2)
+        return list(scores.items())
+
+    def _expert_scales(self, expert_scale: float | Mapping[str, float] | str) -> dict[str, float]:
+        """One finite scale for every group that owns experts."""
+        groups = self.tuner.plan().groups[1:]
+        given = dict(expert_scale) if isinstance(expert_scale, Mapping) else dict.fromkeys(groups, expert_scale)
+        numbers = all(isinstance(a, int | float) and torch.isfinite(torch.tensor(float(a))) for a in given.values())
+        if not numbers or not set(given) <= set(groups):
+            raise GraftError(
+                f'expert_scale must be a finite number, {{group: number}} over {", ".join(groups)}, or "auto"; got '
+                f"{expert_scale!r}."
+            )
+        return {group: float(given.get(group, 1.0)) for group in groups}
+
+    @torch.no_grad()
+    def _scale_dense(self) -> None:
+        """`W_0 + s (P - W_0)` for every weight of the dense model."""
+        self.delta = PostTrainingDelta.from_checkpoints(
+            self.delta.base, {name: tensor.clone() for name, tensor in self.delta.post_trained.items()}
+        )
+        for name, parameter in self.model.named_parameters():
+            scale = self.scale.of(name)
+            parameter.copy_(graft_tensor(self.delta.base[name], self.delta.post_trained[name], scale=scale, name=name))
+
+    @torch.no_grad()
+    def _fill(self, expert_scales: dict[str, float]) -> None:
+        """Give the grafted model its routers and experts."""
+        plan = self.tuner.plan()
+        for (layer, source), target in zip(
+            self.tuner.layers().items(), self.target.layers(self.name).values(), strict=True
+        ):
+            target.moe_delta_router[self.name].load_state_dict(source.moe_delta_router[self.name].state_dict())
+            mlp_name = _name_of(self.target.model, target)
+            for index, (expert, grafted) in enumerate(
+                zip(source.moe_delta_experts[self.name], target.moe_delta_experts[self.name], strict=True), start=1
+            ):
+                scale = expert_scales[plan.group_of_expert(layer, index)]
+                self._fill_expert(expert, grafted, mlp_name, scale)
+        for (name, source), (_, target) in zip(
+            _saved_modules(self.tuner, self.name), _saved_modules(self.target, self.name), strict=True
+        ):
+            for key, parameter in target.named_parameters():
+                self._graft_into(parameter, f"{name}.{key}", source.get_parameter(key), 1.0)
+
+    def _fill_expert(self, expert: nn.Module, grafted: nn.Module, mlp_name: str, expert_scale: float) -> None:
+        for name, parameter in grafted.named_parameters():
+            owner = grafted.get_submodule(name.rpartition(".")[0])
+            if isinstance(owner, LowRankLinear):
+                # W_0 + B A + Delta = P + B A: the change is re-attached, shrunk on one side
+                source = expert.get_parameter(name)
+                parameter.copy_(source * expert_scale if name.endswith("B") else source)
+            else:
+                self._graft_into(parameter, f"{mlp_name}.{name}", expert.get_parameter(name), expert_scale)
+
+    def _graft_into(self, parameter: nn.Parameter, name: str, trained: Tensor, expert_scale: float) -> None:
+        base, post_trained = self.delta.base[name], self.delta.post_trained[name]
+        parameter.copy_(
+            graft_tensor(
+                base, post_trained, trained, scale=self.scale.of(name), expert_scale=expert_scale,
+                dtype=parameter.dtype, name=name,
+            )
+        )  # fmt: skip
+
+
+def base_weights(tuner: MoeDeltaModel) -> dict[str, Tensor]:
+    """The dense base model's weights under its own names."""
+    state = {}
+    for name, tensor in tuner.model.state_dict().items():
+        if ".moe_delta_" in name or ".modules_to_save." in name:
+            continue
+        state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+    return state
+
+
+def trained_weights(tuner: MoeDeltaModel) -> dict[str, Tensor]:
+    """The dense weights in force: the base model's, with the active adapter's `modules_to_save` in place."""
+    state = base_weights(tuner)
+    for name, module in _saved_modules(tuner, tuner.active_adapters[0]):
+        state |= {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
+    return state
+
+
+def _saved_modules(tuner: MoeDeltaModel, adapter_name: str) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, module.modules_to_save[adapter_name])
+        for name, module in tuner.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+    ]
+
+
+def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> None:
+    """Refuse a post-trained model that cannot be the base model's own.
+
+    Raises:
+        GraftError: another architecture.
+    """
+    if base.config.model_type != post_trained.config.model_type:
+        raise GraftError(
+            f"The base model is a {base.config.model_type!r}, the post-trained one a {post_trained.config.model_type!r}. "
+            "A post-training delta exists only between a model and its own tuned descendant."
+        )
+    if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
+        raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
+
+
+def _name_of(model: nn.Module, module: nn.Module) -> str:
+    return next(name for name, candidate in model.named_modules() if candidate is module)
