@@ -102,7 +102,7 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
     """Refuse a module whose weights cannot be copied into trainable experts.
 
     Raises:
-        ArchitectureError: no matrices, offloaded (meta) weights, quantised weights, already a mixture of experts, or not
+        ArchitectureError: no matrices, offloaded (meta) or quantised weights, already a mixture of experts, or not
             a map from hidden states to hidden states.
     """
     parameters = list(mlp.parameters())
@@ -119,7 +119,9 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
             "trainable copies: load the base model unquantised, and use `expert_rank` to save memory."
         )
     if any(child.endswith(("experts", "router")) for child, _ in mlp.named_children()):
-        raise ArchitectureError(f"{name} ({type(mlp).__name__}) is already a mixture of experts; upcycling needs a dense MLP.")
+        raise ArchitectureError(
+            f"{name} ({type(mlp).__name__}) is already a mixture of experts; upcycling needs a dense MLP."
+        )
     nothing = torch.empty(1, 0, hidden_size, dtype=parameters[0].dtype, device=parameters[0].device)
     try:
         # No token, so no work; past any hooks, which may act on what passes.

@@ -105,7 +105,9 @@ class ExpertPlan:
                 raise ValueError("counts do not match groups, or column 0 is not all ones")
             return cls.build(layers, groups, dict(zip(groups[1:], columns[1:], strict=True)))
         except (KeyError, TypeError, IndexError, ValueError) as error:
-            raise PlanError(f"Not an expert plan: {error}. Expected the JSON that ExpertPlan.to_json writes.") from error
+            raise PlanError(
+                f"Not an expert plan: {error}. Expected the JSON that ExpertPlan.to_json writes."
+            ) from error
 
 
 def _per_layer(group: str, count: int | Sequence[int], num_layers: int) -> tuple[int, ...]:

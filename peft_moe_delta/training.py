@@ -44,8 +44,8 @@ class LanguageCollator:
 
     Returns, all int64: `input_ids`, `labels` (-100 where there is no target), and
 
-    - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages. Padding
-      is known by its place, never by its token: end-of-text stays a target where it doubles as the padding token.
+    - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages.
+      Padding is known by its place, not by its token: end-of-text stays a target where it doubles as padding.
     - packed: documents laid end to end in rows of `max_length`; `language_ids` (B, S), -100 in the rest of the last
       row; `position_ids` (B, S) that restart with every document and row, from which transformers' models with an
       attention mask interface (SDPA, eager, FlashAttention) keep documents from attending to each other. Models without
@@ -216,7 +216,7 @@ class AuxiliaryLossMixin(_Trainer):
     ) -> Any:
         context = _context_of(model)
         if context is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[arg-type]
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         with context.collect(num_items_in_batch) as collected:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # As Trainer does to its own loss: DDP is going to divide what was averaged over the tokens of all processes.

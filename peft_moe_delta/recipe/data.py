@@ -45,13 +45,22 @@ def read_tasks(path: str, limit: int | None = None) -> list[dict[str, str]]:
     return tasks[:limit]
 
 
-def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered objects of a jsonl file, at least one."""
+def existing(path: str | Path) -> Path:
+    """A file that is there.
+
+    Raises:
+        DataError: it is not.
+    """
     if not Path(path).is_file():
         raise DataError(f"No file {path}. The recipe names it; check the path (relative to the working folder).")
+    return Path(path)
+
+
+def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered objects of a jsonl file, at least one."""
     number = 0
     try:
-        with Path(path).open(encoding="utf-8") as file:
+        with existing(path).open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 if text.strip():
                     line = json.loads(text)

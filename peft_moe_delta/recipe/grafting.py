@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel
 
+from ..checkpoint import CheckpointReader
 from ..delta import PostTrainingDelta, graft_tensor
 from ..errors import GraftError
 from ..evaluation import bits_per_byte, exact_match
@@ -103,14 +103,15 @@ def _reload(chat: PreTrainedModel, folder: Path) -> dict[str, str | float]:
     child = subprocess.run([sys.executable, str(_RELOAD), str(folder), str(proof)], capture_output=True, text=True)
     if child.returncode:
         raise GraftError(f"Plain transformers cannot load the checkpoint in {folder}:\n{child.stderr[-2000:]}")
-    found = load_file(proof)
+    found = CheckpointReader(proof)
+    architecture, input_ids, logits = found.metadata["architecture"], found["input_ids"], found["logits"]
     proof.unlink()
     with torch.inference_mode():
-        expected = chat(input_ids=found["input_ids"].to(chat.device)).logits.float().cpu()
-    difference = (expected - found["logits"]).abs().max().item()
+        expected = chat(input_ids=input_ids.to(chat.device)).logits.float().cpu()
+    difference = (expected - logits).abs().max().item()
     if not difference <= _RELOAD_TOLERANCE:
         raise GraftError(
             f"The reloaded checkpoint computes other logits (by up to {difference:.3g}) than the model that was saved. "
             "Please report the two configs."
         )
-    return {"architecture": child.stdout.strip(), "max_logit_difference": difference}
+    return {"architecture": architecture, "max_logit_difference": difference}

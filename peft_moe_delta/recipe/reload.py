@@ -1,6 +1,6 @@
 """Run as a script: load a checkpoint with plain transformers, where `peft_moe_delta` cannot be imported.
 
-In: a checkpoint folder and a file to write. Out: that file, with token ids and their logits; the architecture on stdout.
+In: a checkpoint folder and a file to write. Out: that file, with token ids, their logits and the architecture's name.
 """
 
 import sys
@@ -18,8 +18,8 @@ def main(folder: str, proof: str) -> None:
     input_ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator)
     with torch.inference_mode():
         logits = model(input_ids=input_ids).logits.float()
-    save_file({"input_ids": input_ids, "logits": logits.contiguous()}, proof)
-    sys.stdout.write(type(model).__name__)
+    tensors = {"input_ids": input_ids, "logits": logits.contiguous()}
+    save_file(tensors, proof, metadata={"architecture": type(model).__name__})
 
 
 if __name__ == "__main__":

@@ -100,9 +100,7 @@ def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> N
     save_with_tokenizer(model, base, folder)
 
 
-def blocks(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequence[str], fields: Training
-) -> Features:
+def blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequence[str], fields: Training) -> Features:
     """Equally many blocks of `sequence_length` tokens of each language, enough for every step, shuffled.
 
     Raises:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import whole_folder
+from .data import existing
 
 RECORD = "step.json"
 _VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")
@@ -72,9 +73,16 @@ class Workspace:
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    digest = hashlib.sha256()
+    with existing(path).open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def model_identity(model: str) -> Any:

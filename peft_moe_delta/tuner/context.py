@@ -54,6 +54,7 @@ class ForwardState:
         mask_T: bool, False for padding; None where no token is known to be padding.
         num_items: tokens the loss is averaged over, where the caller says (Trainer, with gradient accumulation).
         recording: whether the layers must deposit auxiliary losses.
+        layers: upcycled layers that have run, with or without a loss to deposit.
     """
 
     shape: tuple[int, int]
@@ -62,6 +63,7 @@ class ForwardState:
     mask_T: Tensor | None = None
     num_items: Tensor | int | None = None
     recording: bool = False
+    layers: int = 0
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _groups: dict[LanguageTable, tuple[Tensor, frozenset[int]] | None] = field(default_factory=dict)
 
@@ -103,7 +105,7 @@ class ForwardState:
         return constant(rows, device).repeat_interleave(sequence), frozenset(rows)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """`sum over losses / tokens`, averaged over layers; None where no layer deposited anything.
+        """`sum over losses / tokens`, averaged over all layers; None where no layer deposited anything.
 
         Each deposit is a sum over tokens. Dividing by the tokens of the whole step (`num_items`), as the model's own loss
         does, makes micro-batches add up to their batch; without it, by this pass's tokens.
@@ -111,7 +113,7 @@ class ForwardState:
         if not self.losses:
             return None
         total, tokens = (torch.stack(part) for part in zip(*self.losses, strict=True))
-        return total.mean() / (tokens.max().clamp(min=1) if self.num_items is None else self.num_items)
+        return total.sum() / self.layers / (tokens.max().clamp(min=1) if self.num_items is None else self.num_items)
 
 
 class ForwardContext:
@@ -171,25 +173,28 @@ class ForwardContext:
         Args:
             num_items: tokens the loss is averaged over, where the passes are not told.
         """
+        collected: list[Tensor] = []
         before = self._collected, self._num_items
-        self._collected, self._num_items = collected, _ = [], num_items
+        self._collected, self._num_items = collected, num_items
         try:
             yield collected
         finally:
             self._collected, self._num_items = before
 
-    def state(self) -> ForwardState:
-        """The forward pass under way.
+    def state(self, num_tokens: int, training: bool) -> ForwardState:
+        """The forward pass under way; outside of one (a caller of the bare backbone), one that knows the default language.
 
         Raises:
-            PeftMoeDeltaError: there is none: a layer was called outside of its model.
+            PeftMoeDeltaError: in training there is none, so the auxiliary loss would be lost.
         """
-        if self.current is None:
+        if self.current is not None:
+            return self.current
+        if training and torch.is_grad_enabled():
             raise PeftMoeDeltaError(
-                "An upcycled layer was called outside of its model's forward pass, so the languages of its tokens are "
-                "unknown. Call the model, not the layer."
+                "An upcycled layer was trained outside of its model's forward pass, where the languages of its tokens are "
+                "unknown and the auxiliary loss has nowhere to go. Call the causal LM, not its backbone or a layer."
             )
-        return self.current
+        return ForwardState((1, num_tokens), language=self.language)
 
     def record(self, name: str, total: Tensor, count: Tensor) -> None:
         """Add to a running statistic, without a host sync."""

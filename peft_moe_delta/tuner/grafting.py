@@ -20,8 +20,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor
 from ..errors import GraftError
 from ..export import UpcycledWeights, build_model, check_equal_logits, choose_layout
@@ -180,13 +181,15 @@ class _Graft:
         self.tuner, self.scale = tuner, scale
         self.name = tuner.active_adapters[0]
         if not isinstance(post_trained, PreTrainedModel):
-            post_trained = AutoModelForCausalLM.from_pretrained(post_trained, dtype="auto")
+            post_trained = _load(post_trained)
         post_trained = post_trained.to(next(tuner.model.parameters()).device)
         _check_siblings(tuner.model, post_trained)
         self.delta = PostTrainingDelta.from_checkpoints(base_weights(tuner), dict(post_trained.state_dict()))
         doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
         if doubts:
-            warnings.warn(f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=4)
+            warnings.warn(
+                f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=4
+            )
         self.model = post_trained
         if scale != Scale(1.0):
             self._scale_dense()
@@ -200,7 +203,7 @@ class _Graft:
             )
         scales = self._expert_scales(1.0 if expert_scale == "auto" else expert_scale)
         config: MoeDeltaConfig = copy.deepcopy(self.tuner.peft_config[self.name])
-        config.base_fingerprint = None
+        config.base_fingerprint = config.base_model_name_or_path = None  # it gets a new base
         experts = next(iter(self.tuner.layers().values())).moe_delta_experts[self.name]
         keep_fp32 = next(experts.parameters()).dtype == torch.float32
         # The stage's frozen parts stay frozen: what may follow is a short review.
@@ -325,11 +328,24 @@ def _saved_modules(tuner: MoeDeltaModel, adapter_name: str) -> list[tuple[str, n
     ]
 
 
+def _load(post_trained: str | Path) -> PreTrainedModel:
+    """A dense checkpoint in its own dtype, its files checked first.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a file of it is missing or damaged.
+    """
+    folder = resolve(post_trained)
+    CheckpointReader(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model.name_or_path = str(post_trained)  # a Hub id stays one: the grafted adapter names it as its base
+    return model
+
+
 def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> None:
     """Refuse a post-trained model that cannot be the base model's own.
 
     Raises:
-        GraftError: another architecture.
+        GraftError: another architecture, or another tokenizer.
     """
     if base.config.model_type != post_trained.config.model_type:
         raise GraftError(
@@ -338,6 +354,27 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
         )
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
         raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
+    vocabularies = [_vocabulary(model.name_or_path) for model in (base, post_trained)]
+    if None in vocabularies:
+        return
+    differing = [token for token, index in vocabularies[0].items() if vocabularies[1].get(token) != index]
+    if differing:
+        raise GraftError(
+            f"The tokenizers differ: {len(differing)} of the base's {len(vocabularies[0])} tokens, such as "
+            f"{differing[0]!r}, have another id or none in {post_trained.name_or_path}. A delta exists only between models "
+            "with one tokenizer; added tokens are fine."
+        )
+
+
+def _vocabulary(model: str) -> dict[str, int] | None:
+    """Token -> id of a checkpoint's tokenizer; None where it has none."""
+    folder = Path(model)
+    if not model or (folder.is_dir() and not (folder / "tokenizer_config.json").is_file()):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model).get_vocab()
+    except OSError:  # a model that was made in memory, under a name of its own
+        return None
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

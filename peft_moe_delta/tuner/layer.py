@@ -138,7 +138,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
 
     def _mixture(self, x_TD: Tensor, name: str) -> Tensor:
         settings, experts = self.settings[name], self.experts(name)
-        state = self.context.state()
+        state = self.context.state(len(x_TD), self.training)
+        state.layers += 1
         groups = state.groups(settings.table, x_TD.device)
         if groups is None and settings.config.routing_rule.needs_language:
             raise LanguageError(
@@ -218,7 +219,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
         config, context, device = settings.config, self.context, logits_TE.device
-        counted_T = torch.ones(len(logits_TE), dtype=torch.bool, device=device) if state.mask_T is None else state.mask_T
+        counted_T = (
+            torch.ones(len(logits_TE), dtype=torch.bool, device=device) if state.mask_T is None else state.mask_T
+        )
         group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
         allowed = settings.allowed if settings.restricted else settings.allowed[:1]
         sets_T = group_T if settings.restricted else torch.zeros_like(group_T)

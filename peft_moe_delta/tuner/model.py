@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
 from ..architectures import OUTSIDE_THE_TEXT_DECODER, check_low_rank, check_mlp, layer_index, mlp_module_name
-from ..errors import ArchitectureError, PlanError
+from ..errors import ArchitectureError, CheckpointError, PlanError
 from ..plan import ExpertPlan
 from .config import MoeDeltaConfig
 from .context import ForwardContext
@@ -158,7 +158,10 @@ class MoeDeltaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # What is filled in belongs to this model; the caller may use its configuration for another one.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        with ExitStack() as undo:
+            undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            undo.pop_all()
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
@@ -258,4 +261,17 @@ class MoeDeltaModel(BaseTuner):
         """`...mlp.moe_delta_experts.<adapter>.0.up_proj.weight` -> the same without the adapter's name."""
         return re.sub(rf"({re.escape(cls.prefix)}[^.]+)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
 
-
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MoeDeltaConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT only warns of missing tensors; a router or expert left at its random start is an error here."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        ours = re.compile(rf"\.{re.escape(cls.prefix)}[^.]+\.{re.escape(adapter_name)}\.")
+        missing = [key for key in model.state_dict() if ours.search(key) and key not in remapped]
+        if missing:
+            raise CheckpointError(
+                f"The adapter's file lacks {len(missing)} of its tensors, such as {missing[0]}: those would stay at their "
+                "random start. The file is incomplete; fetch or save the adapter again."
+            )
+        return remapped

@@ -1,0 +1,74 @@
+"""A whole recipe on a pico model, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_moe_delta.cli import main
+from peft_moe_delta.errors import DataError
+from peft_moe_delta.recipe import Run, read_recipe
+
+
+def test_the_whole_job(recipe_fields, write_recipe, capsys):
+    recipe = write_recipe(recipe_fields)
+    main(["run", recipe])
+    printed = capsys.readouterr().out
+    for row in ("base", "post-trained", "dense continual", "ours, experts as trained", "ours, grafted"):
+        assert f"| {row}" in printed
+    output = Path(recipe_fields["output"])
+    table = json.loads((output / "table.json").read_text())
+    figure = table["figures"]["ours, grafted"]["hu bits/byte"]
+    assert figure["low"] <= figure["value"] <= figure["high"]
+    assert "ours, grafted - post-trained" in table["differences"]
+    assert (output / "table.md").read_text() in printed + "\n"
+
+    stock = AutoModelForCausalLM.from_pretrained(output / "grafted")
+    assert stock.config.model_type == "mixtral"
+    assert AutoTokenizer.from_pretrained(output / "grafted").chat_template == "{{ messages }}"
+    graft = json.loads((output / "grafted/graft.json").read_text())
+    assert graft["reload"]["architecture"] == "MixtralForCausalLM"
+    assert len(graft["trials"]) >= 5
+
+    kept = {file: file.stat().st_mtime_ns for file in output.rglob("step.json")}
+    main(["run", recipe])
+    assert {file: file.stat().st_mtime_ns for file in output.rglob("step.json")} == kept
+    assert printed == capsys.readouterr().out
+
+
+def test_train_alone_stops_at_the_adapter(recipe_fields, write_recipe, capsys):
+    main(["train", write_recipe(recipe_fields), "--quick"])
+    folder = Path(capsys.readouterr().out.strip().removeprefix("adapter: "))
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert not (Path(recipe_fields["output"]) / "grafted").exists()
+
+
+def test_an_error_is_one_clear_message_and_exit_status_one(recipe_fields, write_recipe):
+    recipe_fields["languages"]["hu"]["group"] = "nobody"
+    with pytest.raises(SystemExit, match=r"error: `experts` names the groups"):
+        main(["train", write_recipe(recipe_fields)])
+    assert not (Path(recipe_fields["output"]) / "expanded").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "short"}\n', "Bring more text"),
+        ('{"txt": "x"}\n', "line 1: expected a `text`"),
+        ("not json\n", "not a jsonl file"),
+        ("", "is empty"),
+        (None, "No file"),
+    ],
+)
+def test_bad_text_is_named(recipe_fields, write_recipe, content, message):
+    file = Path(recipe_fields["languages"]["hu"]["train"])
+    run = Run(read_recipe(write_recipe(recipe_fields)))
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(DataError, match=message):
+        run.expanded()

@@ -1,0 +1,148 @@
+"""The routers' two losses against values and gradients worked by hand, and the prior loss doing its job on a toy."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from peft_moe_delta.losses import language_prior_loss, load_balancing_loss
+
+LOG3 = math.log(3.0)
+
+
+def prior(logits, targets, counted=None):
+    logits = torch.as_tensor(logits)
+    counted = [True] * len(logits) if counted is None else counted
+    return language_prior_loss(
+        logits_TE=logits, targets_TE=torch.tensor(targets, dtype=torch.bool), counted_T=torch.tensor(counted)
+    )
+
+
+@pytest.mark.parametrize(
+    ("logits", "targets", "expected"),
+    [
+        ([[0.0, LOG3]], [[1, 0]], math.log(4)),  # p = (1/4, 3/4)
+        ([[0.0, LOG3]], [[0, 1]], math.log(4 / 3)),
+        ([[0.0, 0.0, LOG3]], [[1, 0, 1]], math.log(5 / 4)),  # a set: p = 1/5 + 3/5
+        ([[0.0, LOG3]], [[1, 1]], 0.0),  # every expert will do
+        ([[-200.0, 0.0]], [[1, 0]], 200.0),  # one softmax: a second one would bound the loss by log(1 + e)
+        ([[0.0, LOG3], [LOG3, 0.0]], [[1, 0], [1, 0]], math.log(4) + math.log(4 / 3)),
+    ],
+)
+def test_prior_loss_by_hand(logits, targets, expected):
+    loss, tokens = prior(logits, targets)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert tokens.item() == len(logits)
+    assert loss.dtype == tokens.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("targets", "counted"), [([[0, 0]] * 2, None), ([[1, 0]] * 2, [False, False])])
+def test_prior_loss_without_a_token_to_speak_for_is_zero_with_zero_gradient(targets, counted):
+    logits = torch.randn(2, 2, requires_grad=True)
+    loss, tokens = prior(logits, targets, counted)
+    loss.backward()
+    assert (loss.item(), tokens.item()) == (0.0, 0.0)
+    assert torch.equal(logits.grad, torch.zeros(2, 2))
+
+
+def test_prior_loss_leaves_padding_and_untargeted_tokens_out():
+    logits = torch.randn(4, 3)
+    targets = [[1, 0, 0], [1, 0, 0], [0, 0, 0], [0, 1, 1]]
+    loss, tokens = prior(logits, targets, [True, False, True, True])
+    alone = [prior(logits[t : t + 1], targets[t : t + 1])[0] for t in (0, 3)]
+    assert loss.item() == pytest.approx(sum(alone).item(), rel=1e-6)
+    assert tokens.item() == 2
+
+
+def test_prior_loss_gradient_is_softmax_minus_softmax_within_the_target():
+    logits = torch.randn(5, 4, requires_grad=True)
+    targets = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    prior(logits, targets.tolist())[0].backward()
+    within = logits.detach().masked_fill(~targets, -torch.inf).softmax(-1)
+    torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - within)
+
+
+def test_prior_loss_teaches_a_router_to_tell_separable_languages_apart():
+    centre = torch.randn(16)
+    x_TD = torch.randn(64, 16) * 0.5 + torch.where(torch.arange(64)[:, None] < 32, centre, -centre)
+    targets = [[1, 0, 0]] * 32 + [[0, 1, 1]] * 32
+    router = nn.Linear(16, 3, bias=False)
+    optimiser = torch.optim.AdamW(router.parameters(), lr=0.05)
+    first = None
+    for _ in range(200):
+        loss, tokens = prior(router(x_TD), targets)
+        first = first or (loss / tokens).item()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert first > 0.3
+    assert (loss / tokens).item() < 0.05
+
+
+def balance(probabilities, indices, sets=None, allowed=None, counted=None):
+    probabilities = torch.as_tensor(probabilities)
+    count, experts = probabilities.shape
+    return load_balancing_loss(
+        probabilities_TE=probabilities,
+        indices_TK=torch.tensor(indices),
+        sets_T=torch.tensor([0] * count if sets is None else sets),
+        allowed_SE=torch.tensor([[True] * experts] if allowed is None else allowed),
+        counted_T=torch.tensor([True] * count if counted is None else counted),
+    )
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("experts", [2, 3, 5])
+def test_load_balancing_is_one_at_balance_and_the_number_of_experts_at_collapse(experts, top_k):
+    even = torch.full((experts, experts), 1 / experts)
+    turns = [[(token + rank) % experts for rank in range(top_k)] for token in range(experts)]
+    total, tokens = balance(even, turns)
+    assert (total / tokens).item() == pytest.approx(1.0)
+    collapsed = nn.functional.one_hot(torch.zeros(7, dtype=torch.int64), experts).float()
+    total, tokens = balance(collapsed, [[0]] * 7)
+    assert (total / tokens).item() == pytest.approx(experts)
+    assert tokens.item() == 7
+
+
+def test_load_balancing_by_hand():
+    # f = (3/4, 1/4), P = (0.6, 0.4): L = 2 (0.45 + 0.1) = 1.1, over 4 tokens
+    total, tokens = balance([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]], [[0], [0], [0], [1]])
+    assert (total.item(), tokens.item()) == (pytest.approx(4 * 1.1), 4.0)
+
+
+def test_load_balancing_is_within_each_set_and_skips_sets_of_one():
+    # Set 0: expert 0 alone, nothing to balance. Set 1: experts 1 and 2, the hand-worked case. Set 2: 0 and 3, balanced.
+    allowed = [[True, False, False, False], [False, True, True, False], [True, False, False, True]]
+    first = [[1.0, 0, 0, 0]] * 3
+    second = [[0, 0.9, 0.1, 0], [0, 0.6, 0.4, 0], [0, 0.7, 0.3, 0], [0, 0.2, 0.8, 0]]
+    third = [[0.5, 0, 0, 0.5]] * 2
+    total, tokens = balance(
+        first + second + third,
+        [[0]] * 3 + [[1], [1], [1], [2]] + [[0], [3]],
+        sets=[0] * 3 + [1] * 4 + [2] * 2,
+        allowed=allowed,
+    )
+    assert tokens.item() == 4 + 2
+    assert total.item() == pytest.approx(4 * 1.1 + 2 * 1.0)
+
+
+def test_load_balancing_skips_unused_slots_and_padding():
+    # Top-3 of a set of two: the third slot holds E = 3, "not used". The last token is padding.
+    probabilities = [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]
+    indices = [[0, 1, 3], [1, 0, 3], [0, 1, 3]]
+    total, tokens = balance(probabilities, indices, allowed=[[True, True, False]], counted=[True, True, False])
+    assert (total.item(), tokens.item()) == (pytest.approx(2.0), 2.0)
+
+
+def test_load_balancing_of_nothing_is_zero():
+    total, tokens = balance([[1.0, 0.0]], [[0]], counted=[False])
+    assert (total.item(), tokens.item()) == (0.0, 0.0)
+
+
+def test_load_balancing_gradient_flows_through_the_probabilities_alone():
+    probabilities = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]], requires_grad=True)
+    total, _ = balance(probabilities, [[0], [0], [0], [1]])
+    total.backward()
+    # n L = |A| sum_e f_e sum_t p_te with f = (3/4, 1/4)
+    torch.testing.assert_close(probabilities.grad, torch.tensor([[1.5, 0.5]]).expand(4, 2))

@@ -1,0 +1,256 @@
+"""What cannot work is refused by name, and leaves the model as it was."""
+
+import copy
+import re
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from builders import EXPERTS, logits, moe_config, moe_layers, perturbed, pico, token_batch, upcycle
+from peft_moe_delta.errors import ArchitectureError, CheckpointError, LanguageError, PeftMoeDeltaError, PlanError
+from peft_moe_delta.tuner.context import ForwardContext
+
+
+def condition(model):
+    """Everything about a model that a refused call could have changed."""
+    modules = [
+        (name, type(module), len(module._forward_hooks), len(module._forward_pre_hooks), sorted(module.__dict__))
+        for name, module in model.named_modules()
+    ]
+    parameters = [(name, id(p), p._version, p.requires_grad) for name, p in model.named_parameters()]
+    return modules, parameters
+
+
+@contextmanager
+def refused(model, error, words):
+    """The block raises `error` with all `words` in its message, in order, and changes nothing about the model."""
+    before = condition(model)
+    with pytest.raises(error, match=".*".join(map(re.escape, words))):
+        yield
+    assert condition(model) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"languages": {}}, LanguageError, ["`languages` must map", '"hu": "expanded"']),
+        ({"languages": ["hu"]}, LanguageError, ["`languages` must map"]),
+        ({"languages": {"hu": ["uralic", "turkic"]}}, LanguageError, ["one group a language", "hu"]),
+        ({"languages": {"hu": None}}, LanguageError, ["non-empty strings", "hu"]),
+        ({"routing": "random"}, PlanError, ["Unknown routing 'random'", "learned", "language"]),
+        ({"stage": "dreaming"}, PlanError, ["Unknown stage 'dreaming'", "expansion", "review"]),
+        ({"top_k": 0}, PlanError, ["`top_k`", "at least 1", "0"]),
+        ({"top_k": -1}, PlanError, ["`top_k`", "at least 1"]),
+        ({"top_k": 1.5}, PlanError, ["`top_k`", "whole number"]),
+        ({"expert_rank": 0}, PlanError, ["`expert_rank`", "at least 1"]),
+        ({"layers_to_transform": [1, 0]}, PlanError, ["`layers_to_transform`", "ascending", "[1, 0]"]),
+        ({"target_modules": ".*mlp", "layers_to_transform": [0]}, PlanError, ["`layers_to_transform`", "no effect"]),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_makes_no_sense(changes, error, words):
+    with pytest.raises(error, match=".*".join(map(re.escape, words))):
+        moe_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"experts": {"uralic": 1}}, ["['uralic']", "['turkic', 'uralic']", "needs a count"]),
+        ({"experts": {}}, ["needs a count"]),
+        ({"experts": {**EXPERTS, "slavic": 1}}, ["slavic", "only those"]),
+        ({"experts": {**EXPERTS, "original": 1}}, ['"original"', "exactly expert 0"]),
+        ({"languages": {"en": "original"}, "experts": {}}, ["Every language", '"original"']),
+        ({"experts": {**EXPERTS, "uralic": 0}}, ["'uralic'", "no expert in any layer"]),
+        ({"experts": {**EXPERTS, "uralic": -1}}, ["'uralic'", "none negative"]),
+        ({"experts": {**EXPERTS, "uralic": [1, 2, 3]}}, ["'uralic'", "3 counts", "2 transformed layers"]),
+        ({"experts": {**EXPERTS, "uralic": [1, 2]}, "layers_to_transform": [1]}, ["2 counts", "1 transformed"]),
+        ({"top_k": 5}, ["top_k=5 exceeds 4", "learned"]),
+        ({"top_k": 3, "routing": "language"}, ["top_k=3 exceeds 2", "language"]),
+        ({"layers_to_transform": [1, 7]}, ["`layers_to_transform`", "[7]", "['mlp']"]),
+    ],
+    ids=str,
+)
+def test_experts_that_do_not_fit_the_model(changes, words):
+    base = pico()
+    with refused(base, PlanError, words):
+        upcycle(base, **changes)
+
+
+def with_offloaded_weights():
+    return pico().to("meta")
+
+
+def with_weights_of(dtype):
+    model = pico()
+    for layer in model.model.layers:
+        for linear in (layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj):
+            linear.weight = nn.Parameter(linear.weight.data.to(dtype), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [
+        (with_offloaded_weights, ["model.layers.0.mlp", "meta device"]),
+        (lambda: with_weights_of(torch.int8), ["model.layers.0.mlp", "quantised", "torch.int8"]),
+        (lambda: with_weights_of(torch.float8_e4m3fn), ["model.layers.0.mlp", "quantised", "torch.float8_e4m3fn"]),
+    ],
+    ids=["offloaded", "int8", "float8"],
+)
+def test_weights_that_cannot_be_copied(base, words):
+    base = base()
+    with refused(base, ArchitectureError, words):
+        upcycle(base)
+
+
+def test_low_rank_experts_over_parameters_that_they_would_not_cover():
+    base = pico()
+    base.model.layers[1].mlp.scale = nn.Parameter(torch.ones(()))
+    with refused(base, ArchitectureError, ["model.layers.1.mlp", "scale", "expert_rank=None"]):
+        upcycle(base, expert_rank=2)
+    assert len(moe_layers(upcycle(base))) == 2
+
+
+@pytest.mark.parametrize("target", ["down_proj", "self_attn", "lm_head", "input_layernorm"])
+def test_target_modules_that_are_no_mlp_blocks(target):
+    base = pico()
+    with refused(base, ArchitectureError, [target]):
+        upcycle(base, target_modules=[target])
+
+
+def test_two_target_modules_in_a_layer():
+    base = pico(num_key_value_heads=4)
+    with refused(base, ArchitectureError, ["matches two modules in layer 0"]):
+        upcycle(base, target_modules=["q_proj", "k_proj"])
+
+
+def test_target_modules_that_do_not_exist():
+    base = pico()
+    with refused(base, ValueError, ["feed_forward"]):
+        upcycle(base, target_modules=["feed_forward"])
+
+
+def test_a_refused_configuration_is_not_filled_in():
+    config = moe_config(top_k=5)
+    before = copy.deepcopy(config)
+    with pytest.raises(PlanError):
+        get_peft_model(pico(), config)
+    assert config == before
+
+
+def test_a_refused_second_adapter_leaves_the_first():
+    model = upcycle(pico(), trained=True)
+    expected = logits(model, token_batch())
+    with refused(model, PlanError, ["'uralic'", "none negative"]):
+        model.add_adapter("second", moe_config(experts={**EXPERTS, "uralic": -1}))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model, token_batch()), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_refused_second_adapter_of_a_plain_transformers_model():
+    model = pico()
+    model.add_adapter(moe_config())
+    with refused(model, PlanError, ["'uralic'", "none negative"]):
+        model.add_adapter(moe_config(experts={**EXPERTS, "uralic": -1}), "second")
+    assert list(model.peft_config) == ["default"]
+    model.add_adapter(moe_config(), "second")
+    assert model.active_adapters() == ["second"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({}, ["needs the language of every token", "hu, en, fi, az", "set_language"]),
+        ({"language": "de"}, ["Unknown language 'de'", "hu, en, fi, az"]),
+        ({"language": ["hu", "de", "az"]}, ["Unknown language 'de'", "hu, en, fi, az"]),
+        ({"language": ["hu", "az"]}, ["2 codes for a batch of 3"]),
+        ({"language_ids": torch.tensor([0, 1, 4])}, ["[0, 1, 4]", "0 to 3", "hu, en, fi, az"]),
+        ({"language_ids": torch.tensor([0, 1, -1])}, ["[-1, 0, 1]", "0 to 3"]),
+        ({"language_ids": [0, 1, 3]}, ["tensor of whole numbers", "[0, 1, 3]"]),
+        ({"language_ids": torch.tensor([0.0, 1.0, 3.0])}, ["tensor of whole numbers"]),
+        ({"language_ids": torch.tensor([0, 1])}, ["shape (2,)", "(3,) or (3, 7)"]),
+        ({"language_ids": torch.zeros(3, 5, dtype=torch.int64)}, ["shape (3, 5)", "(3,) or (3, 7)"]),
+    ],
+    ids=str,
+)
+def test_languages_of_a_call(arguments, words):
+    model = upcycle(pico(), trained=True, routing="language")
+    expected = logits(model, token_batch(), language="hu")
+    with refused(model, LanguageError, words):
+        logits(model, token_batch(), **arguments)
+    assert ForwardContext.of(model.base_model.model).current is None
+    assert torch.equal(logits(model, token_batch(), language="hu"), expected)
+
+
+def test_an_unknown_default_language():
+    model = upcycle(pico(), trained=True, routing="language")
+    model.set_language("hu")
+    expected = logits(model, token_batch())
+    with refused(model, LanguageError, ["Unknown language 'de'", "hu, en, fi, az"]):
+        model.set_language("de")
+    assert torch.equal(logits(model, token_batch()), expected)
+    model.set_language(None)
+    with refused(model, LanguageError, ["needs the language of every token"]):
+        logits(model, token_batch())
+
+
+def test_training_a_layer_outside_of_its_model():
+    model = upcycle(pico(), trained=True).train()
+    with refused(model, PeftMoeDeltaError, ["outside of its model's forward pass"]):
+        moe_layers(model)[0](torch.randn(1, 2, 32))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_two_active_adapters():
+    model = upcycle(pico(), adapter="first")
+    model.add_adapter("second", moe_config())
+    with refused(model, PlanError, ["One adapter", "['first', 'second']"]):
+        model.base_model.set_adapter(["first", "second"])
+    plain = pico()
+    for name in ("first", "second"):
+        plain.add_adapter(moe_config(), name)
+    with refused(plain, PlanError, ["One adapter", "['first', 'second']"]):
+        plain.set_adapter(["first", "second"])
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    upcycle(pico(), trained=True).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"intermediate_size": 40}, ["another base model", "shapes", "[48, 32]", "[40, 32]"]),
+        ({"num_hidden_layers": 3}, ["another base model", "blocks", "2", "3"]),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_a_base_with_other_shapes(adapter, sizes, words):
+    base = pico(**sizes)
+    for options in ({}, {"verify_base": False}):
+        with refused(base, CheckpointError, words):
+            PeftModel.from_pretrained(base, adapter, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_adapter_of_a_base_with_other_weights(adapter, dtype):
+    base = perturbed(pico(), scale=0.05).to(dtype)
+    with refused(base, CheckpointError, ["other base weights", "verify_base=False", "graft"]):
+        PeftModel.from_pretrained(base, adapter)
+    model = PeftModel.from_pretrained(base, adapter, verify_base=False)
+    assert logits(model, token_batch()).isfinite().all()
+
+
+@pytest.mark.parametrize("trained_in", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loaded_in", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_base_in_another_dtype_is_recognised(trained_in, loaded_in, tmp_path):
+    upcycle(pico().to(trained_in), trained=True).save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(pico().to(loaded_in), tmp_path)
+    assert logits(model, token_batch()).dtype == loaded_in
