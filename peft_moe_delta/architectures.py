@@ -115,8 +115,8 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
         )
     if any(p.dtype not in _TRAINABLE_DTYPES or hasattr(p, "quant_state") for p in parameters):
         raise ArchitectureError(
-            f"The weights of {name} are quantised ({sorted({str(p.dtype) for p in parameters})}). Experts start as exact, "
-            "trainable copies: load the base model unquantised, and use `expert_rank` to save memory."
+            f"The weights of {name} are quantised ({sorted({str(p.dtype) for p in parameters})}). Experts start as "
+            "exact, trainable copies: load the base model unquantised, and use `expert_rank` to save memory."
         )
     if any(child.endswith(("experts", "router")) for child, _ in mlp.named_children()):
         raise ArchitectureError(

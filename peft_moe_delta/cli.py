@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import redirect_stdout
 
 from .errors import PeftMoeDeltaError
 from .recipe import Run, read_recipe
@@ -32,16 +33,21 @@ def main(arguments: list[str] | None = None) -> None:
     for chatty in ("httpx", "transformers", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
-        run = Run(read_recipe(chosen.recipe, quick=chosen.quick))
-        if chosen.command == "train":
-            print(f"adapter: {run.adapter().folder}")
-        elif chosen.command == "graft":
-            print(f"checkpoint: {run.grafted().folder}")
-        else:
-            print(run.table().text())
-            print(f"\nEverything is in {run.recipe.output}; the stock checkpoint is {run.grafted().folder}.")
+        with redirect_stdout(sys.stderr):  # Trainer's log lines are progress, not results
+            result = _run(chosen.command, Run(read_recipe(chosen.recipe, quick=chosen.quick)))
     except PeftMoeDeltaError as error:
         sys.exit(f"error: {error}")
+    print(result)
+
+
+def _run(command: str, run: Run) -> str:
+    """What a command has to say at its end."""
+    if command == "train":
+        return f"adapter: {run.adapter().folder}"
+    if command == "graft":
+        return f"checkpoint: {run.grafted().folder}"
+    table = run.table().text()
+    return f"{table}\n\nEverything is in {run.recipe.output}; the stock checkpoint is {run.grafted().folder}."
 
 
 if __name__ == "__main__":

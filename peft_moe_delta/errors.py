@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose. Messages say what failed, what was found, what was expected, what to do."""
+"""Every error this package raises on purpose. Messages say what failed, what was expected, what to do."""
 
 
 class PeftMoeDeltaError(ValueError):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .errors import LanguageError
 
 ORIGINAL_GROUP = "original"
-"""The reserved group of the languages the base model already speaks. It owns expert 0, the base MLP, and nothing else."""
+"""The reserved group of the languages the base model speaks. It owns expert 0, the base MLP, and nothing else."""
 
 PADDING_LANGUAGE_ID = -100
 """The id of tokens that belong to no language: padding."""

@@ -17,8 +17,8 @@ def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Ten
 
     `L = - sum_t log sum_{e in target(t)} softmax(logits_t)_e`. With target {0} on original-language tokens this is the
     LPR loss of MoE-LPR (arXiv 2408.11396); with a group's own experts, the router classification of DMoE
-    (arXiv 2506.12388). The softmax is applied once: MoE-LPR's published code applies it twice, which bounds the loss and
-    starves badly routed tokens of gradient.
+    (arXiv 2506.12388). The softmax is applied once: MoE-LPR's published code applies it twice, which bounds the loss
+    and starves badly routed tokens of gradient.
 
     Args:
         logits_TE: router logits, fp32.

@@ -203,7 +203,7 @@ def _read_section(kind: Any, data: Any, where: str) -> Any:
 
 
 def _fits(kind: Any, data: Any) -> bool:
-    """Whether a YAML value can be read as a kind; numbers like 4e-4, which YAML 1.1 takes for text, are given as 4.0e-4."""
+    """Whether a YAML value can be read as a kind. YAML 1.1 takes 4e-4 for text: it must be written 4.0e-4."""
     origin = typing.get_origin(kind) or kind
     if origin is Any:
         return True

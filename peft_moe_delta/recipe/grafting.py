@@ -1,7 +1,7 @@
 """The graft as a step: the reviewed adapter and the post-trained model become a stock checkpoint that was tried out.
 
-In: base, adapter, post-trained model. Out: a checkpoint folder with tokenizer, `graft.json` and the proof that a process
-without this package loads it and computes the same.
+In: base, adapter, post-trained model. Out: a checkpoint folder with tokenizer, `graft.json` and the proof that a
+process without this package loads it and computes the same.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def graft_dense(base: Path | str, tuned: Path, post_trained: Path | str, folder:
 def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float]:
     """Score of a grafted model against the post-trained one on validation material, as fractions of equal weight.
 
-    `mean over expanded languages of (1 - bits / post-trained's bits) + mean over tasks of (exact match - post-trained's)`.
+    `mean over expanded languages of (1 - bits / post-trained's bits) + mean over tasks of (exact match -
+    post-trained's)`.
     """
     tokenizer = AutoTokenizer.from_pretrained(base)
     limits = recipe.limits
@@ -70,8 +71,8 @@ def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float
     tasks = [read_tasks(t.validation, limits.validation_tasks) for t in recipe.tasks.values() if t.validation]
     if not texts:
         raise GraftError(
-            'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. Name one, '
-            "or give a number."
+            'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. '
+            "Name one, or give a number."
         )
 
     def measure(model: PreTrainedModel) -> tuple[list[float], list[float]]:

@@ -7,9 +7,9 @@ import sys
 
 sys.modules["peft_moe_delta"] = None  # type: ignore[assignment]  # any import of it now fails
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 
 def main(folder: str, proof: str) -> None:

@@ -1,7 +1,7 @@
 """The table that a recipe ends with.
 
-In: the scores of each model. Out: figures with bootstrap intervals, and paired differences where two models are compared,
-as text (Markdown), JSON and a picture.
+In: the scores of each model. Out: figures with bootstrap intervals, and paired differences where two models are
+compared, as text (Markdown), JSON and a picture.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Steps whose results are kept.
 
 In: a step's name, everything its result depends on, and the function that makes it. Out: the step's folder, complete or
-absent. A step runs again only when something it depends on has changed: its fields, its input files, or a step before it.
+absent. A step runs again only when something it depends on has changed: its fields, its input files, or a step before
+it.
 """
 
 from __future__ import annotations

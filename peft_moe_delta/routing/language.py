@@ -1,10 +1,10 @@
-"""Routing by language (X-MOD, arXiv 2205.06266; DMoE's first stage, arXiv 2506.12388): a token uses its group's experts."""
+"""Routing by language (X-MOD, arXiv 2205.06266; DMoE's first stage, arXiv 2506.12388): a token's group decides."""
 
 from .base import Routing
 
 
 class LanguageRouting(Routing):
-    """Expert 0 for `"original"`, a group's own experts otherwise, expert 0 again in a layer where the group has none."""
+    """Expert 0 for `"original"`, a group's own experts otherwise, expert 0 again where the group has none."""
 
     name = "language"
     needs_language = True

@@ -1,8 +1,8 @@
 """What a forward pass knows beyond hidden states: languages, padding, and the auxiliary losses on their way out.
 
-MLP blocks see hidden states only. `ForwardContext` is the side channel: it hangs on the base model (every PEFT road keeps
-that), a forward pre-hook takes `language` / `language_ids` and the padding mask in, the layers read them, and a forward
-hook adds the auxiliary loss to `output["loss"]`.
+MLP blocks see hidden states only. `ForwardContext` is the side channel: it hangs on the base model (every PEFT road
+keeps that), a forward pre-hook takes `language` / `language_ids` and the padding mask in, the layers read them, and a
+forward hook adds the auxiliary loss to `output["loss"]`.
 
 Shape legend: B batch, S sequence, T = B * S tokens, G language groups, E experts, K chosen experts a token.
 """
@@ -85,7 +85,7 @@ class ForwardState:
             if any(not 0 <= i < len(table.codes) for i in present):
                 raise LanguageError(
                     f"`language_ids` holds {sorted(present)}; expected 0 to {len(table.codes) - 1} for "
-                    f"{', '.join(table.codes)}, or {PADDING_LANGUAGE_ID} for padding. Build batches with LanguageCollator."
+                    f"{', '.join(table.codes)}, {PADDING_LANGUAGE_ID} for padding. Build batches with LanguageCollator."
                 )
             groups = frozenset(table.group_of[i] for i in present)
             ids_T = self.language_ids.reshape(-1).to(device)
@@ -107,8 +107,8 @@ class ForwardState:
     def auxiliary_loss(self) -> Tensor | None:
         """`sum over losses / tokens`, averaged over all layers; None where no layer deposited anything.
 
-        Each deposit is a sum over tokens. Dividing by the tokens of the whole step (`num_items`), as the model's own loss
-        does, makes micro-batches add up to their batch; without it, by this pass's tokens.
+        Each deposit is a sum over tokens. Dividing by the tokens of the whole step (`num_items`), as the model's own
+        loss does, makes micro-batches add up to their batch; without it, by this pass's tokens.
         """
         if not self.losses:
             return None
@@ -182,7 +182,7 @@ class ForwardContext:
             self._collected, self._num_items = before
 
     def state(self, num_tokens: int, training: bool) -> ForwardState:
-        """The forward pass under way; outside of one (a caller of the bare backbone), one that knows the default language.
+        """The forward pass under way; for a caller of the bare backbone, one that knows the default language.
 
         Raises:
             PeftMoeDeltaError: in training there is none, so the auxiliary loss would be lost.
@@ -191,8 +191,8 @@ class ForwardContext:
             return self.current
         if training and torch.is_grad_enabled():
             raise PeftMoeDeltaError(
-                "An upcycled layer was trained outside of its model's forward pass, where the languages of its tokens are "
-                "unknown and the auxiliary loss has nowhere to go. Call the causal LM, not its backbone or a layer."
+                "An upcycled layer was trained outside of its model's forward pass, where the languages of its "
+                "tokens are unknown and the auxiliary loss has nowhere to go. Call the causal LM, not its backbone."
             )
         return ForwardState((1, num_tokens), language=self.language)
 
@@ -276,8 +276,8 @@ class ForwardContext:
                 given = given.given  # left over from an adapter that was unloaded
             if arguments.get("use_reentrant", True):
                 raise PeftMoeDeltaError(
-                    "Gradient checkpointing with use_reentrant=True loses the languages of the tokens when it recomputes "
-                    'a layer. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
+                    "Gradient checkpointing with use_reentrant=True loses the languages of tokens when it recomputes a "
+                    'layer. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
             module._gradient_checkpointing_func = partial(function, context_fn=_CheckpointContexts(self, given))
 
@@ -338,7 +338,8 @@ class _CheckpointContexts:
 def _ids_for(shape: tuple[int, int], language_ids: Tensor | None) -> Tensor | None:
     """Language ids as (B, S).
 
-    During cached generation the prompt's (B, prompt) ids meet one new token a row: it continues the row's last language.
+    During cached generation the prompt's (B, prompt) ids meet one new token a row: it continues the row's last
+    language.
 
     Raises:
         LanguageError: the ids fit neither (B,) nor (B, S).

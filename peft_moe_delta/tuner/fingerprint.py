@@ -1,7 +1,7 @@
 """Which base model an adapter belongs to.
 
-In: the MLP blocks an adapter transforms. Out: their shapes and a few of their weights, rounded to bf16 so that loading the
-same checkpoint in another dtype gives the same fingerprint.
+In: the MLP blocks an adapter transforms. Out: their shapes and a few of their weights, rounded to bf16 so that loading
+the same checkpoint in another dtype gives the same fingerprint.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def check_fingerprint(saved: dict[str, Any], found: dict[str, Any], *, verify_we
     tolerated = _FP16_MISMATCHES if "float16" in (saved["dtype"], found["dtype"]) else 0.0
     if verify_weights and differing > tolerated:
         raise CheckpointError(
-            f"This adapter was trained on other base weights: {differing:.0%} of the sampled MLP weights differ. Experts "
-            "are changes of one particular model. Load that base model, or pass verify_base=False if you know better "
-            "(to move an adapter onto a post-trained model, use model.graft)."
+            f"This adapter was trained on other base weights: {differing:.0%} of the sampled MLP weights differ. "
+            "Experts are changes of one particular model. Load that base model, or pass verify_base=False if you "
+            "know better (to move an adapter onto a post-trained model, use model.graft)."
         )

@@ -78,8 +78,8 @@ def graft(
         post_trained: the post-trained model: Hub id, folder, or a loaded model, which is wrapped in place as
             `get_peft_model` does.
         scale: only 1: the adapter cannot carry part of a delta to attention, norms and embeddings.
-        expert_scale: `a`, the share of the expert's own change to keep: a number, `{group: number}`, or `"auto"` for the
-            best under `validation`.
+        expert_scale: `a`, the share of the expert's own change to keep: a number, `{group: number}`, or `"auto"` for
+            the best under `validation`.
         validation: scores a grafted model, higher is better; with `expert_scale="auto"` only.
 
     Raises:
@@ -163,8 +163,8 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
     if config.routing_rule.needs_language and language is None:
         raise GraftError(
             f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "
-            f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs on, or "
-            "use graft() and share the adapter."
+            f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs "
+            "on, or use graft() and share the adapter."
         )
     if not config.routing_rule.needs_language and language is not None:
         raise GraftError(
@@ -349,7 +349,7 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
     """
     if base.config.model_type != post_trained.config.model_type:
         raise GraftError(
-            f"The base model is a {base.config.model_type!r}, the post-trained one a {post_trained.config.model_type!r}. "
+            f"The base model is a {base.config.model_type!r}, the other one a {post_trained.config.model_type!r}. "
             "A post-training delta exists only between a model and its own tuned descendant."
         )
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
@@ -361,8 +361,8 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
     if differing:
         raise GraftError(
             f"The tokenizers differ: {len(differing)} of the base's {len(vocabularies[0])} tokens, such as "
-            f"{differing[0]!r}, have another id or none in {post_trained.name_or_path}. A delta exists only between models "
-            "with one tokenizer; added tokens are fine."
+            f"{differing[0]!r}, have another id or none in {post_trained.name_or_path}. A delta exists only between "
+            "models with one tokenizer; added tokens are fine."
         )
 
 

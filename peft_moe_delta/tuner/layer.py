@@ -92,7 +92,7 @@ class LayerSettings:
 
 
 class MoeDeltaLayer(nn.Module, BaseTunerLayer):
-    """An MLP with experts, for one or more adapters. Parameters live under `moe_delta_experts` and `moe_delta_router`."""
+    """An MLP with experts, for one or more adapters. Parameters are in `moe_delta_experts` and `moe_delta_router`."""
 
     adapter_layer_names = (EXPERTS, ROUTER)
     other_param_names = ("settings",)

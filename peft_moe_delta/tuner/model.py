@@ -1,7 +1,7 @@
 """`MoeDeltaModel`, the tuner: finds the MLP blocks, grows experts beside them, switches stages, grafts.
 
-In: a causal LM and a `MoeDeltaConfig`. Out: the same model with `MoeDeltaLayer`s in place of MLP blocks, as PEFT's tuners
-leave it.
+In: a causal LM and a `MoeDeltaConfig`. Out: the same model with `MoeDeltaLayer`s in place of MLP blocks, as PEFT's
+tuners leave it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class MoeDeltaModel(BaseTuner):
 
     prefix: str = "moe_delta_"
     tuner_layer_cls = MoeDeltaLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # -- what a user calls --------------------------------------------------------------------------------------------
 
@@ -271,7 +271,7 @@ class MoeDeltaModel(BaseTuner):
         missing = [key for key in model.state_dict() if ours.search(key) and key not in remapped]
         if missing:
             raise CheckpointError(
-                f"The adapter's file lacks {len(missing)} of its tensors, such as {missing[0]}: those would stay at their "
-                "random start. The file is incomplete; fetch or save the adapter again."
+                f"The adapter's file lacks {len(missing)} of its tensors, such as {missing[0]}: those would stay at "
+                "their random start. The file is incomplete; fetch or save the adapter again."
             )
         return remapped

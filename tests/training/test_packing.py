@@ -1,0 +1,68 @@
+"""Packed documents are strangers: each computes what it computes alone, whoever its neighbours are."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from builders import pico, token_batch, upcycle
+from peft_moe_delta import LanguageCollator
+
+LENGTHS = (4, 3, 6, 2, 7)
+CODES = ("en", "hu", "az", "fi", "en")
+TOKENS = token_batch(1, sum(LENGTHS))[0].split(LENGTHS)
+DOCUMENTS = [{"input_ids": t.tolist(), "language": code} for t, code in zip(TOKENS, CODES, strict=True)]
+FAMILIES = ["llama", "qwen3", "gpt2"]  # gpt2: learned positions
+
+
+@pytest.fixture(params=[(f, a) for f in FAMILIES for a in ("sdpa", "eager")], ids="-".join)
+def base(request):
+    family, attention = request.param
+    return pico(family, attn_implementation=attention)
+
+
+def alone(model, document):
+    tokens = torch.tensor([document["input_ids"]])
+    return model(input_ids=tokens, language=document["language"]).logits[0]
+
+
+@pytest.mark.parametrize("routing", ["learned", "language"])
+def test_packed_logits_equal_each_document_alone(base, tokenizer, routing):
+    """Called as a user would call it, without Trainer: nobody turns the cache off."""
+    model = upcycle(base, trained=True, routing=routing)
+    batch = LanguageCollator(tokenizer, model, packing=True, max_length=sum(LENGTHS) + 3)(DOCUMENTS)
+    with torch.no_grad():
+        packed = model(**batch).logits[0]
+        expected = torch.cat([alone(model, document) for document in DOCUMENTS])
+    torch.testing.assert_close(packed[: len(expected)], expected, atol=1e-5, rtol=0)
+
+
+def test_a_document_over_two_rows_is_two_documents(base, tokenizer):
+    model = upcycle(base, trained=True)
+    batch = LanguageCollator(tokenizer, model, packing=True, max_length=5)([DOCUMENTS[4], DOCUMENTS[1]])
+    halves = [{**DOCUMENTS[4], "input_ids": DOCUMENTS[4]["input_ids"][part]} for part in (slice(5), slice(5, 7))]
+    with torch.no_grad():
+        packed = model(**batch).logits.flatten(0, 1)
+        expected = torch.cat([alone(model, document) for document in (*halves, DOCUMENTS[1])])
+    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=0)
+
+
+def test_no_document_sees_another(base, tokenizer):
+    model = upcycle(base, trained=True)
+    collate = LanguageCollator(tokenizer, model, packing=True, max_length=sum(LENGTHS))
+    changed = [{**DOCUMENTS[0], "input_ids": [90, 91, 92, 93]}, *DOCUMENTS[1:]]
+    with torch.no_grad():
+        before, after = (model(**collate(documents)).logits[0] for documents in (DOCUMENTS, changed))
+    assert not before[:4].equal(after[:4])
+    torch.testing.assert_close(before[4:], after[4:], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_loss_is_the_token_weighted_loss_of_the_documents(tokenizer, training):
+    model = upcycle(pico(), trained=True, load_balancing_coef=0.0).train(training)
+    batch = LanguageCollator(tokenizer, model, packing=True, max_length=13)(DOCUMENTS)
+    assert batch["input_ids"].shape == (2, 13)  # 4 + 3 + 6, 2 + 7 and 4 of padding
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(alone(model, d)[:-1], torch.tensor(d["input_ids"][1:]), reduction="sum") for d in DOCUMENTS
+        ]
+    torch.testing.assert_close(model(**batch).loss, sum(losses) / (sum(LENGTHS) - len(LENGTHS)), atol=1e-5, rtol=0)
