@@ -144,7 +144,7 @@ def check_low_rank(name: str, mlp: nn.Module) -> None:
     Raises:
         ArchitectureError: the MLP keeps parameters outside of its linear maps.
     """
-    linear = linear_names(mlp)
+    linear = linear_maps(mlp)
     stray = [parameter for parameter, _ in mlp.named_parameters() if parameter.rpartition(".")[0] not in linear]
     if stray:
         raise ArchitectureError(
@@ -153,9 +153,9 @@ def check_low_rank(name: str, mlp: nn.Module) -> None:
         )
 
 
-def linear_names(mlp: nn.Module) -> list[str]:
-    """Names, inside an MLP, of its linear maps (`nn.Linear` or GPT-2's `Conv1D`)."""
-    return [name for name, module in mlp.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+def linear_maps(mlp: nn.Module) -> dict[str, nn.Linear | Conv1D]:
+    """Name, inside an MLP, -> linear map (`nn.Linear` or GPT-2's `Conv1D`)."""
+    return {name: module for name, module in mlp.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def mlp_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

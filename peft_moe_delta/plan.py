@@ -113,9 +113,9 @@ class ExpertPlan:
 def _per_layer(group: str, count: int | Sequence[int], num_layers: int) -> tuple[int, ...]:
     """One count a layer for a group, checked."""
     if isinstance(count, int) and not isinstance(count, bool):
-        counts = (count,) * num_layers
+        counts: tuple[int, ...] = (count,) * num_layers
     else:
-        counts = tuple(count) if isinstance(count, Sequence) and not isinstance(count, str) else (None,)
+        counts = tuple(count) if isinstance(count, Sequence) and not isinstance(count, str) else (-1,)
     if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in counts):
         raise PlanError(
             f"`experts[{group!r}]` must be a number of experts or one number a layer, none negative; got {count!r}."

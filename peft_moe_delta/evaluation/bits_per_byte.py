@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .forward import Progress, batches_by_length, evaluating, logits_at
@@ -41,7 +42,7 @@ class Window(NamedTuple):
 
 
 def bits_per_byte(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[str],
     *,
@@ -101,7 +102,7 @@ def _windows(document: int, ids: list[int], max_length: int, stride: int) -> Ite
         done = end
 
 
-def _add_bits(model: PreTrainedModel, windows: list[Window], language: str | None, bits: np.ndarray) -> None:
+def _add_bits(model: nn.Module, windows: list[Window], language: str | None, bits: np.ndarray) -> None:
     """Add the windows' bits to those of their documents."""
     offset = min(window.first for window in windows)
     longest = max(len(window.inputs) for window in windows)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
 from .forward import Progress, batches_by_length, evaluating, logits_at
@@ -49,7 +50,7 @@ def encode_task(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) ->
 
 
 def exact_match(
-    model: PreTrainedModel,
+    model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Mapping[str, str]],
     *,
@@ -81,7 +82,7 @@ def _encode(
     return [encode_task(tokenizer, task["prompt"], task["answer"]) for task in tasks]
 
 
-def _answered(model: PreTrainedModel, encoded: list[tuple[list[int], list[int]]], language: str | None) -> list[bool]:
+def _answered(model: nn.Module, encoded: list[tuple[list[int], list[int]]], language: str | None) -> list[bool]:
     """Whether each encoded task's every answer token is the argmax one position before it."""
     starts = [sum(label == IGNORED for label in labels) for _, labels in encoded]
     offset = min(starts) - 1

@@ -44,6 +44,7 @@ class Run:
         """The post-trained model: the recipe's own, or tuned on its tasks."""
         recipe = self.recipe
         if recipe.tune is None:
+            assert recipe.post_trained is not None  # a recipe has one of the two
             return self._step("post_trained", {"model": model_identity(recipe.post_trained)}, lambda folder: None)
         depends_on = {"base": self.base(), "tune": recipe.tune, "tasks": file_hash(recipe.tune.tasks)}
         make = lambda folder: stages.tune(recipe, self.base_model, recipe.tune, folder)  # noqa: E731
@@ -68,12 +69,11 @@ class Run:
         )
 
     def dense(self) -> Step:
-        """Dense continual pre-training on the tokens of stage 1, plus the delta."""
-        recipe = self.recipe
-        depends_on = {"base": self.base(), "expand": recipe.expand, "dense": recipe.dense, "text": self._text()}
-        tuned = self._step(
-            "dense", depends_on, lambda folder: stages.dense(recipe, self.base_model, recipe.dense, folder)
-        )
+        """Dense continual pre-training on the tokens of stage 1, plus the delta; where the recipe has it."""
+        recipe, fields = self.recipe, self.recipe.dense
+        assert fields is not None
+        depends_on = {"base": self.base(), "expand": recipe.expand, "dense": fields, "text": self._text()}
+        tuned = self._step("dense", depends_on, lambda folder: stages.dense(recipe, self.base_model, fields, folder))
         return self._step(
             "dense_grafted",
             {"dense": tuned, "post_trained": self.post_trained()},

@@ -67,10 +67,11 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Review(Training):
-    """The review stage. `language_prior_coef` as in `MoeDeltaModel.start_review`."""
+    """The review stage; the fields beyond `Training` as in `MoeDeltaModel.start_review`."""
 
     routing: str | None = None
     language_prior_coef: float | None = None
+    language_prior_groups: list[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..delta import PostTrainingDelta, graft_tensor
 from ..errors import GraftError
-from ..evaluation import bits_per_byte, exact_match
+from ..evaluation import exact_match
 from .data import read_tasks, read_texts
 from .fields import Graft, Recipe
-from .scoring import arithmetic, window
+from .scoring import arithmetic, score_texts
 from .stages import load_model, save_with_tokenizer
 
 _RELOAD = Path(__file__).with_name("reload.py")
@@ -64,9 +64,9 @@ def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float
     tokenizer = AutoTokenizer.from_pretrained(base)
     limits = recipe.limits
     texts = {
-        code: read_texts(recipe.languages[code].validation, limits.validation_bytes)
+        code: read_texts(file, limits.validation_bytes)
         for code in recipe.expanded_languages
-        if recipe.languages[code].validation
+        if (file := recipe.languages[code].validation)
     }
     tasks = [read_tasks(t.validation, limits.validation_tasks) for t in recipe.tasks.values() if t.validation]
     if not texts:
@@ -75,9 +75,9 @@ def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float
             "Name one, or give a number."
         )
 
-    def measure(model: PreTrainedModel) -> tuple[list[float], list[float]]:
+    def measure(model: PreTrainedModel | PeftModel) -> tuple[list[float], list[float]]:
         with arithmetic(recipe):
-            bits = [bits_per_byte(model, tokenizer, text, **window(recipe)).value for text in texts.values()]
+            bits = [score_texts(model, tokenizer, text).value for text in texts.values()]
             return bits, [exact_match(model, tokenizer, task).value for task in tasks]
 
     reference: list[tuple[list[float], list[float]]] = []

@@ -6,7 +6,6 @@ In: a checkpoint. Out: `scores.json`: bits and bytes of every document by langua
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,16 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from ..evaluation import bits_per_byte, exact_match
+from ..evaluation.forward import Progress
 from .data import read_tasks, read_texts
 from .fields import Recipe
 from .stages import load_model
 
 FILE = "scores.json"
 _WINDOW = 1024
+
+score_texts = partial(bits_per_byte, max_length=_WINDOW, stride=_WINDOW, batch_size=4)
+"""Bits per byte, every token once, in windows without overlap, which most documents do not fill."""
 
 
 def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
@@ -31,7 +34,7 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     with arithmetic(recipe):
         for code, language in recipe.languages.items():
             texts = read_texts(language.test, recipe.limits.test_bytes)
-            result = bits_per_byte(model, tokenizer, texts, progress=_bar(f"{code} text"), **window(recipe))
+            result = score_texts(model, tokenizer, texts, progress=_bar(f"{code} text"))
             scores["text"][code] = {"bits": result.bits.tolist(), "bytes": result.bytes.tolist()}
         for name, tasks in recipe.tasks.items():
             listed = read_tasks(tasks.test, recipe.limits.test_tasks)
@@ -39,16 +42,11 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(scores), encoding="utf-8")
 
 
-def arithmetic(recipe: Recipe) -> AbstractContextManager:
+def arithmetic(recipe: Recipe) -> torch.autocast:
     """The precision the recipe computes in."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
 
 
-def window(recipe: Recipe) -> dict[str, int]:
-    """How documents are cut: every token once, in windows without overlap, which most documents do not fill."""
-    return {"max_length": _WINDOW, "stride": _WINDOW, "batch_size": 4}
-
-
-def _bar(label: str) -> partial:
+def _bar(label: str) -> Progress:
     return partial(tqdm, desc=label, leave=False)

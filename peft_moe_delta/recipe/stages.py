@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    DataCollator,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -37,12 +38,13 @@ Features = list[dict[str, Any]]
 def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     """A causal LM in fp32, which small updates need; on the first GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options).to(device)
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    return loaded.to(device)  # type: ignore[arg-type]  # transformers' decorated `to` loses its self
 
 
 def save_with_tokenizer(model: PreTrainedModel | PeftModel, tokenizer_of: str | Path, folder: Path) -> None:
     """A checkpoint with the tokenizer, chat template included, of another one."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
 
 
@@ -54,7 +56,7 @@ def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None
         input_ids, labels = encode_task(tokenizer, task["prompt"], task["answer"])
         features.append({"input_ids": input_ids, "labels": labels})
     model = load_model(base)
-    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True), "tune")
+    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True))
     save_with_tokenizer(model, base, folder)
 
 
@@ -74,18 +76,22 @@ def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
-    _train(recipe, model, features, recipe.expand, LanguageCollator(tokenizer, model), "expand")
-    model.save_pretrained(folder)
+    _train(recipe, model, features, recipe.expand, LanguageCollator(tokenizer, model))
+    model.save_pretrained(str(folder))
 
 
 def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path) -> None:
     """Stage 2: the routers alone learn from all languages which expert serves whom."""
     model = PeftModel.from_pretrained(load_model(base), expanded, is_trainable=True)
-    model.start_review(routing=fields.routing, language_prior_coef=fields.language_prior_coef)
+    model.start_review(
+        routing=fields.routing,
+        language_prior_coef=fields.language_prior_coef,
+        language_prior_groups=fields.language_prior_groups,
+    )
     tokenizer = AutoTokenizer.from_pretrained(base)
     features = blocks(recipe, tokenizer, list(recipe.languages), fields)
-    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model), "review")
-    model.save_pretrained(folder)
+    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model))
+    model.save_pretrained(str(folder))
 
 
 def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:
@@ -96,7 +102,7 @@ def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> N
         feature["labels"] = feature["input_ids"]
         del feature["language"]
     model = load_model(base)
-    _train(recipe, model, features, fields, default_data_collator, "dense")
+    _train(recipe, model, features, fields, default_data_collator)
     save_with_tokenizer(model, base, folder)
 
 
@@ -129,7 +135,7 @@ def blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequen
 
 
 def _train(
-    recipe: Recipe, model: torch.nn.Module, features: Features, fields: Training, collator: Callable, name: str
+    recipe: Recipe, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator
 ) -> None:
     """The plain Trainer, with cosine decay and a short warm-up."""
     with tempfile.TemporaryDirectory() as scratch:

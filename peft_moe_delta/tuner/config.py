@@ -8,8 +8,8 @@ from typing import Any
 
 from peft import PeftConfig, TaskType
 
-from ..errors import PlanError
-from ..languages import LanguageTable
+from ..errors import LanguageError, PlanError
+from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
 from ..routing import Routing, routing_named
 
@@ -46,6 +46,8 @@ class MoeDeltaConfig(PeftConfig):
             `model.start_expansion()` and `model.start_review()`.
         load_balancing_coef: weight of the load-balancing loss; None for the stage's default (0.01, 0 in review).
         language_prior_coef: weight of the language-prior loss; None for the stage's default (0, 0.1 in review).
+        language_prior_groups: groups whose tokens that loss sends to their own experts; None for the stage's default
+            (every group; in review the original languages alone).
         language_ids: language codes in the order of their ids. Filled in; append-only.
         group_order: group names in the order of their experts. Filled in; append-only.
         base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
@@ -53,7 +55,7 @@ class MoeDeltaConfig(PeftConfig):
         verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
 
     Raises:
-        LanguageError: `languages` is empty or malformed.
+        LanguageError: `languages` is empty or malformed, or an unknown group in `language_prior_groups`.
         PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1.
     """
 
@@ -71,6 +73,7 @@ class MoeDeltaConfig(PeftConfig):
     stage: str = "expansion"
     load_balancing_coef: float | None = None
     language_prior_coef: float | None = None
+    language_prior_groups: list[str] | None = None
     language_ids: list[str] | None = None
     group_order: list[str] | None = None
     base_fingerprint: dict[str, Any] | None = None
@@ -79,12 +82,17 @@ class MoeDeltaConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MoeDeltaType.MOE_DELTA  # type: ignore[assignment]
+        self.peft_type = MoeDeltaType.MOE_DELTA
         table = self.language_table
         self.language_ids, self.group_order = list(table.codes), list(table.groups)
         routing_named(self.routing)
         if self.stage not in STAGES:
             raise PlanError(f"Unknown stage {self.stage!r}; expected one of: {', '.join(STAGES)}.")
+        unknown = set(self.language_prior_groups or ()) - set(table.groups)
+        if unknown:
+            raise LanguageError(
+                f"`language_prior_groups` names {sorted(unknown)}; the groups are {', '.join(table.groups)}."
+            )
         for name, value in (("top_k", self.top_k), ("expert_rank", self.expert_rank)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise PlanError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
@@ -129,6 +137,13 @@ class MoeDeltaConfig(PeftConfig):
     def language_prior(self) -> float:
         """The language-prior coefficient in force."""
         return STAGES[self.stage][1] if self.language_prior_coef is None else self.language_prior_coef
+
+    @property
+    def prior_groups(self) -> tuple[str, ...]:
+        """The groups that the language-prior loss speaks for, in the stage under way."""
+        if self.language_prior_groups is not None:
+            return tuple(self.language_prior_groups)
+        return (ORIGINAL_GROUP,) if self.stage == "review" else self.language_table.groups
 
     def plan(self, layers: list[int]) -> ExpertPlan:
         """The experts of a model whose transformed decoder layers are `layers`, ascending.

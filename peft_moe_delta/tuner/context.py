@@ -29,8 +29,10 @@ ARGUMENTS = ("language", "language_ids")
 COLUMNS = ("text",)
 """What `LanguageCollator` reads in a data set beyond the arguments of a model, so that Trainer must not drop it."""
 
+Rows = tuple[int, ...] | tuple[tuple[bool, ...], ...]
 
-def constant(rows: tuple, device: torch.device) -> Tensor:
+
+def constant(rows: Rows, device: torch.device) -> Tensor:
     """Whole numbers, or rows of booleans, as a tensor: copied to each device once, or part of a compiled graph."""
     if not torch.compiler.is_compiling():
         return _kept_constant(rows, device)
@@ -38,7 +40,7 @@ def constant(rows: tuple, device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=256)
-def _kept_constant(rows: tuple, device: torch.device) -> Tensor:
+def _kept_constant(rows: Rows, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(rows, device=device)
 
@@ -207,7 +209,9 @@ class ForwardContext:
         pairs = {name: (float(total), float(count)) for name, (total, count) in read.items()}
         return {name: total / count for name, (total, count) in pairs.items() if count}
 
-    def _enter(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _enter(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         language = kwargs.pop("language", None)
         language_ids = kwargs.pop("language_ids", None)
         tokens = kwargs.get("input_ids", args[0] if args else None)
@@ -237,7 +241,7 @@ class ForwardContext:
             self._keep_through_checkpointing(model)
         return args, kwargs
 
-    def _leave(self, model: nn.Module, args: tuple, output: Any) -> Any:
+    def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, self.current = self.current, None
         auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
         if auxiliary is None:
@@ -279,7 +283,8 @@ class ForwardContext:
                     "Gradient checkpointing with use_reentrant=True loses the languages of tokens when it recomputes a "
                     'layer. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
                 )
-            module._gradient_checkpointing_func = partial(function, context_fn=_CheckpointContexts(self, given))
+            contexts = _CheckpointContexts(self, given)
+            module.__dict__["_gradient_checkpointing_func"] = partial(function, context_fn=contexts)
 
 
 class LanguageForward:

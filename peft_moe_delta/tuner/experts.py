@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import linear_names
+from ..architectures import linear_maps
 
 
 class LowRankLinear(nn.Module):
@@ -74,7 +74,7 @@ def full_expert(mlp: nn.Module) -> nn.Module:
 
 def low_rank_expert(mlp: nn.Module, rank: int) -> nn.Module:
     """A copy of an MLP's structure in which every linear map is a `LowRankLinear` over the original one."""
-    memo = {id(mlp.get_submodule(name)): LowRankLinear(mlp.get_submodule(name), rank) for name in linear_names(mlp)}
+    memo = {id(frozen): LowRankLinear(frozen, rank) for frozen in linear_maps(mlp).values()}
     return _without_hooks(copy.deepcopy(mlp, memo))
 
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -26,7 +26,6 @@ from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor
 from ..errors import GraftError
 from ..export import UpcycledWeights, build_model, check_equal_logits, choose_layout
-from .config import MoeDeltaConfig
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
 
@@ -55,7 +54,7 @@ class GraftReport:
     """
 
     post_trained: str
-    scale: float | dict[str, float]
+    scale: float | Mapping[str, float]
     expert_scale: dict[str, float]
     trials: tuple[tuple[float, float], ...] = ()
     layout: str | None = None
@@ -129,13 +128,13 @@ def to_stock(model: PeftModel, *, language: str | None = None, tolerance: float 
 
     The export is built and compared with the adapter in fp32, then rounded once to the dense model's dtype.
     """
-    tuner: MoeDeltaModel = model.base_model
+    tuner = _tuner(model)
     dtype = next(tuner.model.parameters()).dtype
     exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
-    weights = _weights(exact.base_model, language)
+    weights = _weights(_tuner(exact), language)
     layout = choose_layout(weights)
     exported = build_model(weights, layout)
-    with exact.base_model.in_language(language):
+    with _tuner(exact).in_language(language):
         difference = check_equal_logits(exact, exported, tolerance=tolerance)
     exported = exported.to(dtype)
     exported.config.dtype = dtype
@@ -157,7 +156,7 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
         top_k=config.experts_per_token,
         dense=trained_weights(tuner),
         experts=lambda layer, expert: layers[layer].expert_weights(name, expert),
-        routers=lambda layer: layers[layer].moe_delta_router[name].weight.detach(),
+        routers=lambda layer: layers[layer].moe_delta_router[name].get_parameter("weight").detach(),
     )
     table = config.language_table
     if config.routing_rule.needs_language and language is None:
@@ -180,17 +179,15 @@ class _Graft:
     def __init__(self, tuner: MoeDeltaModel, post_trained: str | Path | PreTrainedModel, scale: Scale) -> None:
         self.tuner, self.scale = tuner, scale
         self.name = tuner.active_adapters[0]
-        if not isinstance(post_trained, PreTrainedModel):
-            post_trained = _load(post_trained)
-        post_trained = post_trained.to(next(tuner.model.parameters()).device)
-        _check_siblings(tuner.model, post_trained)
-        self.delta = PostTrainingDelta.from_checkpoints(base_weights(tuner), dict(post_trained.state_dict()))
+        model = post_trained if isinstance(post_trained, PreTrainedModel) else _load(post_trained)
+        self.model: PreTrainedModel = model.to(next(tuner.model.parameters()).device)
+        _check_siblings(tuner.model, self.model)
+        self.delta = PostTrainingDelta.from_checkpoints(base_weights(tuner), dict(self.model.state_dict()))
         doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
         if doubts:
             warnings.warn(
                 f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=4
             )
-        self.model = post_trained
         if scale != Scale(1.0):
             self._scale_dense()
 
@@ -202,7 +199,7 @@ class _Graft:
                 f"validation={validation!r}. Pass a function that scores a grafted model, or a number."
             )
         scales = self._expert_scales(1.0 if expert_scale == "auto" else expert_scale)
-        config: MoeDeltaConfig = copy.deepcopy(self.tuner.peft_config[self.name])
+        config = copy.deepcopy(self.tuner.peft_config[self.name])
         config.base_fingerprint = config.base_model_name_or_path = None  # it gets a new base
         experts = next(iter(self.tuner.layers().values())).moe_delta_experts[self.name]
         keep_fp32 = next(experts.parameters()).dtype == torch.float32
@@ -210,7 +207,7 @@ class _Graft:
         grafted = get_peft_model(self.model, config, self.name, autocast_adapter_dtype=keep_fp32)
         if grafted.base_model.active_adapters != [self.name]:
             grafted.set_adapter(self.name)
-        self.target: MoeDeltaModel = grafted.base_model
+        self.target = _tuner(grafted)
         grafted.train(self.tuner.training)
         self._fill(scales)
         trials: list[tuple[float, float]] = []
@@ -218,9 +215,10 @@ class _Graft:
             trials = self._search(grafted, validation)
             scales = self._expert_scales(max(trials, key=lambda trial: trial[1])[0])
             self._fill(scales)
-        report = GraftReport(str(self.model.name_or_path), self.scale.value, scales, tuple(trials))
+        scale = dict(self.scale.value) if isinstance(self.scale.value, Mapping) else self.scale.value
+        report = GraftReport(str(self.model.name_or_path), scale, scales, tuple(trials))
         grafted.active_peft_config.graft = asdict(report)
-        grafted.graft_report = report
+        grafted.graft_report = report  # type: ignore[assignment]  # torch names only tensors and modules
         return grafted
 
     def _search(self, grafted: PeftModel, validation: Validation) -> list[tuple[float, float]]:
@@ -271,16 +269,15 @@ class _Graft:
         ):
             target.moe_delta_router[self.name].load_state_dict(source.moe_delta_router[self.name].state_dict())
             mlp_name = _name_of(self.target.model, target)
-            for index, (expert, grafted) in enumerate(
-                zip(source.moe_delta_experts[self.name], target.moe_delta_experts[self.name], strict=True), start=1
-            ):
+            pairs = zip(source.experts(self.name)[1:], target.experts(self.name)[1:], strict=True)
+            for index, (expert, grafted) in enumerate(pairs, start=1):
                 scale = expert_scales[plan.group_of_expert(layer, index)]
                 self._fill_expert(expert, grafted, mlp_name, scale)
-        for (name, source), (_, target) in zip(
+        for (name, trained), (_, saved) in zip(
             _saved_modules(self.tuner, self.name), _saved_modules(self.target, self.name), strict=True
         ):
-            for key, parameter in target.named_parameters():
-                self._graft_into(parameter, f"{name}.{key}", source.get_parameter(key), 1.0)
+            for key, parameter in saved.named_parameters():
+                self._graft_into(parameter, f"{name}.{key}", trained.get_parameter(key), 1.0)
 
     def _fill_expert(self, expert: nn.Module, grafted: nn.Module, mlp_name: str, expert_scale: float) -> None:
         for name, parameter in grafted.named_parameters():
@@ -354,27 +351,32 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
         )
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
         raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
-    vocabularies = [_vocabulary(model.name_or_path) for model in (base, post_trained)]
-    if None in vocabularies:
+    known, found = _vocabulary(base), _vocabulary(post_trained)
+    if known is None or found is None:
         return
-    differing = [token for token, index in vocabularies[0].items() if vocabularies[1].get(token) != index]
+    differing = [token for token, index in known.items() if found.get(token) != index]
     if differing:
         raise GraftError(
-            f"The tokenizers differ: {len(differing)} of the base's {len(vocabularies[0])} tokens, such as "
+            f"The tokenizers differ: {len(differing)} of the base's {len(known)} tokens, such as "
             f"{differing[0]!r}, have another id or none in {post_trained.name_or_path}. A delta exists only between "
             "models with one tokenizer; added tokens are fine."
         )
 
 
-def _vocabulary(model: str) -> dict[str, int] | None:
-    """Token -> id of a checkpoint's tokenizer; None where it has none."""
-    folder = Path(model)
-    if not model or (folder.is_dir() and not (folder / "tokenizer_config.json").is_file()):
+def _vocabulary(model: PreTrainedModel) -> dict[str, int] | None:
+    """Token -> id of the tokenizer beside a model's checkpoint; None where there is none."""
+    name = model.name_or_path
+    if not name or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()):
         return None
     try:
-        return AutoTokenizer.from_pretrained(model).get_vocab()
+        return AutoTokenizer.from_pretrained(name).get_vocab()
     except OSError:  # a model that was made in memory, under a name of its own
         return None
+
+
+def _tuner(model: PeftModel) -> MoeDeltaModel:
+    """The upcycled model inside PEFT's wrapper, which calls it just a module."""
+    return cast("MoeDeltaModel", model.base_model)
 
 
 def _name_of(model: nn.Module, module: nn.Module) -> str:

@@ -82,13 +82,12 @@ class LayerSettings:
 
     @property
     def prior_targets(self) -> tuple[tuple[bool, ...], ...]:
-        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
-
-        Review protects the original languages; in expansion the prior classifies every group (DMoE).
-        """
-        if self.config.stage == "review":
-            return (self.own[0], *((False,) * len(row) for row in self.own[1:]))
-        return self.own
+        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained."""
+        groups = self.config.prior_groups
+        return tuple(
+            row if group in groups else (False,) * len(row)
+            for group, row in zip(self.table.groups, self.own, strict=True)
+        )
 
 
 class MoeDeltaLayer(nn.Module, BaseTunerLayer):
@@ -123,7 +122,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
 
     def experts(self, adapter_name: str) -> list[nn.Module]:
         """All experts of an adapter, expert 0 first."""
-        return [self.base_layer, *self.moe_delta_experts[adapter_name]]
+        new = self.moe_delta_experts[adapter_name]
+        assert isinstance(new, nn.ModuleList)
+        return [self.base_layer, *new]
 
     def expert_weights(self, adapter_name: str, expert: int) -> dict[str, Tensor]:
         """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
@@ -134,7 +135,10 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or name is None:
             return self.base_layer(x, residual) if self._takes_residual else self.base_layer(x)
         y = self._mixture(x.reshape(-1, x.shape[-1]), name).view(x.shape)
-        return residual + y if self._takes_residual else y
+        if not self._takes_residual:
+            return y
+        assert residual is not None  # such an MLP is never called without
+        return residual + y
 
     def _mixture(self, x_TD: Tensor, name: str) -> Tensor:
         settings, experts = self.settings[name], self.experts(name)

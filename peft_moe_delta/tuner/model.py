@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
@@ -42,7 +43,8 @@ class MoeDeltaModel(BaseTuner):
 
     prefix: str = "moe_delta_"
     tuner_layer_cls = MoeDeltaLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    peft_config: dict[str, MoeDeltaConfig]  # type: ignore[assignment]  # where the base class says PeftConfig
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT's lacks the ClassVar
 
     # -- what a user calls --------------------------------------------------------------------------------------------
 
@@ -52,6 +54,7 @@ class MoeDeltaModel(BaseTuner):
         routing: str | None = None,
         load_balancing_coef: float | None = None,
         language_prior_coef: float | None = None,
+        language_prior_groups: list[str] | None = None,
     ) -> None:
         """Train experts and routers on new-language text (MoE-LPR, stage 1).
 
@@ -59,8 +62,15 @@ class MoeDeltaModel(BaseTuner):
             routing: None keeps the routing in force.
             load_balancing_coef: None for 0.01.
             language_prior_coef: None for 0. DMoE classifies every group with 1.28.
+            language_prior_groups: None for every group.
         """
-        self._start_stage("expansion", routing, load_balancing_coef, language_prior_coef)
+        self._start_stage(
+            stage="expansion",
+            routing=routing,
+            load_balancing_coef=load_balancing_coef,
+            language_prior_coef=language_prior_coef,
+            language_prior_groups=language_prior_groups,
+        )
 
     def start_review(
         self,
@@ -68,16 +78,25 @@ class MoeDeltaModel(BaseTuner):
         routing: str | None = None,
         load_balancing_coef: float | None = None,
         language_prior_coef: float | None = None,
+        language_prior_groups: list[str] | None = None,
     ) -> None:
         """Train only the routers, with the language-prior loss on the original languages (MoE-LPR, stage 2).
 
         Args:
             routing: None keeps the routing in force. Experts that were expanded under `"language"` become a learned
-                mixture, which needs no `language_ids` and exports to stock architectures, with `"learned"`.
+                mixture, which needs no `language_ids` and exports to stock architectures, with `"learned"`; their
+                routers know nothing yet, so let the prior loss teach them every group.
             load_balancing_coef: None for 0.
             language_prior_coef: None for 0.1.
+            language_prior_groups: None for the original languages alone.
         """
-        self._start_stage("review", routing, load_balancing_coef, language_prior_coef)
+        self._start_stage(
+            stage="review",
+            routing=routing,
+            load_balancing_coef=load_balancing_coef,
+            language_prior_coef=language_prior_coef,
+            language_prior_groups=language_prior_groups,
+        )
 
     def set_language(self, code: str | None) -> None:
         """Set the language of calls that name none; None forgets it.
@@ -100,13 +119,13 @@ class MoeDeltaModel(BaseTuner):
         finally:
             context.language = before
 
-    def graft(self, post_trained: str | PreTrainedModel, **options: Any) -> PeftModel:
+    def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
         """The same experts over the post-trained checkpoint; see `grafting.graft`."""
         from .grafting import graft
 
         return graft(self, post_trained, **options)
 
-    def merge_and_graft(self, post_trained: str | PreTrainedModel, **options: Any) -> PreTrainedModel:
+    def merge_and_graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PreTrainedModel:
         """A stand-alone stock model with the post-training delta on every expert; see `grafting.merge_and_graft`."""
         from .grafting import merge_and_graft
 
@@ -139,18 +158,12 @@ class MoeDeltaModel(BaseTuner):
         counts = tuple(layer.settings[name].counts for layer in layers.values())
         return ExpertPlan(tuple(layers), self.peft_config[name].language_table.groups, counts)
 
-    def _start_stage(
-        self,
-        stage: str,
-        routing: str | None,
-        load_balancing_coef: float | None,
-        language_prior_coef: float | None,
-    ) -> None:
+    def _start_stage(self, **changes: Any) -> None:
         config = self.active_config
-        changed = replace(config, stage=stage, routing=routing or config.routing)
-        changed.check_top_k(self.plan())
-        config.stage, config.routing = changed.stage, changed.routing
-        config.load_balancing_coef, config.language_prior_coef = load_balancing_coef, language_prior_coef
+        changes["routing"] = changes["routing"] or config.routing
+        replace(config, **changes).check_top_k(self.plan())  # refuses what does not fit before anything is changed
+        for name, value in changes.items():
+            setattr(config, name, value)
         self.set_adapter(self.active_adapters)
 
     # -- what PEFT calls ----------------------------------------------------------------------------------------------
@@ -170,7 +183,7 @@ class MoeDeltaModel(BaseTuner):
             # Each layer has chosen a successor among its own adapters, which need not be the same everywhere.
             self.set_adapter(min(self.peft_config))
 
-    def _prepare_adapter_config(self, peft_config: MoeDeltaConfig, model_config: dict) -> MoeDeltaConfig:
+    def _prepare_adapter_config(self, peft_config: MoeDeltaConfig, model_config: dict[str, Any]) -> MoeDeltaConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = [mlp_module_name(model_config.get("model_type", ""))]
             if peft_config.exclude_modules is None and model_config.get("text_config") is not None:
@@ -252,9 +265,9 @@ class MoeDeltaModel(BaseTuner):
         raise NotImplementedError(MERGE_REFUSED)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        ForwardContext.of(model).detach(model)
-        return model
+        super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        ForwardContext.of(self.model).detach(self.model)
+        return self.model
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -22,7 +24,7 @@ def register() -> None:
         RuntimeError: another class already stands under that name.
     """
     key = MoeDeltaType.MOE_DELTA
-    entries: tuple[tuple[dict, object], ...] = (
+    entries: tuple[tuple[dict[Any, Any], object], ...] = (
         (PEFT_TYPE_TO_CONFIG_MAPPING, MoeDeltaConfig),
         (PEFT_TYPE_TO_TUNER_MAPPING, MoeDeltaModel),
         (PEFT_TYPE_TO_PREFIX_MAPPING, MoeDeltaModel.prefix),
