@@ -9,6 +9,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/installed
 BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
+# Threads that wait must not spin, or a second process on the machine slows the first several times over; and large
+# pages save most of the time that fresh memory costs.
+RUN := OMP_WAIT_POLICY=PASSIVE THP_MEM_ALLOC_ENABLE=1
 # One thread a process: many threads in several processes on few cores slow torch down several times over.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
 
@@ -21,11 +24,11 @@ help:  ## list the targets
 
 demo: $(INSTALLED)  ## the whole job on a real model: prints the table (20 minutes on 2 cores)
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
-	$(BIN)/peft-moe-delta run examples/demo.yaml
+	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml
 
 demo-quick: $(INSTALLED)  ## the same with fewer steps and layers (3 minutes)
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
-	$(BIN)/peft-moe-delta run examples/demo.yaml --quick
+	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml --quick
 
 test: $(INSTALLED)  ## the tests, but for the slow ones
 	$(PYTEST) -m "not slow"
@@ -35,7 +38,7 @@ test-slow: $(INSTALLED)  ## the slow tests alone
 
 bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }
-	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(RUN) $(BIN)/python $$script; done
 
 lint: $(INSTALLED)  ## ruff's rules and formatting, and types
 	$(BIN)/ruff check .

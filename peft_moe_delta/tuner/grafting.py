@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
@@ -180,6 +181,8 @@ class _Graft:
         self.tuner, self.scale = tuner, scale
         self.name = tuner.active_adapters[0]
         model = post_trained if isinstance(post_trained, PreTrainedModel) else _load(post_trained)
+        # Trainer leaves its mixed precision on a model it has trained; exactness is a matter of the weights' own.
+        model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
         self.model: PreTrainedModel = model.to(next(tuner.model.parameters()).device)
         _check_siblings(tuner.model, self.model)
         self.delta = PostTrainingDelta.from_checkpoints(base_weights(tuner), dict(self.model.state_dict()))
