@@ -3,6 +3,8 @@
 Importing this package registers its tuner with PEFT: `get_peft_model(model, MoeDeltaConfig(...))`.
 """
 
+from .delta import PostTrainingDelta
+from .errors import PeftMoeDeltaError
 from .languages import LanguageTable
 from .plan import ExpertPlan
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
@@ -18,5 +20,7 @@ __all__ = [
     "LanguageTable",
     "MoeDeltaConfig",
     "MoeDeltaModel",
+    "PeftMoeDeltaError",
+    "PostTrainingDelta",
     "RoutingCallback",
 ]

@@ -41,7 +41,7 @@ class MoeDeltaConfig(PeftConfig):
         exclude_modules: module names to leave out, as in PEFT.
         layers_to_transform: decoder layers to transform; None for all.
         layers_pattern: name of the layer list where it is not the usual one, as in PEFT.
-        modules_to_save: further modules to train and save whole, as in PEFT.
+        modules_to_save: further modules to train (in both stages) and save whole, as in PEFT.
         stage: `"expansion"` trains experts and routers; `"review"` trains routers only. Set by
             `model.start_expansion()` and `model.start_review()`.
         load_balancing_coef: weight of the load-balancing loss; None for the stage's default (0.01, 0 in review).
