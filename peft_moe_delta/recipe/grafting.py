@@ -21,10 +21,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..delta import PostTrainingDelta, graft_tensor
 from ..errors import GraftError
-from ..evaluation import exact_match
 from .data import read_tasks, read_texts
 from .fields import Graft, Recipe
-from .scoring import arithmetic, score_texts
+from .scoring import arithmetic, score_tasks, score_texts
 from .stages import load_model, save_with_tokenizer
 
 _RELOAD = Path(__file__).with_name("reload.py")
@@ -78,7 +77,7 @@ def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float
     def measure(model: PreTrainedModel | PeftModel) -> tuple[list[float], list[float]]:
         with arithmetic(recipe):
             bits = [score_texts(model, tokenizer, text).value for text in texts.values()]
-            return bits, [exact_match(model, tokenizer, task).value for task in tasks]
+            return bits, [score_tasks(model, tokenizer, task).value for task in tasks]
 
     reference: list[tuple[list[float], list[float]]] = []
 

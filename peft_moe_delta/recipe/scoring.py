@@ -21,10 +21,13 @@ from .fields import Recipe
 from .stages import load_model
 
 FILE = "scores.json"
-_WINDOW = 1024
+_WINDOW = 512
 
 score_texts = partial(bits_per_byte, max_length=_WINDOW, stride=_WINDOW, batch_size=4)
-"""Bits per byte, every token once, in windows without overlap, which most documents do not fill."""
+"""Bits per byte, every token once, in windows without overlap."""
+
+score_tasks = partial(exact_match, batch_size=128)
+"""Exact match in large batches: tasks are short."""
 
 
 def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
@@ -38,7 +41,7 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
             scores["text"][code] = {"bits": result.bits.tolist(), "bytes": result.bytes.tolist()}
         for name, tasks in recipe.tasks.items():
             listed = read_tasks(tasks.test, recipe.limits.test_tasks)
-            scores["tasks"][name] = exact_match(model, tokenizer, listed, progress=_bar(name)).correct.tolist()
+            scores["tasks"][name] = score_tasks(model, tokenizer, listed, progress=_bar(name)).correct.tolist()
     (folder / FILE).write_text(json.dumps(scores), encoding="utf-8")
 
 

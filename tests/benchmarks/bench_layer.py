@@ -1,7 +1,7 @@
 """Forward and backward through an upcycled layer, as a multiple of the dense MLP it grew from.
 
 In one run, taking turns: a trainable dense MLP; our layer under learned routing, top-2 of 4, expert 0 frozen;
-transformers' Mixtral block of the same sizes and weights, with its `eager` and its `grouped_mm` experts; our layer under
+transformers' Mixtral block of the same sizes and weights, with `eager` and with `grouped_mm` experts; our layer under
 routing by language, where a batch of one language runs on one expert.
 
 Two experts a token cost twice the dense MLP. A third of that is weight gradients, which the frozen expert does not
