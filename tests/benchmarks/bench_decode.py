@@ -1,7 +1,7 @@
 """Greedy decoding, one sequence with a cache: the adapter and the exported stock model beside the dense model.
 
 SmolLM2-135M's shape with random weights in bf16. The adapter decodes under learned routing, top-2 of 3, and under
-routing by language with one expert; the exported Mixtral is the former, grafted onto a perturbed copy of the dense model.
+routing by language with one expert; the exported Mixtral is the former, grafted onto a perturbed copy of the dense one.
 """
 
 from __future__ import annotations
