@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# Both are read when torch is imported. Huge pages for large tensors; threads that wait asleep, so that on a busy machine
-# none spins through the turn of the one it waits for.
+# Both are read when torch is imported. Huge pages for large tensors; threads that wait asleep, so that on a busy
+# machine none spins through the turn of the one it waits for.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
