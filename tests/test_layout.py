@@ -117,7 +117,7 @@ def violations(module: str, source: str) -> list[str]:
         if top in MODEL_LIBRARIES and room in TENSORS_AND_FILES_ONLY:
             found.append((line, f"imports {top}: {room} works on tensors and files alone"))
         if name in EXITS and room not in MAY_PRINT_AND_EXIT:
-            found.append((line, f"imports {name}: only cli.py exits; raise an error"))
+            found.append((line, f"imports {name}: only cli exits; raise an error"))
         if registers(name) and module != MAY_REGISTER:
             found.append((line, f"imports {name}: only tuner/registration.py touches PEFT's registries"))
     for node in ast.walk(tree):
@@ -126,9 +126,9 @@ def violations(module: str, source: str) -> list[str]:
         if room in MAY_PRINT_AND_EXIT:
             continue
         if isinstance(node, ast.Name) and node.id in {"print", "exit", "quit", "SystemExit"}:
-            found.append((node.lineno, f"uses {node.id}: only cli.py prints and exits; return a value, raise an error"))
+            found.append((node.lineno, f"uses {node.id}: only cli prints and exits; return a value, raise an error"))
         if isinstance(node, ast.Attribute) and dotted(node) in EXITS | STREAMS:
-            found.append((node.lineno, f"uses {dotted(node)}: only cli.py prints and exits"))
+            found.append((node.lineno, f"uses {dotted(node)}: only cli prints and exits"))
     return [f"{module}:{line}: {what}" for line, what in sorted(set(found))]
 
 
