@@ -38,7 +38,3 @@ def main(arguments: list[str] | None = None) -> None:
     except PeftMoeDeltaError as error:
         sys.exit(f"error: {error}")
     print(result)
-
-
-if __name__ == "__main__":
-    main()
