@@ -37,8 +37,9 @@ def graft(
     model = PeftModel.from_pretrained(load_model(base), adapter)
     validation = _validation(recipe, base) if fields.expert_scale == "auto" else None
     chat = model.merge_and_graft(
-        load_model(post_trained), scale=fields.scale, expert_scale=fields.expert_scale, validation=validation
+        post_trained, scale=fields.scale, expert_scale=fields.expert_scale, validation=validation
     )
+    del model, validation  # memory that saving and reloading need
     save_with_tokenizer(chat, post_trained, folder)
     report = asdict(chat.graft_report) | {"post_trained": str(post_trained), "reload": _reload(chat, folder)}
     (folder / "graft.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

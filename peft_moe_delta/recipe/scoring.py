@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 
 from ..evaluation import bits_per_byte, exact_match
 from ..evaluation.forward import Progress
@@ -32,7 +32,7 @@ score_tasks = partial(exact_match, batch_size=128)
 
 def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     """Score a checkpoint in a stock architecture."""
-    model, tokenizer = load_model(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+    model, tokenizer = _ready(load_model(checkpoint), recipe), AutoTokenizer.from_pretrained(checkpoint)
     scores: dict[str, Any] = {"text": {}, "tasks": {}}
     with arithmetic(recipe):
         for code, language in recipe.languages.items():
@@ -43,6 +43,20 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
             listed = read_tasks(tasks.test, recipe.limits.test_tasks)
             scores["tasks"][name] = score_tasks(model, tokenizer, listed, progress=_bar(name)).correct.tolist()
     (folder / FILE).write_text(json.dumps(scores), encoding="utf-8")
+
+
+def _ready(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+    """Experts as fast as they go on a CPU, with the same arithmetic.
+
+    transformers runs an expert at a time ("eager") faster than all in one grouped product there; and of an expert's
+    weights, slices of one tensor, autocast keeps no rounded copy as it does of other weights.
+    """
+    if model.device.type == "cpu" and hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")
+        for parameter in model.parameters():
+            if parameter.dim() == 3 and recipe.precision == "bf16":
+                parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def arithmetic(recipe: Recipe) -> torch.autocast:
