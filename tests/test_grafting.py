@@ -17,8 +17,8 @@ from builders import logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.errors import CheckpointError, GraftError
 from peft_moe_delta.tuner.grafting import to_stock
 
-STOCK = ("llama", "mistral", "qwen2", "qwen3")
-OTHERS = ("gpt2", "gemma2", "bloom", "phi3", "gpt_neox")
+STOCK = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma", "phi3")
+OTHERS = ("gpt2", "gemma2", "bloom", "gpt_neox")
 TOKENS = token_batch()
 
 
@@ -105,7 +105,17 @@ def test_both_forms_give_the_same_logits(family, expert_rank, tied):
     grafted = model.graft(post)
     torch.testing.assert_close(logits(stock, TOKENS), logits(grafted, TOKENS), atol=1e-4, rtol=0)
     assert stock.graft_report.max_logit_difference <= 1e-4
-    assert "moe" in stock.config.model_type or stock.config.model_type == "mixtral"
+    assert "moe" in stock.config.model_type or stock.config.model_type in ("mixtral", "flex_olmo")
+
+
+def test_dense_layers_are_replicated_if_asked_and_the_report_says_the_cost():
+    base = pico("olmo2")
+    post = perturbed(base)
+    model = upcycle(base, trained=True, experts={"uralic": [2, 0], "turkic": [1, 0]})
+    with pytest.raises(GraftError, match=r"replicate_dense_layers=True .*55,808 bytes more"):
+        model.merge_and_graft(post)
+    stock = model.merge_and_graft(post, replicate_dense_layers=True)
+    assert (stock.graft_report.layout, stock.graft_report.replicated_bytes) == ("flex_olmo", 55_808)
 
 
 @pytest.mark.parametrize("language", ["hu", "en", "az"])

@@ -1,8 +1,19 @@
 """Stock architectures: an upcycled model as a checkpoint that loads anywhere, without this package."""
 
-from .build import build_model, choose_layout
+from .build import build_model
+from .choice import Fit, choose_layout, stock_fits
 from .gate import check_equal_logits
-from .layout import Layout, MoeLayout
+from .layout import Layout, MoeLayout, ReplicatedLayout
 from .weights import UpcycledWeights
 
-__all__ = ["Layout", "MoeLayout", "UpcycledWeights", "build_model", "check_equal_logits", "choose_layout"]
+__all__ = [
+    "Fit",
+    "Layout",
+    "MoeLayout",
+    "ReplicatedLayout",
+    "UpcycledWeights",
+    "build_model",
+    "check_equal_logits",
+    "choose_layout",
+    "stock_fits",
+]

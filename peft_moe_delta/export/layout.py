@@ -38,6 +38,9 @@ SAME_FIELDS = (
 )
 """Config fields that dense and MoE architectures share, name and meaning."""
 
+ROW_BYTES = 16
+"""What transformers' grouped matrix product, its default for experts, asks of a row."""
+
 _HEAD = "lm_head.weight"
 
 
@@ -74,6 +77,19 @@ class Layout:
             yield weights.mlp_names[layer][matrix], tensor
 
 
+class ReplicatedLayout(Layout):
+    """An architecture whose layers are all MoE, with equal experts in the layers that have one."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+
+    def config(self, weights: UpcycledWeights) -> PretrainedConfig:
+        return self.layout.config(weights.with_dense_layers_replicated())
+
+    def tensors(self, weights: UpcycledWeights) -> Iterator[tuple[str, Tensor]]:
+        yield from self.layout.tensors(weights.with_dense_layers_replicated())
+
+
 class MoeLayout(Layout, ABC):
     """A stock MoE architecture for dense models with Llama's names (`model.layers.N.mlp.gate_proj.weight`)."""
 
@@ -84,6 +100,13 @@ class MoeLayout(Layout, ABC):
     """The router's name inside a decoder layer."""
     expert_names: ClassVar[Mapping[str, str]]
     """Name inside the dense MLP -> name inside a decoder layer, `{}` standing for the expert's number."""
+    keeps_dense_layers: ClassVar[bool] = False
+    """Whether some of its layers may have an ordinary MLP."""
+
+    @property
+    def name(self) -> str:
+        """The architecture's `model_type`."""
+        return self.config_class.model_type
 
     @abstractmethod
     def fields(self, weights: UpcycledWeights) -> dict[str, Any]:
@@ -94,14 +117,31 @@ class MoeLayout(Layout, ABC):
         counts = [len(weights.selected(layer)) for layer in weights.moe_layers]
         if len(set(counts)) > 1:
             yield f"its MoE layers all have one number of experts, these have {counts}"
-        unknown = {matrix for names in weights.mlp_names.values() for matrix in names} - set(self.expert_names)
+        if weights.dense_layers and not self.keeps_dense_layers:
+            yield (
+                f"all its layers are MoE, here the layers {list(weights.dense_layers)} have one expert "
+                f"(replicate_dense_layers=True would write copies of it, {weights.replicated_bytes:,} bytes more)"
+            )
+        unknown = {matrix for names in weights.mlp_names.values() for matrix in names} - self.dense_names
         if unknown:
             yield f"its experts have no {', '.join(sorted(unknown))}"
+        sizes = weights.config.hidden_size, weights.config.intermediate_size
+        if any(size * weights.dtype.itemsize % ROW_BYTES for size in sizes):
+            yield f"its experts need rows of a multiple of {ROW_BYTES} bytes; here sizes {sizes} in {weights.dtype}"
+
+    @property
+    def dense_names(self) -> frozenset[str]:
+        """The names inside the dense MLP that it knows."""
+        return frozenset(self.expert_names)
+
+    def expert(self, weights: UpcycledWeights, layer: int, position: int) -> Mapping[str, Tensor]:
+        """One expert's tensors under the names of `expert_names`."""
+        return weights.expert(layer, position)
 
     def config(self, weights: UpcycledWeights) -> PretrainedConfig:
-        same = {field: copy.deepcopy(getattr(weights.config, field)) for field in SAME_FIELDS}
-        neutral: dict[str, Any] = {"output_router_logits": False, "router_aux_loss_coef": 0.0}
-        config = self.config_class(**same, **neutral, **self.fields(weights), dtype=weights.dtype)
+        fields = {field: copy.deepcopy(getattr(weights.config, field)) for field in SAME_FIELDS}
+        fields |= {"output_router_logits": False, "router_aux_loss_coef": 0.0, "dtype": weights.dtype}
+        config = self.config_class(**(fields | self.fields(weights)))
         add_legacy_rope(config)
         return config
 
@@ -112,7 +152,7 @@ class MoeLayout(Layout, ABC):
         prefix = f"model.layers.{layer}."
         yield prefix + self.router_name, weights.router(layer)
         for position in range(len(weights.selected(layer))):
-            for matrix, tensor in weights.expert(layer, position).items():
+            for matrix, tensor in self.expert(weights, layer, position).items():
                 yield prefix + self.expert_names[matrix].format(position), tensor
 
 
@@ -128,3 +168,9 @@ def add_legacy_rope(config: PretrainedConfig) -> None:
     config.rope_theta = rope.pop("rope_theta")
     if rope["rope_type"] != "default":
         vars(config)["rope_scaling"] = rope
+
+
+def given_head_width(weights: UpcycledWeights) -> dict[str, int]:
+    """`head_dim`, for architectures that read it where a config has it, though it is no field of theirs."""
+    width = getattr(weights.config, "head_dim", None)
+    return {} if width is None else {"head_dim": width}

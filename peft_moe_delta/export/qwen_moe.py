@@ -20,6 +20,7 @@ class QwenMoeLayout(MoeLayout):
     """What the two have in common."""
 
     router_name = "mlp.gate.weight"
+    keeps_dense_layers = True
     expert_names: ClassVar = {
         f"{matrix}.weight": f"mlp.experts.{{}}.{matrix}.weight" for matrix in ("gate_proj", "up_proj", "down_proj")
     }

@@ -7,6 +7,7 @@ one expert at a time. Nothing here knows PEFT or computes anything: low-rank exp
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class UpcycledWeights:
         experts: (layer, expert >= 1) -> the expert's tensors, named as inside the dense MLP (`gate_proj.weight`).
         routers: layer -> router weight (E, d), rows in the plan's order, for layers with more than one expert.
         group: None for the whole model under learned routing; else the one group that is exported (`for_group`).
+        replicated: whether a layer with one expert is exported as equal copies of it (`with_dense_layers_replicated`).
     """
 
     config: PretrainedConfig
@@ -42,6 +44,7 @@ class UpcycledWeights:
     experts: Callable[[int, int], Mapping[str, Tensor]]
     routers: Callable[[int], Tensor]
     group: str | None = None
+    replicated: bool = False
 
     def for_group(self, group: str) -> UpcycledWeights:
         """What a group's languages run on under routing by language: its experts, expert 0 in layers where it has none.
@@ -55,8 +58,20 @@ class UpcycledWeights:
             raise GraftError(f"Cannot export group {group!r}: the plan has {', '.join(self.plan.groups)}. Choose one.")
         return dataclasses.replace(self, group=group)
 
+    def with_dense_layers_replicated(self) -> UpcycledWeights:
+        """The same model for an architecture whose layers are all MoE: equal experts give equal outputs, so a layer
+        with one expert may have as many copies of it as the others have experts."""
+        return dataclasses.replace(self, replicated=True)
+
     def selected(self, layer: int) -> tuple[int, ...]:
         """The plan's indices of the experts that are exported in a layer, in order."""
+        chosen = self._chosen(layer)
+        if self.replicated and len(chosen) == 1:
+            return chosen * max(len(self._chosen(other)) for other in self.plan.layers)
+        return chosen
+
+    def _chosen(self, layer: int) -> tuple[int, ...]:
+        """The plan's indices of a layer's experts, before any is replicated."""
         if self.group is None:
             return tuple(range(self.plan.num_experts(layer)))
         return tuple(self.plan.experts_of(layer, self.group)) or (0,)
@@ -64,12 +79,25 @@ class UpcycledWeights:
     @cached_property
     def moe_layers(self) -> tuple[int, ...]:
         """The layers that are exported with more than one expert."""
-        return tuple(layer for layer in self.plan.layers if len(self.selected(layer)) > 1)
+        return tuple(layer for layer in range(self.config.num_hidden_layers) if len(self.selected(layer)) > 1)
 
     @property
     def dense_layers(self) -> tuple[int, ...]:
         """The layers that are exported with one expert."""
         return tuple(layer for layer in range(self.config.num_hidden_layers) if layer not in self.moe_layers)
+
+    @property
+    def replicated_bytes(self) -> int:
+        """What copies of the layers with one expert cost, or would cost, in the exported dtype."""
+        experts = max(len(self._chosen(layer)) for layer in self.plan.layers)
+        single = [layer for layer in range(self.config.num_hidden_layers) if len(self._chosen(layer)) == 1]
+        sizes = {layer: sum(math.prod(self.shape(name)) for name in self.mlp_names[layer].values()) for layer in single}
+        routers = len(single) * experts * self.config.hidden_size
+        return ((experts - 1) * sum(sizes.values()) + routers) * self.dtype.itemsize
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense tensor, from the file's header where `dense` is a reader of files."""
+        return tuple(getattr(self.dense, "shapes", {}).get(name) or self.dense[name].shape)
 
     @property
     def num_experts(self) -> int:
@@ -105,4 +133,6 @@ class UpcycledWeights:
 
     def router(self, layer: int) -> Tensor:
         """Router rows of the selected experts, (E, d), in `dtype`: stock architectures keep no fp32 router."""
+        if len(self._chosen(layer)) == 1:  # between equal experts any router will do
+            return torch.zeros(len(self.selected(layer)), self.config.hidden_size, dtype=self.dtype)
         return self.routers(layer)[list(self.selected(layer))].to(self.dtype)

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor
 from ..errors import GraftError
-from ..export import UpcycledWeights, build_model, check_equal_logits, choose_layout
+from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
 
@@ -52,6 +52,7 @@ class GraftReport:
         layout: name of the stock architecture; None for an adapter.
         language: the language a dense export was made for; None otherwise.
         max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
+        replicated_bytes: what copies of the experts of dense layers added to the export.
     """
 
     post_trained: str
@@ -61,6 +62,7 @@ class GraftReport:
     layout: str | None = None
     language: str | None = None
     max_logit_difference: float | None = None
+    replicated_bytes: int = 0
 
 
 def graft(
@@ -101,6 +103,7 @@ def merge_and_graft(
     expert_scale: float | Mapping[str, float] | str = 1.0,
     validation: Validation | None = None,
     language: str | None = None,
+    replicate_dense_layers: bool = False,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
@@ -110,6 +113,8 @@ def merge_and_graft(
         scale: `s`, the share of the post-training delta: a number, or `{pattern: number}` over parameter names.
         language: for routing by language, what that language runs on: a dense model where its group has at most one
             expert a layer, else a stock mixture of its group's experts.
+        replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert; the report
+            says what that costs.
         tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
 
     Returns:
@@ -121,30 +126,35 @@ def merge_and_graft(
     if isinstance(post_trained, PreTrainedModel):
         post_trained = copy.deepcopy(post_trained)
     grafted = _Graft(tuner, post_trained, Scale(scale)).run(expert_scale, validation)
-    return to_stock(grafted, language=language, tolerance=tolerance)
+    return to_stock(grafted, language=language, replicate_dense_layers=replicate_dense_layers, tolerance=tolerance)
 
 
-def to_stock(model: PeftModel, *, language: str | None = None, tolerance: float = 1e-4) -> PreTrainedModel:
+def to_stock(
+    model: PeftModel, *, language: str | None = None, replicate_dense_layers: bool = False, tolerance: float = 1e-4
+) -> PreTrainedModel:
     """An upcycled model, grafted or not, as a stand-alone stock model; see `merge_and_graft`.
 
-    The export is built and compared with the adapter in fp32, then rounded once to the dense model's dtype.
+    The export is built and compared with the adapter in fp32, and then built in the dense model's own dtype.
     """
     tuner = _tuner(model)
-    dtype = next(tuner.model.parameters()).dtype
-    exact = model if dtype == torch.float32 else copy.deepcopy(model).float()
-    weights = _weights(_tuner(exact), language)
-    layout = choose_layout(weights)
-    exported = build_model(weights, layout)
+    weights = _weights(tuner, language)
+    layout = choose_layout(weights, replicate_dense_layers=replicate_dense_layers)
+    in_fp32 = weights.dtype == torch.float32
+    exact = model if in_fp32 else copy.deepcopy(model).float()
+    exported = build_model(_weights(_tuner(exact), language), layout)
     with _tuner(exact).in_language(language):
         difference = check_equal_logits(exact, exported, tolerance=tolerance)
-    exported = exported.to(dtype)
-    exported.config.dtype = dtype
+    if not in_fp32:
+        exported = build_model(weights, layout)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     report = tuner.active_config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}))
-    layout_name = exported.config.model_type
-    exported.graft_report = GraftReport(
-        **(report | {"layout": layout_name, "language": language, "max_logit_difference": difference})
-    )
+    found = {
+        "layout": exported.config.model_type,
+        "language": language,
+        "max_logit_difference": difference,
+        "replicated_bytes": weights.replicated_bytes if isinstance(layout, ReplicatedLayout) else 0,
+    }
+    exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as in `_Graft.run`
     return exported.eval()
 
 

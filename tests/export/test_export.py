@@ -28,6 +28,12 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0, "original_max_position_embeddings": 16}
 LINEAR = {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}
+GRANITE_SCALES = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+}
 
 CASES = {
     "llama": ("llama", {}, UNIFORM, "mixtral"),
@@ -48,6 +54,27 @@ CASES = {
     "qwen3 tied": ("qwen3", {"tie_word_embeddings": True}, UNIFORM, "qwen3_moe"),
     "qwen3 biases": ("qwen3", {"attention_bias": True}, UNIFORM, "qwen3_moe"),
     "qwen3 dense layer": ("qwen3", {}, WITH_DENSE, "qwen3_moe"),
+    "olmo2": ("olmo2", {}, UNIFORM, "flex_olmo"),
+    "olmo2 tied rope yarn": ("olmo2", {"rope_parameters": YARN, "tie_word_embeddings": True}, UNIFORM, "flex_olmo"),
+    "olmo2 biases": ("olmo2", {"attention_bias": True}, UNIFORM, "flex_olmo"),
+    "granite": ("granite", GRANITE_SCALES, UNIFORM, "granitemoe"),
+    "granite tied biases": ("granite", {"tie_word_embeddings": True, "attention_bias": True}, UNIFORM, "granitemoe"),
+    "llama biases": ("llama", {"attention_bias": True, "head_dim": 12}, UNIFORM, "granitemoe"),
+    "llama biases rope llama3": ("llama", {"attention_bias": True, "rope_parameters": LLAMA3}, UNIFORM, "granitemoe"),
+    "gemma": ("gemma", {}, UNIFORM, "granitemoe"),
+    "gemma wide heads": ("gemma", {"head_dim": 12, "tie_word_embeddings": False}, UNIFORM, "granitemoe"),
+    "phi3": ("phi3", {"num_key_value_heads": 2}, UNIFORM, "mixtral"),
+    "phi3 window": ("phi3", {"sliding_window": 5, "tie_word_embeddings": True}, UNIFORM, "mixtral"),
+}
+
+
+REPLICATED = {
+    "llama wide heads": ("llama", {"head_dim": 12}, "mixtral"),
+    "mistral window": ("mistral", {"sliding_window": 5}, "mixtral"),
+    "phi3": ("phi3", {}, "mixtral"),
+    "olmo2": ("olmo2", {}, "flex_olmo"),
+    "granite": ("granite", GRANITE_SCALES, "granitemoe"),
+    "gemma": ("gemma", {}, "granitemoe"),
 }
 
 
@@ -74,6 +101,34 @@ def test_exported_model_is_the_mixture_and_reloads_as_stock_transformers(case, t
     assert all(torch.equal(streamed[name], stored[name]) for name in stored)
 
 
+@pytest.mark.parametrize("counts", [WITH_DENSE, [(1, 2)]], ids=["a plan with a dense layer", "a layer in the plan"])
+@pytest.mark.parametrize("case", REPLICATED)
+def test_dense_layers_are_replicated_only_if_asked_at_the_cost_that_is_said(case, counts, tmp_path):
+    kind, config, expected = REPLICATED[case]
+    dense = pico(kind, **LAYERS, **config)
+    weights = upcycle(dense, plan_of(counts, layers=range(len(counts))))
+    with pytest.raises(GraftError, match=f"replicate_dense_layers=True .* {weights.replicated_bytes:,} bytes"):
+        choose_layout(weights)
+    layout = choose_layout(weights, replicate_dense_layers=True)
+    exported = build_model(weights, layout)
+    assert exported.config.model_type == expected
+    stored, _ = save(exported, tmp_path)
+    check_equal_logits(Mixture(dense, weights), AutoModelForCausalLM.from_pretrained(tmp_path))
+    experts_bytes = sum(
+        tensor.nbytes for layer in range(3) for e in range(3) for tensor in weights.expert(layer, 0).values()
+    )
+    dense_bytes = sum(tensor.nbytes for name, tensor in dense.named_parameters() if ".mlp." not in name)
+    routers = 3 * 3 * 32 * 4
+    single = 3 - len(weights.moe_layers)
+    as_asked = dense_bytes + experts_bytes * (9 - 2 * single) // 9 + routers * (3 - single) // 3
+    assert sum(tensor.nbytes for tensor in stored.values()) - as_asked == weights.replicated_bytes
+
+
+def test_dense_layers_stay_dense_where_an_architecture_keeps_them():
+    weights = upcycle(pico("llama", **LAYERS), plan_of(WITH_DENSE))
+    assert build_model(weights, choose_layout(weights, replicate_dense_layers=True)).config.model_type == "qwen2_moe"
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3, 8])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_top_k_is_at_most_the_number_of_experts(kind, top_k):
@@ -84,9 +139,36 @@ def test_top_k_is_at_most_the_number_of_experts(kind, top_k):
     check_equal_logits(Mixture(dense, weights), exported)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gemma_is_held_in_fp32_only(dtype):
+    weights = upcycle(pico("gemma", **LAYERS).to(dtype), plan_of(UNIFORM))
+    with pytest.raises(GraftError, match=f"norms are the dense model's plus 1, exact in fp32 only.*{dtype}"):
+        choose_layout(weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "olmo2", "granite"])
+def test_rows_that_the_grouped_product_cannot_run_are_refused(kind, dtype):
+    dense = pico(
+        kind, hidden_size=30, head_dim=10, num_attention_heads=3, num_key_value_heads=1, intermediate_size=49
+    ).to(dtype)
+    with pytest.raises(GraftError, match=rf"rows of a multiple of 16 bytes; here sizes \(30, 49\) in {dtype}"):
+        choose_layout(upcycle(dense, plan_of(UNIFORM[:2], layers=(0, 1))))
+
+
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
+        (
+            "granite",
+            [
+                "block_sparse_moe.input_linear.weight",
+                "block_sparse_moe.output_linear.weight",
+                "block_sparse_moe.router.layer.weight",
+            ],
+        ),
+        ("olmo2", ["mlp.gate.weight", "mlp.experts.2.gate_proj.weight"]),
+        ("phi3", ["self_attn.q_proj.weight", "block_sparse_moe.gate.weight", "block_sparse_moe.experts.2.w1.weight"]),
         ("llama", ["block_sparse_moe.gate.weight", "block_sparse_moe.experts.2.w1.weight"]),
         ("qwen2", ["mlp.gate.weight", "mlp.experts.2.up_proj.weight", "mlp.shared_expert_gate.weight"]),
         ("qwen3", ["mlp.gate.weight", "mlp.experts.2.down_proj.weight"]),
@@ -235,13 +317,20 @@ def test_a_group_with_one_expert_is_a_dense_model_in_every_family(kind):
     ("kind", "config", "counts", "message"),
     [
         ("llama", {}, [(1, 2), (1, 1), (1, 2)], r"mixtral: its MoE layers all have one number.*\[3, 2, 3\].*`graft`"),
-        ("llama", {"attention_bias": True}, UNIFORM, r"mixtral: its attention has no bias. qwen2_moe: .*no bias"),
+        (
+            "llama",
+            {"attention_bias": True},
+            WITH_DENSE,
+            r"its attention has no bias. qwen2_moe: .*no bias. granitemoe: .*layers \[1\] have one .*37,248 bytes more",
+        ),
+        ("gemma", {"use_bidirectional_attention": True}, UNIFORM, "granitemoe: its attention is causal"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5, "rope_type": "default"}}, UNIFORM, "50% of each"),
         ("llama", {"mlp_bias": True}, UNIFORM, r"its experts have no down_proj.bias, gate_proj.bias, up_proj.bias"),
         (
             "llama",
             {"head_dim": 12},
             WITH_DENSE,
-            r"layers \[1\] have one expert. qwen2_moe: its heads.*= 8 wide, the dense model's 12",
+            r"layers \[1\] have one expert .*. qwen2_moe: its heads.*= 8 wide, the dense model's 12",
         ),
         ("mistral", {"sliding_window": 5}, WITH_DENSE, r"qwen2_moe: .* sliding window of 5"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 5}, UNIFORM, r"sliding window of 5"),
@@ -257,7 +346,7 @@ def test_what_no_stock_architecture_holds_is_refused_with_every_reason(kind, con
 def test_an_unknown_family_is_refused_by_name():
     weights = upcycle(pico("llama", **LAYERS), plan_of(UNIFORM))
     weights.config.model_type = "gemma2"
-    with pytest.raises(GraftError, match="'gemma2' model exactly; known are those for llama, mistral, qwen2, qwen3"):
+    with pytest.raises(GraftError, match="'gemma2' model exactly; known are those for gemma, granite, llama, .*qwen3"):
         choose_layout(weights)
 
 
