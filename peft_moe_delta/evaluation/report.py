@@ -1,0 +1,300 @@
+"""`EvalReport`: everything that was measured of some models, side by side, as rows of plain numbers.
+
+In: rows that the measures of this folder make. Out: a JSON file that tables, figures, the HTML page and the model card
+are drawn from, so that each of their numbers can be found in it. Results are kept per language x task x status
+(original, expanded, unseen) and never as one average, as cross-lingual transfer depends on all three (arXiv 2504.16677).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import DataError
+
+FORMAT = 1
+"""Of the file: raised when a reader of the old one would misread the new one."""
+
+FILE = "report.json"
+
+TEXT = "held-out text"
+"""The task that bits per byte is measured on."""
+
+Status = Literal["original", "expanded", "unseen"]
+"""Whether the base model spoke a language, experts were trained on it, or neither."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a kind of number is called, and which way is up."""
+
+    name: str
+    label: str
+    higher_is_better: bool
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("bits_per_byte", "bits/byte", False),
+        Metric("exact_match", "exact match", True),
+        Metric("line_pass_rate", "lines in the right language", True),
+        Metric("word_pass_rate", "no English words", True),
+    )
+}
+"""What the measures of this folder make. Rows read from elsewhere may have other metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """One column of comparisons.
+
+    Attributes:
+        name: as it stands in every row.
+        source: folder or Hub id, where there is one.
+        parameters: all of them, experts included.
+        tokens_per_second: of scoring held-out text on the machine of `EvalReport.versions`; ratios in one report mean
+            something, absolute numbers little.
+        peak_memory_bytes: most memory held while scoring.
+    """
+
+    name: str
+    source: str | None = None
+    parameters: int | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One number of one model.
+
+    Attributes:
+        model: its name in `EvalReport.models`.
+        task: `"held-out text"`, or the name of a set of tasks or prompts.
+        metric: a key of `METRICS`, or the name another tool gave it.
+        language: a code, or None where a set of tasks has none.
+        status: of the language; None where there is none.
+        value: in the metric's own unit: bits a byte, or a share between 0 and 1.
+        low, high: 95% bootstrap interval; None where the tool gave none.
+        items: documents or tasks it was measured on.
+        higher_is_better: which way is up.
+    """
+
+    model: str
+    task: str
+    metric: str
+    language: str | None
+    status: Status | None
+    value: float
+    low: float | None = None
+    high: float | None = None
+    items: int | None = None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A model's score minus a reference's on the same items, paired; fields as in `Score`."""
+
+    model: str
+    reference: str
+    task: str
+    metric: str
+    language: str | None
+    status: Status | None
+    value: float
+    low: float | None = None
+    high: float | None = None
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Where a language's tokens went.
+
+    Attributes:
+        model, language: whose.
+        layers: indices of the routed layers, in order.
+        experts: names of the experts, expert 0 first; as many as the layer with the most has.
+        shares: for each layer and expert the share of choices that went there, summing to 1 over a layer's experts.
+        entropy: for each layer the mean entropy of the router's probabilities, in bits.
+        tokens: tokens counted.
+    """
+
+    model: str
+    language: str
+    layers: list[int]
+    experts: list[str]
+    shares: list[list[float]]
+    entropy: list[float]
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """For each layer the share of tokens whose first expert is the same in two models of one plan."""
+
+    model: str
+    reference: str
+    language: str
+    layers: list[int]
+    shares: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenView:
+    """One short text, token by token.
+
+    Attributes:
+        tokens: the text of each token.
+        layers: indices of the routed layers, in order.
+        experts: names of the experts, expert 0 first.
+        probabilities: router probabilities, [layer][token][expert].
+    """
+
+    model: str
+    language: str
+    tokens: list[str]
+    layers: list[int]
+    experts: list[str]
+    probabilities: list[list[list[float]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What models wrote, greedily, after the same prompt: model -> text."""
+
+    language: str
+    prompt: str
+    answers: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transfer:
+    """Trained on one language, tested on another: the gain over the reference in bits per byte (positive is better)."""
+
+    model: str
+    reference: str
+    trained: str
+    tested: str
+    gain: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fertility:
+    """What a model's tokenizer makes of a language."""
+
+    model: str
+    language: str
+    tokens_per_word: float
+    bytes_per_token: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalReport:
+    """All rows, and what they came from.
+
+    Attributes:
+        models: in the order of the tables.
+        languages: code -> status.
+        references: the models that differences are taken against, the one for retention (usually the post-trained
+            model) first.
+        scores, differences, routing, agreement, tokens, generations, transfer, fertility: rows.
+        warnings: what a reader should know before believing a number, one sentence each.
+        command: the command line that made it.
+        versions: package -> version.
+    """
+
+    models: list[Model]
+    languages: dict[str, Status]
+    references: list[str] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
+    agreement: list[Agreement] = field(default_factory=list)
+    tokens: list[TokenView] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    transfer: list[Transfer] = field(default_factory=list)
+    fertility: list[Fertility] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def columns(self) -> list[Score]:
+        """One score of every task x metric x language, in order of appearance: the columns of a table."""
+        found: dict[tuple[str, str, str | None], Score] = {}
+        for score in self.scores:
+            found.setdefault(_key(score), score)
+        return list(found.values())
+
+    def score(self, model: str, column: Score | Difference) -> Score | None:
+        """A model's score of the same task, metric and language as another row; None where it was not measured."""
+        return next((s for s in self.scores if s.model == model and _key(s) == _key(column)), None)
+
+    def difference(self, model: str, reference: str, column: Score | Difference) -> Difference | None:
+        """A model's difference to a reference, of the same task, metric and language as another row."""
+        of_pair = (d for d in self.differences if (d.model, d.reference) == (model, reference))
+        return next((d for d in of_pair if _key(d) == _key(column)), None)
+
+    def pairs(self) -> list[tuple[str, str]]:
+        """`(model, reference)` of every comparison, in order of appearance."""
+        return list(dict.fromkeys((d.model, d.reference) for d in self.differences))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `report.json` into a folder, which is made if need be. Returns the file."""
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"format": FORMAT, **asdict(self)}
+        path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> EvalReport:
+        """Read what `save` wrote, given the file or its folder.
+
+        Raises:
+            DataError: no such file, not a report, or one of a newer format.
+        """
+        path = Path(path)
+        path = path / FILE if path.is_dir() else path
+        if not path.is_file():
+            raise DataError(f"No report at {path}. `peft-moe-delta evaluate` writes one.")
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is no JSON file: {error}. `peft-moe-delta evaluate` writes it anew.") from error
+        written = data.pop("format", None) if isinstance(data, dict) else None
+        if not isinstance(written, int):
+            raise DataError(f"{path} is no report: it names no format. Pass the {FILE} that `evaluate` wrote.")
+        if written > FORMAT:
+            raise DataError(
+                f"{path} has format {written}; this version of peft-moe-delta reads formats up to {FORMAT}. "
+                "Update peft-moe-delta."
+            )
+        try:
+            rows = {name: [kind(**row) for row in data.pop(name, [])] for name, kind in _ROWS.items()}
+            return cls(**rows, **data)
+        except (TypeError, AttributeError) as error:
+            raise DataError(f"{path} is no whole report: {error}. `peft-moe-delta evaluate` writes it anew.") from error
+
+
+_ROWS: dict[str, Any] = {
+    "models": Model,
+    "scores": Score,
+    "differences": Difference,
+    "routing": Routing,
+    "agreement": Agreement,
+    "tokens": TokenView,
+    "generations": Generation,
+    "transfer": Transfer,
+    "fertility": Fertility,
+}
+
+
+def _key(row: Score | Difference) -> tuple[str, str, str | None]:
+    return row.task, row.metric, row.language
