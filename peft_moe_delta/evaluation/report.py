@@ -2,7 +2,7 @@
 
 In: rows that the measures of this folder make. Out: a JSON file that tables, figures, the HTML page and the model card
 are drawn from, so that each of their numbers can be found in it. Results are kept per language x task x status
-(original, expanded, unseen) and never as one average, as cross-lingual transfer depends on all three (arXiv 2504.16677).
+(original, expanded, unseen) and never as one average: cross-lingual transfer depends on all three (arXiv 2504.16677).
 """
 
 from __future__ import annotations
