@@ -3,6 +3,7 @@
 Importing this package registers its tuner with PEFT: `get_peft_model(model, MoeDeltaConfig(...))`.
 """
 
+from .allocation import allocate_experts, group_languages
 from .delta import PostTrainingDelta
 from .errors import PeftMoeDeltaError
 from .languages import LanguageTable
@@ -23,4 +24,6 @@ __all__ = [
     "PeftMoeDeltaError",
     "PostTrainingDelta",
     "RoutingCallback",
+    "allocate_experts",
+    "group_languages",
 ]

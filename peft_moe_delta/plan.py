@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 from .errors import PlanError
 from .languages import ORIGINAL_GROUP
@@ -22,11 +24,15 @@ class ExpertPlan:
         layers: indices of the decoder layers that may hold experts, ascending.
         groups: group names; `groups[0] == "original"`.
         counts: `counts[l][g]`, number of experts that group `g` owns in `layers[l]`. Column 0 is always 1: expert 0.
+        expert_params: parameters of one expert, where known; not part of what makes two plans equal.
+        hidden_size: width of the hidden states, likewise.
     """
 
     layers: tuple[int, ...]
     groups: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
+    expert_params: int | None = field(default=None, compare=False)
+    hidden_size: int | None = field(default=None, compare=False)
 
     @classmethod
     def build(
@@ -79,16 +85,91 @@ class ExpertPlan:
         """The group that owns an expert."""
         return next(group for group in self.groups if expert in self.experts_of(layer, group))
 
-    def num_params(self, expert_params: int, hidden_size: int) -> int:
-        """Trainable parameters of the plan: new experts of `expert_params` each, and one router row an expert."""
+    def with_sizes(self, expert_params: int | None = None, hidden_size: int | None = None) -> ExpertPlan:
+        """The same plan, which knows its sizes."""
+        return replace(self, expert_params=expert_params, hidden_size=hidden_size)
+
+    def num_params(self, expert_params: int | None = None, hidden_size: int | None = None) -> int:
+        """Trainable parameters: new experts of `expert_params` each, and one router row of `hidden_size` an expert.
+
+        Raises:
+            PlanError: a size is neither given nor known to the plan.
+        """
+        expert_params, hidden_size = self._sizes(expert_params, hidden_size)
         return sum(
             (self.num_experts(layer) - 1) * expert_params + self.num_experts(layer) * hidden_size
             for layer in self.moe_layers
         )
 
+    def num_active_params(
+        self, top_k: int = 2, expert_params: int | None = None, hidden_size: int | None = None
+    ) -> int:
+        """Parameters that one token passes through in the plan's layers: `top_k` experts, or as many as a layer has,
+        and the router of every layer that has one.
+
+        Raises:
+            PlanError: a size is neither given nor known to the plan.
+        """
+        expert_params, hidden_size = self._sizes(expert_params, hidden_size)
+        routers = sum(self.num_experts(layer) * hidden_size for layer in self.moe_layers)
+        return routers + sum(min(top_k, self.num_experts(layer)) * expert_params for layer in self.layers)
+
+    def _sizes(self, expert_params: int | None, hidden_size: int | None) -> tuple[int, int]:
+        expert_params = self.expert_params if expert_params is None else expert_params
+        hidden_size = self.hidden_size if hidden_size is None else hidden_size
+        if expert_params is None or hidden_size is None:
+            raise PlanError("This plan does not know the size of an expert. Give expert_params and hidden_size.")
+        return expert_params, hidden_size
+
+    def config_fields(self) -> dict[str, Any]:
+        """The plan as fields of `MoeDeltaConfig`, which takes `experts=plan` too.
+
+        A plan for layers 0 to L - 1 is a plan for a model of L layers: it names none, so that a model with another
+        number of layers refuses it.
+        """
+        columns = list(zip(*self.counts, strict=True))
+        whole = self.layers == tuple(range(len(self.layers)))
+        return {
+            "experts": {group: list(column) for group, column in zip(self.groups[1:], columns[1:], strict=True)},
+            "layers_to_transform": None if whole else list(self.layers),
+        }
+
+    def table(self) -> str:
+        """Markdown: the experts of each group in each layer, and their sums."""
+        rows = [["layer", *self.groups, "experts"], ["---", *["---:"] * (len(self.groups) + 1)]]
+        rows += [
+            [str(layer), *map(str, row), str(sum(row))] for layer, row in zip(self.layers, self.counts, strict=True)
+        ]
+        sums = [sum(column) for column in zip(*self.counts, strict=True)]
+        rows.append(["all", *map(str, sums), str(sum(sums))])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def draw(self, path: str | Path) -> None:
+        """A picture: a bar a layer, a colour a group. Needs matplotlib.
+
+        Raises:
+            PlanError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+            from matplotlib.ticker import MaxNLocator
+        except ImportError as error:
+            raise PlanError("Drawing needs matplotlib: pip install matplotlib.") from error
+        drawing = Figure(figsize=(1.5 + 0.22 * len(self.layers), 3), layout="constrained")
+        axes, below = drawing.subplots(), [0] * len(self.layers)
+        for group, column in zip(self.groups, zip(*self.counts, strict=True), strict=True):
+            axes.bar(self.layers, column, bottom=below, label=group)
+            below = [low + count for low, count in zip(below, column, strict=True)]
+        axes.set(xlabel="decoder layer", ylabel="experts")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(ncols=min(4, len(self.groups)), fontsize=8)
+        drawing.savefig(path, dpi=120)
+
     def to_json(self) -> str:
         """The plan as a JSON document that `from_json` reads back."""
-        return json.dumps({"layers": self.layers, "groups": self.groups, "counts": self.counts}, indent=1)
+        known = {"expert_params": self.expert_params, "hidden_size": self.hidden_size}
+        data = {"layers": self.layers, "groups": self.groups, "counts": self.counts}
+        return json.dumps({**data, **{name: size for name, size in known.items() if size is not None}}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> ExpertPlan:
@@ -103,7 +184,8 @@ class ExpertPlan:
             columns = list(zip(*counts, strict=True))
             if len(columns) != len(groups) or groups[0] != ORIGINAL_GROUP or set(columns[0]) != {1}:
                 raise ValueError("counts do not match groups, or column 0 is not all ones")
-            return cls.build(layers, groups, dict(zip(groups[1:], columns[1:], strict=True)))
+            plan = cls.build(layers, groups, dict(zip(groups[1:], columns[1:], strict=True)))
+            return plan.with_sizes(data.get("expert_params"), data.get("hidden_size"))
         except (KeyError, TypeError, IndexError, ValueError) as error:
             raise PlanError(
                 f"Not an expert plan: {error}. Expected the JSON that ExpertPlan.to_json writes."

@@ -33,6 +33,7 @@ class MoeDeltaConfig(PeftConfig):
     Args:
         languages: language code -> group. The group `"original"` is that of the languages the base model speaks.
         experts: group -> new experts in each transformed layer; one number, or one a layer (0 leaves a layer without).
+            An `ExpertPlan` says the same, and sets `layers_to_transform` where it is for some layers only.
         top_k: experts a token uses; a token that may use fewer uses all of those. None for 2.
         routing: `"learned"`, every token may use every expert (MoE-LPR); `"language"`, the experts of its language's
             group, from `language_ids` (X-MOD, DMoE).
@@ -61,7 +62,7 @@ class MoeDeltaConfig(PeftConfig):
 
     task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM)
     languages: dict[str, str] = field(default_factory=dict)
-    experts: dict[str, Any] = field(default_factory=dict)
+    experts: Any = field(default_factory=dict)
     top_k: int | None = None
     routing: str = "learned"
     expert_rank: int | None = None
@@ -83,6 +84,8 @@ class MoeDeltaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MoeDeltaType.MOE_DELTA
+        if isinstance(self.experts, ExpertPlan):
+            self._take_plan(self.experts)
         table = self.language_table
         self.language_ids, self.group_order = list(table.codes), list(table.groups)
         routing_named(self.routing)
@@ -106,6 +109,18 @@ class MoeDeltaConfig(PeftConfig):
                 "`layers_to_transform` must be ascending, since per-layer expert counts follow it; got "
                 f"{self.wanted_layers}."
             )
+
+    def _take_plan(self, plan: ExpertPlan) -> None:
+        """Turn a plan into fields, which are what is saved."""
+        fields = plan.config_fields()
+        if self.layers_to_transform is not None and self.wanted_layers != list(plan.layers):
+            raise PlanError(
+                f"The plan is for the layers {list(plan.layers)}, `layers_to_transform` says {self.wanted_layers}. "
+                "Leave `layers_to_transform` out, or allocate again for those layers."
+            )
+        self.experts = fields["experts"]
+        if self.layers_to_transform is None:
+            self.layers_to_transform = fields["layers_to_transform"]
 
     @property
     def language_table(self) -> LanguageTable:

@@ -1,0 +1,14 @@
+"""Before training: measure a model language by language, group the languages, and give each layer its experts."""
+
+from .allocate import STRATEGIES, allocate_experts
+from .group import LanguageGroups, group_languages
+from .statistics import SOURCES, LanguageStatistics
+
+__all__ = [
+    "LanguageGroups",
+    "LanguageStatistics",
+    "SOURCES",
+    "STRATEGIES",
+    "allocate_experts",
+    "group_languages",
+]
