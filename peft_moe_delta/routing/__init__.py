@@ -3,10 +3,12 @@
 - `base`: `Routing`, the rule's interface; `choose_experts`, the top-k choice; `Routes`, its result
 - `learned`: every expert of the layer (MoE-LPR)
 - `language`: the experts of the token's language group (X-MOD, DMoE)
+- `growth`: what a rule allows to groups that were there before others came
 """
 
 from ..errors import PlanError
 from .base import Routes, Routing, choose_experts
+from .growth import within_reach
 from .language import LanguageRouting
 from .learned import LearnedRouting
 
@@ -24,4 +26,13 @@ def routing_named(name: str) -> Routing:
     return ROUTINGS[name]
 
 
-__all__ = ["ROUTINGS", "LanguageRouting", "LearnedRouting", "Routes", "Routing", "choose_experts", "routing_named"]
+__all__ = [
+    "ROUTINGS",
+    "LanguageRouting",
+    "LearnedRouting",
+    "Routes",
+    "Routing",
+    "choose_experts",
+    "routing_named",
+    "within_reach",
+]

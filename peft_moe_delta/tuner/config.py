@@ -48,9 +48,13 @@ class MoeDeltaConfig(PeftConfig):
         load_balancing_coef: weight of the load-balancing loss; None for the stage's default (0.01, 0 in review).
         language_prior_coef: weight of the language-prior loss; None for the stage's default (0, 0.1 in review).
         language_prior_groups: groups whose tokens that loss sends to their own experts; None for the stage's default
-            (every group; in review the original languages alone).
+            (every group; in review the original languages and whatever was there before the newest growth step).
+        train_earlier_rows: whether router rows of groups that were there before the newest growth step train, too.
         language_ids: language codes in the order of their ids. Filled in; append-only.
         group_order: group names in the order of their experts. Filled in; append-only.
+        growth: the steps by which `model.add_languages` made the adapter larger: the groups that each brought, and what
+            was in force before. Filled in; append-only.
+        open_steps: growth steps whose experts are open to every group; set by `model.start_review()`.
         base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
         graft: what the adapter was grafted onto and how; None for an adapter that was not grafted. Filled in.
         verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
@@ -75,8 +79,11 @@ class MoeDeltaConfig(PeftConfig):
     load_balancing_coef: float | None = None
     language_prior_coef: float | None = None
     language_prior_groups: list[str] | None = None
+    train_earlier_rows: bool = False
     language_ids: list[str] | None = None
     group_order: list[str] | None = None
+    growth: list[dict[str, Any]] = field(default_factory=list)
+    open_steps: int = 0
     base_fingerprint: dict[str, Any] | None = None
     graft: dict[str, Any] | None = None
     verify_base: bool = True
@@ -158,7 +165,22 @@ class MoeDeltaConfig(PeftConfig):
         """The groups that the language-prior loss speaks for, in the stage under way."""
         if self.language_prior_groups is not None:
             return tuple(self.language_prior_groups)
-        return (ORIGINAL_GROUP,) if self.stage == "review" else self.language_table.groups
+        groups = self.language_table.groups
+        if self.stage != "review":
+            return groups
+        protected = [g for g, step in zip(groups, self.steps, strict=True) if step < self.newest_step]
+        return tuple(protected) or (ORIGINAL_GROUP,)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The growth step that brought each group, in the order of groups; 0 for those the adapter began with."""
+        came_with = {group: i for i, step in enumerate(self.growth, start=1) for group in step["groups"]}
+        return tuple(came_with.get(group, 0) for group in self.group_order or ())
+
+    @property
+    def newest_step(self) -> int:
+        """The growth step whose groups train; 0 for an adapter that has not grown."""
+        return len(self.growth)
 
     def plan(self, layers: list[int]) -> ExpertPlan:
         """The experts of a model whose transformed decoder layers are `layers`, ascending.

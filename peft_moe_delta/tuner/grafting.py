@@ -167,9 +167,15 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
         top_k=config.experts_per_token,
         dense=trained_weights(tuner),
         experts=lambda layer, expert: layers[layer].expert_weights(name, expert),
-        routers=lambda layer: layers[layer].moe_delta_router[name].get_parameter("weight").detach(),
+        routers=lambda layer: layers[layer].router(name).rows.detach(),
     )
     table = config.language_table
+    if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
+        closed = [g for g, step in zip(table.groups, config.steps, strict=True) if step > config.open_steps]
+        raise GraftError(
+            f"The experts of {', '.join(closed)} are not open to every language yet, which no stock architecture can "
+            "say. Train the new groups' rows first: start_review(), then a short training on all languages."
+        )
     if config.routing_rule.needs_language and language is None:
         raise GraftError(
             f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "

@@ -8,37 +8,25 @@ Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, G la
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..architectures import takes_residual
 from ..errors import LanguageError, PlanError
 from ..languages import LanguageTable
 from ..losses import language_prior_loss, load_balancing_loss
-from ..routing import Routes, choose_experts
+from ..routing import Routes, choose_experts, within_reach
 from .config import MoeDeltaConfig
 from .context import ForwardContext, ForwardState, constant
 from .experts import expert_weights, full_expert, low_rank_expert
+from .router import Router
 
 EXPERTS, ROUTER = "moe_delta_experts", "moe_delta_router"
-
-
-class Router(nn.Module):
-    """`logits = W_r x`, without bias, in fp32 whatever the model's dtype. `weight` is (E, D)."""
-
-    def __init__(self, hidden_size: int, num_experts: int, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device))
-        nn.init.xavier_normal_(self.weight)
-
-    def forward(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.float(), self.weight.float())
 
 
 @dataclass(frozen=True)
@@ -68,7 +56,22 @@ class LayerSettings:
     @property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:
         """(G, E) booleans, the experts each group's tokens may use under the routing in force."""
-        return self.config.routing_rule.allowed_experts(self.counts)
+        allowed, config = self.config.routing_rule.allowed_experts(self.counts), self.config
+        return within_reach(allowed, self.counts, config.steps, config.open_steps) if config.growth else allowed
+
+    def usable(self, groups: frozenset[int] | None) -> list[bool]:
+        """(E,) booleans, the experts that tokens of these groups may use; None where no language is known."""
+        return [any(column) for column in zip(*(self.allowed[g] for g in groups or (0,)), strict=True)]
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """(E,) the group that owns each expert."""
+        return tuple(group for group, count in enumerate(self.counts) for _ in range(count))
+
+    @property
+    def trained_groups(self) -> tuple[bool, ...]:
+        """(G,) booleans, the groups of the newest growth step, whose experts and rows train: all before any growth."""
+        return tuple(step == self.config.newest_step for step in self.config.steps)
 
     @property
     def restricted(self) -> bool:
@@ -77,16 +80,27 @@ class LayerSettings:
 
     @property
     def uses_router(self) -> bool:
-        """Whether the router's logits matter: somebody has a choice, or the prior loss trains it."""
-        return self.config.language_prior > 0 or any(sum(row) > 1 for row in self.allowed)
+        """Whether the rows that train matter: a choice depends on them, or the prior loss teaches them."""
+        if self.config.language_prior > 0:
+            return True
+        trained = [self.trained_groups[group] or self.config.train_earlier_rows for group in self.owners]
+        return any(sum(row) > 1 and any(map(operator.and_, row, trained)) for row in self.allowed)
 
     @property
     def prior_targets(self) -> tuple[tuple[bool, ...], ...]:
-        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained."""
-        groups = self.config.prior_groups
+        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
+
+        That is to the group's own experts; in review, a group that was there before the newest growth step is only
+        kept away from what came later, so expert 0 will do as well.
+        """
+        config = self.config
         return tuple(
-            row if group in groups else (False,) * len(row)
-            for group, row in zip(self.table.groups, self.own, strict=True)
+            tuple(
+                group in config.prior_groups
+                and (own or (e == 0 and config.stage == "review" and step < config.newest_step))
+                for e, own in enumerate(row)
+            )
+            for group, step, row in zip(self.table.groups, config.steps, self.own, strict=True)
         )
 
 
@@ -110,21 +124,33 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     def add_experts(self, adapter_name: str, settings: LayerSettings, hidden_size: int) -> None:
         """Grow an adapter's experts and router beside the MLP."""
         rank = settings.config.expert_rank
-        new = [
-            full_expert(self.base_layer) if rank is None else low_rank_expert(self.base_layer, rank)
-            for _ in range(sum(settings.counts) - 1)
-        ]
-        device = next(self.base_layer.parameters()).device
+        counts, steps = settings.counts, settings.config.steps
+        new = [self.new_expert(rank) for _ in range(sum(counts) - 1)]
+        begun_with = sum(count for count, step in zip(counts, steps, strict=True) if step == 0)
+        router = Router(hidden_size, begun_with, next(self.base_layer.parameters()).device)
+        for group, (count, step) in enumerate(zip(counts, steps, strict=True)):
+            if count and step > 0:
+                router.add_rows(group, count)
         self.moe_delta_experts[adapter_name] = nn.ModuleList(new)
-        self.moe_delta_router[adapter_name] = Router(hidden_size, 1 + len(new), device)
+        self.moe_delta_router[adapter_name] = router
         self.settings[adapter_name] = settings
         self.set_adapter(self.active_adapters, inference_mode=settings.config.inference_mode)
+
+    def new_expert(self, rank: int | None) -> nn.Module:
+        """An expert that computes what the MLP computes: a full copy, or a low-rank change of it."""
+        return full_expert(self.base_layer) if rank is None else low_rank_expert(self.base_layer, rank)
 
     def experts(self, adapter_name: str) -> list[nn.Module]:
         """All experts of an adapter, expert 0 first."""
         new = self.moe_delta_experts[adapter_name]
         assert isinstance(new, nn.ModuleList)
         return [self.base_layer, *new]
+
+    def router(self, adapter_name: str) -> Router:
+        """An adapter's router."""
+        router = self.moe_delta_router[adapter_name]
+        assert isinstance(router, Router)
+        return router
 
     def expert_weights(self, adapter_name: str, expert: int) -> dict[str, Tensor]:
         """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
@@ -151,23 +177,24 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                 f"languages: {', '.join(settings.table.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
                 '`language="..."`, or call model.set_language(...).'
             )
-        only = self._only_expert(settings, groups)
+        usable = settings.usable(None if groups is None else groups[1])
+        only = usable.index(True) if sum(usable) == 1 else None
         if only is not None and not (state.recording and settings.config.language_prior > 0):
             return self._run_alone(experts, only, x_TD, self.moe_delta_router[name])
         logits_TE = self.moe_delta_router[name](x_TD)
-        sets_T = groups[0] if groups is not None and settings.restricted else None
+        sets_T = None
+        if settings.restricted:
+            sets_T = x_TD.new_zeros(len(x_TD), dtype=torch.int64) if groups is None else groups[0]
         allowed_TE = None if sets_T is None else constant(settings.allowed, x_TD.device)[sets_T]
+        if not state.recording and not usable[-1]:
+            # What nobody here may use takes no part at all: the sums are the same, bit for bit, as before it was added.
+            reach = len(usable) - usable[::-1].index(True)
+            experts, logits_TE = experts[:reach], logits_TE[:, :reach]
+            allowed_TE = None if allowed_TE is None else allowed_TE[:, :reach]
         routes = choose_experts(logits_TE, settings.config.experts_per_token, allowed_TE)
         if state.recording:
             self._record(settings, state, logits_TE, routes, groups)
         return self._combine(experts, x_TD, routes)
-
-    @staticmethod
-    def _only_expert(settings: LayerSettings, groups: tuple[Tensor, frozenset[int]] | None) -> int | None:
-        """The expert that every token of this pass must use, where there is just one."""
-        present = range(len(settings.allowed)) if groups is None else groups[1]
-        usable = [any(column) for column in zip(*(settings.allowed[g] for g in present), strict=True)]
-        return usable.index(True) if sum(usable) == 1 else None
 
     def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor, router: nn.Module) -> Tensor:
         y_TD = self._run(experts[expert], x_TD)
@@ -268,6 +295,20 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             frozen = (EXPERTS,) if settings.config.stage == "review" else ()
             self.frozen_peft_weight_names[name] = frozen if settings.uses_router else (*frozen, ROUTER)
         super().set_adapter(names, inference_mode=inference_mode)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
+        # PEFT calls this on every road that switches gradients on.
+        super()._freeze_non_trainable_peft_weights(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or list(self.settings)
+        for name in names:
+            settings = self.settings.get(name)
+            if settings is None or all(settings.trained_groups):
+                continue
+            for expert, group in zip(self.experts(name), settings.owners, strict=True):
+                if not settings.trained_groups[group]:
+                    expert.requires_grad_(False)
+            if not settings.config.train_earlier_rows:
+                self.router(name).freeze_all_but(settings.trained_groups)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.settings:

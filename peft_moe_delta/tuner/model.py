@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +55,7 @@ class MoeDeltaModel(BaseTuner):
         load_balancing_coef: float | None = None,
         language_prior_coef: float | None = None,
         language_prior_groups: list[str] | None = None,
+        train_earlier_rows: bool = False,
     ) -> None:
         """Train experts and routers on new-language text (MoE-LPR, stage 1).
 
@@ -63,6 +64,7 @@ class MoeDeltaModel(BaseTuner):
             load_balancing_coef: None for 0.01.
             language_prior_coef: None for 0. DMoE classifies every group with 1.28.
             language_prior_groups: None for every group.
+            train_earlier_rows: for an adapter that has grown, as in `start_review`.
         """
         self._start_stage(
             stage="expansion",
@@ -70,6 +72,7 @@ class MoeDeltaModel(BaseTuner):
             load_balancing_coef=load_balancing_coef,
             language_prior_coef=language_prior_coef,
             language_prior_groups=language_prior_groups,
+            train_earlier_rows=train_earlier_rows,
         )
 
     def start_review(
@@ -79,8 +82,12 @@ class MoeDeltaModel(BaseTuner):
         load_balancing_coef: float | None = None,
         language_prior_coef: float | None = None,
         language_prior_groups: list[str] | None = None,
+        train_earlier_rows: bool = False,
     ) -> None:
         """Train only the routers, with the language-prior loss on the original languages (MoE-LPR, stage 2).
+
+        After `add_languages`, it opens the new experts to every language, and trains only their rows; the prior loss
+        then keeps every group that was there before away from them.
 
         Args:
             routing: None keeps the routing in force. Experts that were expanded under `"language"` become a learned
@@ -88,15 +95,59 @@ class MoeDeltaModel(BaseTuner):
                 routers know nothing yet, so let the prior loss teach them every group.
             load_balancing_coef: None for 0.
             language_prior_coef: None for 0.1.
-            language_prior_groups: None for the original languages alone.
+            language_prior_groups: None for the original languages and the groups before the newest growth step.
+            train_earlier_rows: for an adapter that has grown, whether the rows that it had before train, too. Removing
+                the new group then no longer gives back the model before it.
         """
         self._start_stage(
             stage="review",
+            open_steps=self.active_config.newest_step,
             routing=routing,
             load_balancing_coef=load_balancing_coef,
             language_prior_coef=language_prior_coef,
             language_prior_groups=language_prior_groups,
+            train_earlier_rows=train_earlier_rows,
         )
+
+    def add_languages(
+        self,
+        languages: Mapping[str, str],
+        experts: Mapping[str, int | Sequence[int]] | None = None,
+        start_from: str | Mapping[str, str] | None = None,
+    ) -> None:
+        """Add languages to a trained adapter; nothing that it computes for the others changes.
+
+        A group that is new gets experts and router rows, appended to the old ones. From then on only those train:
+        first in expansion, which starts here, then in `start_review`. Under `"learned"` routing they serve no other
+        group, nor tokens of unknown language, before that review. A language may also join a group that exists.
+
+        Args:
+            languages: new language codes -> groups, new or known.
+            experts: new group -> experts in each transformed layer, as in `MoeDeltaConfig`.
+            start_from: the group whose experts the new ones start as, one for all or `{new group: group}`; see
+                `closest_group`. None for expert 0.
+
+        Raises:
+            LanguageError: a language that the adapter knows already.
+            PlanError: a group name in use, counts that do not fit, an unknown group in `start_from`, or an adapter with
+                `modules_to_save`.
+        """
+        from .growing import add_languages
+
+        add_languages(self, languages, experts, start_from)
+
+    def remove_group(self, group: str) -> None:
+        """Take away the group that was added last, its experts and its languages: the model before it, bit for bit.
+
+        Unless rows were trained with `train_earlier_rows=True`, which changes them for good.
+
+        Raises:
+            PlanError: it is not the group that was added last.
+            LanguageError: languages of other groups came after its own, and their ids would change.
+        """
+        from .growing import remove_group
+
+        remove_group(self, group)
 
     def set_language(self, code: str | None) -> None:
         """Set the language of calls that name none; None forgets it.
@@ -194,19 +245,7 @@ class MoeDeltaModel(BaseTuner):
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
-        hidden_size = self.model.config.get_text_config().hidden_size
-        blocks: dict[int, nn.Module] = {}
-        for name, module in self._targets(peft_config, model):
-            mlp = module.get_base_layer() if isinstance(module, MoeDeltaLayer) else module
-            check_mlp(name, mlp, hidden_size)
-            if peft_config.expert_rank is not None:
-                check_low_rank(name, mlp)
-            if layer_index(name) in blocks:
-                raise ArchitectureError(
-                    f"`target_modules` {peft_config.target_modules} matches two modules in layer {layer_index(name)}, "
-                    f"among them {name}. Name exactly one MLP block a layer."
-                )
-            blocks[layer_index(name)] = mlp
+        blocks = self.mlp_blocks(peft_config)
         if not blocks:
             return  # PEFT says which names it looked for
         layers = sorted(blocks)
@@ -217,11 +256,44 @@ class MoeDeltaModel(BaseTuner):
                 f"module called {peft_config.target_modules}. It matches in the layers {layers}."
             )
         plan = peft_config.plan(layers)
-        found = fingerprint([blocks[layer] for layer in layers])
+        found = fingerprint([_mlp(blocks[layer][1]) for layer in layers])
         if peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
         peft_config.base_fingerprint = found
         self._plan_under_way = plan
+
+    def mlp_blocks(self, config: MoeDeltaConfig) -> dict[int, tuple[str, nn.Module]]:
+        """Decoder layer index -> name and module of the block that a configuration names, upcycled already or not.
+
+        Raises:
+            ArchitectureError: a block cannot become experts, or there are two in a layer.
+        """
+        blocks: dict[int, tuple[str, nn.Module]] = {}
+        for name, module in self._targets(config, self.model):
+            check_mlp(name, _mlp(module), self.hidden_size)
+            if config.expert_rank is not None:
+                check_low_rank(name, _mlp(module))
+            if layer_index(name) in blocks:
+                raise ArchitectureError(
+                    f"`target_modules` {config.target_modules} matches two modules in layer {layer_index(name)}, "
+                    f"among them {name}. Name exactly one MLP block a layer."
+                )
+            blocks[layer_index(name)] = name, module
+        return blocks
+
+    @property
+    def hidden_size(self) -> int:
+        """The model's hidden size."""
+        return self.model.config.get_text_config().hidden_size
+
+    def upcycled(self, name: str, block: nn.Module) -> MoeDeltaLayer:
+        """The upcycled layer around an MLP block of the model; put in its place where there is none yet."""
+        if isinstance(block, MoeDeltaLayer):
+            return block
+        layer = MoeDeltaLayer(block, ForwardContext.of(self.model))
+        parent, _, child = name.rpartition(".")
+        setattr(self.model.get_submodule(parent), child, layer)
+        return layer
 
     def _targets(self, peft_config: MoeDeltaConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
         """The modules PEFT is going to match, without those inside an upcycled layer."""
@@ -251,12 +323,8 @@ class MoeDeltaModel(BaseTuner):
         layer = layer_index(current_key)
         if plan.num_experts(layer) == 1:
             return  # a dense layer stays the base model's own
-        if not isinstance(target, MoeDeltaLayer):
-            target = MoeDeltaLayer(target, ForwardContext.of(self.model))
-            setattr(parent, target_name, target)
-        counts = plan.counts[plan.layers.index(layer)]
-        hidden_size = self.model.config.get_text_config().hidden_size
-        target.add_experts(adapter_name, LayerSettings.build(peft_config, counts), hidden_size)
+        settings = LayerSettings.build(peft_config, plan.counts[plan.layers.index(layer)])
+        self.upcycled(current_key, target).add_experts(adapter_name, settings, self.hidden_size)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -288,3 +356,8 @@ class MoeDeltaModel(BaseTuner):
                 "their random start. The file is incomplete; fetch or save the adapter again."
             )
         return remapped
+
+
+def _mlp(block: nn.Module) -> nn.Module:
+    """The MLP itself, inside an upcycled layer or alone."""
+    return block.base_layer if isinstance(block, MoeDeltaLayer) else block
