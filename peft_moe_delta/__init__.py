@@ -7,6 +7,7 @@ from .allocation import allocate_experts, group_languages
 from .delta import PostTrainingDelta
 from .errors import PeftMoeDeltaError
 from .languages import LanguageTable
+from .mixing import RouterStatistics, fit_routers, mix
 from .plan import ExpertPlan
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from .tuner import MoeDeltaConfig, MoeDeltaModel, register
@@ -23,7 +24,10 @@ __all__ = [
     "MoeDeltaModel",
     "PeftMoeDeltaError",
     "PostTrainingDelta",
+    "RouterStatistics",
     "RoutingCallback",
     "allocate_experts",
+    "fit_routers",
     "group_languages",
+    "mix",
 ]

@@ -26,6 +26,7 @@ LEVELS = {
     "export": 3,
     "tuner": 4,
     "allocation": 5,
+    "mixing": 5,
     "training": 5,
     "evaluation": 5,
     "hub": 6,

@@ -11,10 +11,10 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import pipeline
+from . import mix, pipeline
 from .command import Command
 
-COMMANDS: tuple[Command, ...] = (*pipeline.COMMANDS,)
+COMMANDS: tuple[Command, ...] = (*pipeline.COMMANDS, *mix.COMMANDS)
 
 
 def main(arguments: list[str] | None = None) -> None:

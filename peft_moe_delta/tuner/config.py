@@ -57,6 +57,7 @@ class MoeDeltaConfig(PeftConfig):
         open_steps: growth steps whose experts are open to every group; set by `model.start_review()`.
         base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
         graft: what the adapter was grafted onto and how; None for an adapter that was not grafted. Filled in.
+        mixed: seed, branches and rule of a model that `mix` made; None for any other. Filled in.
         verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
 
     Raises:
@@ -86,6 +87,7 @@ class MoeDeltaConfig(PeftConfig):
     open_steps: int = 0
     base_fingerprint: dict[str, Any] | None = None
     graft: dict[str, Any] | None = None
+    mixed: dict[str, Any] | None = None
     verify_base: bool = True
 
     def __post_init__(self) -> None:

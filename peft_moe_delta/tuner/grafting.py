@@ -196,6 +196,11 @@ class _Graft:
     def __init__(self, tuner: MoeDeltaModel, post_trained: str | Path | PreTrainedModel, scale: Scale) -> None:
         self.tuner, self.scale = tuner, scale
         self.name = tuner.active_adapters[0]
+        if (tuner.active_config.mixed or {}).get("others", "seed") != "seed":
+            raise GraftError(
+                "This model's weights outside of experts are an average of the models it was mixed from. A "
+                'post-training delta belongs to the seed alone: mix with others="seed" and graft that.'
+            )
         model = post_trained if isinstance(post_trained, PreTrainedModel) else _load(post_trained)
         # Trainer leaves its mixed precision on a model it has trained; exactness is a matter of the weights' own.
         model = extract_model_from_parallel(model, keep_fp32_wrapper=False)

@@ -23,6 +23,7 @@ from ..plan import ExpertPlan
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
+from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, LayerSettings, MoeDeltaLayer
 
 if TYPE_CHECKING:
@@ -170,6 +171,10 @@ class MoeDeltaModel(BaseTuner):
         finally:
             context.language = before
 
+    def load_experts(self, checkpoints: Mapping[str, Source | Sequence[Source]]) -> None:
+        """Give groups' experts the weights of dense checkpoints; see `initialisation.load_experts`."""
+        load_experts(self, checkpoints)
+
     def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
         """The same experts over the post-trained checkpoint; see `grafting.graft`."""
         from .grafting import graft
@@ -201,6 +206,12 @@ class MoeDeltaModel(BaseTuner):
             if isinstance(module, MoeDeltaLayer) and name in module.settings
         }
         return dict(sorted(found.items()))
+
+    def expert_layers(self) -> Iterator[tuple[int, str, MoeDeltaLayer]]:
+        """`(decoder layer index, module name in the dense model, module)` of all the active adapter's experts."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, MoeDeltaLayer) and self.active_adapters[0] in module.settings:
+                yield layer_index(name), name, module
 
     def plan(self, adapter_name: str | None = None) -> ExpertPlan:
         """The experts of an adapter (default: the active one) in the layers that have any."""

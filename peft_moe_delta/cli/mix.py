@@ -1,0 +1,67 @@
+"""`mix`: a seed and dense models trained from it become one upcycled model."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+
+from ..checkpoint import whole_folder
+from ..errors import PlanError
+from ..mixing import fit_routers, mix
+from ..recipe.data import read_texts
+from .command import Command
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("seed", help="the checkpoint all branches started from: a Hub id or a folder")
+    parser.add_argument("--branch", action="append", default=[], metavar="GROUP=CHECKPOINT", help="twice or more")
+    parser.add_argument(
+        "--language", action="append", default=[], metavar="CODE=GROUP", help='"original" is the seed\'s group'
+    )
+    parser.add_argument(
+        "--others",
+        default="seed",
+        help="weights outside of experts: seed (default), average, or GROUP=WEIGHT,... (original for the seed)",
+    )
+    parser.add_argument("--base-output", help="folder of the new dense base, for any --others but seed")
+    parser.add_argument("--attention-experts", choices=("shared_kv", "full"), help="BAM; default: none")
+    parser.add_argument("--routing", default="learned", help="as in MoeDeltaConfig")
+    parser.add_argument("--top-k", type=int, help="experts a token; default 2")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="CODE=FILE", help="fit the routers in closed form on jsonl text"
+    )
+    parser.add_argument("--output", required=True, help="folder of the adapter")
+
+
+def _run(arguments: Namespace) -> str:
+    others = arguments.others
+    if "=" in others:
+        others = {group: float(weight) for group, weight in _pairs(others.split(","), "--others").items()}
+    options = {} if arguments.attention_experts is None else {"attention_experts": arguments.attention_experts}
+    with whole_folder(arguments.output) as folder:
+        model = mix(
+            arguments.seed,
+            _pairs(arguments.branch, "--branch"),
+            _pairs(arguments.language, "--language") or None,
+            others=others,
+            base_output=arguments.base_output,
+            routing=arguments.routing,
+            top_k=arguments.top_k,
+            **options,
+        )
+        if arguments.text:
+            texts = {code: read_texts(path) for code, path in _pairs(arguments.text, "--text").items()}
+            fit_routers(model, texts).save(folder / "router_statistics.safetensors")
+        model.save_pretrained(str(folder))
+    return f"adapter: {arguments.output}\nits base: {model.active_peft_config.base_model_name_or_path}"
+
+
+def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
+    """`["a=1", "b=2"]` as a mapping."""
+    pairs = [text.partition("=") for text in given]
+    if any(not name or not equals or not value for name, equals, value in pairs):
+        raise PlanError(f"{option} takes NAME=VALUE; got {list(given)}.")
+    return {name: value for name, _, value in pairs}
+
+
+COMMANDS = (Command("mix", "dense models trained from one seed become the experts of one", _add_arguments, _run),)

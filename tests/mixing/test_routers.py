@@ -1,0 +1,144 @@
+"""Closed-form routers: the streamed fit is the least-squares solution, whatever the order, and can be added to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from builders import moe_layers, pico, upcycle
+from peft_moe_delta import RouterStatistics, fit_routers
+from peft_moe_delta.errors import CheckpointError, DataError, LanguageError
+from training.common import make_tokenizer
+
+RIDGE, TEMPERATURE = 1e-2, 0.1
+
+
+def documents(first, last, number=6):
+    """Seeded documents of different lengths over the words `first` to `last`."""
+    generator = np.random.default_rng(first)
+    return [" ".join(f"w{w}" for w in generator.integers(first, last, size=5 + 3 * i)) for i in range(number)]
+
+
+TEXTS = {"hu": documents(3, 40), "fi": documents(30, 60, 3), "en": documents(50, 99, 9), "az": documents(3, 99)}
+
+
+def model(**changes):
+    return upcycle(pico(), trained=True, **changes)
+
+
+def fit(model, texts=TEXTS, **options):
+    return fit_routers(model, texts, make_tokenizer(), **options)
+
+
+def router_weights(model):
+    return [layer.moe_delta_router["default"].weight.detach().clone() for layer in moe_layers(model)]
+
+
+def inputs_of(model, code, text):
+    """What enters each router while one document runs alone on its language's experts."""
+    seen = []
+    handles = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])) for layer in moe_layers(model)]
+    model.active_peft_config.routing, before = "language", model.active_peft_config.routing
+    with torch.no_grad():
+        model(torch.tensor([make_tokenizer()(text)["input_ids"]]), language=code)
+    model.active_peft_config.routing = before
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_the_streamed_fit_is_the_direct_least_squares_solution():
+    fitted = model()
+    fit(fitted, batch_size=4)
+    groups = {"en": 0, "hu": 1, "fi": 1, "az": 2}
+    for layer, found in enumerate(router_weights(fitted)):
+        rows, targets = [], []
+        for code, texts in TEXTS.items():
+            x = torch.cat([inputs_of(fitted, code, text)[layer] for text in texts]).double()
+            y = torch.zeros(len(x), 3, dtype=torch.float64)
+            y[:, groups[code]] = 1
+            rows.append(x / len(x) ** 0.5)  # every language weighs the same
+            targets.append(y / len(x) ** 0.5)
+        x, y = torch.cat(rows), torch.cat(targets)
+        damping = (RIDGE * (x.T @ x).trace() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+        W = torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 3)])).solution
+        expected = (W / W.norm(dim=0))[:, [0, 1, 1, 2]].T / TEMPERATURE
+        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.norm(dim=1), torch.full((4,), 1 / TEMPERATURE))
+
+
+def test_the_order_of_documents_and_languages_and_the_batch_size_do_not_matter():
+    one, other = model(), model()
+    fit(one, batch_size=2)
+    fit(other, {code: TEXTS[code][::-1] for code in reversed(TEXTS)}, batch_size=5)
+    for a, b in zip(router_weights(one), router_weights(other), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_routers_there_were_and_the_mode_do_not_matter_and_are_kept():
+    fitted, same = model(), model(routing="language").train()
+    fit(fitted)
+    for layer in moe_layers(same):
+        torch.nn.init.normal_(layer.moe_delta_router["default"].weight)
+    fit(same)
+    assert all(torch.equal(a, b) for a, b in zip(router_weights(fitted), router_weights(same), strict=True))
+    assert same.training and same.active_peft_config.routing == "language"
+    assert fitted.active_peft_config.routing == "learned"
+
+
+def test_a_language_that_joins_later_only_adds(tmp_path):
+    whole, grown = model(), model()
+    fit(whole)
+    statistics = fit(grown, {code: TEXTS[code] for code in ("hu", "en", "az")})
+    without = router_weights(grown)
+    statistics.save(tmp_path / "routers.safetensors")
+    loaded = RouterStatistics.load(tmp_path / "routers.safetensors")
+    assert loaded.languages == ["hu", "en", "az"]
+    fit(grown, {"fi": TEXTS["fi"]}, statistics=loaded)
+    for before, a, b in zip(without, router_weights(grown), router_weights(whole), strict=True):
+        assert not torch.allclose(before, a)
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_a_layer_without_a_groups_experts_sends_its_tokens_to_expert_0():
+    fitted = model(experts={"uralic": [2, 2], "turkic": [0, 1]})
+    fit(fitted)
+    first = router_weights(fitted)[0]
+    x = torch.cat([x for text in TEXTS["az"] for x in inputs_of(fitted, "az", text)[:1]])
+    assert len(first) == 3
+    share = ((x @ first.T).argmax(-1) == 0).float().mean()
+    assert share > 0.5
+
+
+def test_without_an_original_language_expert_0_is_for_what_nobody_claims():
+    fitted = upcycle(pico(), languages={"hu": "uralic", "az": "turkic"}, experts={"uralic": 1, "turkic": 1})
+    fit(fitted, {code: TEXTS[code] for code in ("hu", "az")})
+    for weight in router_weights(fitted):
+        assert not weight[0].any() and weight[1:].any(dim=1).all()
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "error", "message"),
+    [
+        ({"hu": ["w3"]}, {}, LanguageError, r"groups \['original', 'turkic'\].*en; az"),
+        ({**TEXTS, "xx": ["w3"]}, {}, LanguageError, "Unknown language 'xx'"),
+        ({**TEXTS, "en": []}, {}, DataError, "no text of 'en'"),
+        (TEXTS, {"temperature": 0}, DataError, "must be positive"),
+        (TEXTS, {"statistics": RouterStatistics(languages=["hu"])}, LanguageError, r"hold \['hu'\] already"),
+    ],
+)
+def test_what_would_leave_a_router_ignorant_is_refused(texts, options, error, message):
+    fitted = model()
+    before = router_weights(fitted)
+    with pytest.raises(error, match=message):
+        fit(fitted, texts, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, router_weights(fitted), strict=True))
+
+
+def test_a_missing_tokenizer_and_a_foreign_file_are_refused(tmp_path):
+    with pytest.raises(DataError, match="No tokenizer"):
+        fit_routers(model(), TEXTS)
+    pico().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no router statistics"):
+        RouterStatistics.load(tmp_path / "model.safetensors")
