@@ -134,16 +134,20 @@ def test_a_broken_index_is_refused(tmp_path, content):
 
 
 def test_links_into_a_hub_cache_are_followed(single):
-    folder = single[0] / "snapshot"
-    folder.mkdir()
-    (folder / "model.safetensors").symlink_to(single[0] / "model.safetensors")
+    folder, blobs = single[0] / "snapshots" / "0a1b", single[0] / "blobs"
+    folder.mkdir(parents=True)
+    blobs.mkdir()
+    (single[0] / "model.safetensors").rename(blobs / "c0ffee")
+    (folder / "model.safetensors").symlink_to("../../blobs/c0ffee")
     assert len(CheckpointReader(folder)) == len(single[1].state_dict())
 
 
 def test_resolve_keeps_folders_and_downloads_no_pickles(tmp_path, monkeypatch):
     assert resolve(str(tmp_path)) == tmp_path
     asked = {}
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda name, **how: asked.update(how, name=name) or "/cache")
+    monkeypatch.setattr(
+        checkpoint.paths, "snapshot_download", lambda name, **how: asked.update(how, name=name) or "/cache"
+    )
     assert str(resolve("me/model", revision="v1")) == "/cache"
     assert (asked["name"], asked["revision"]) == ("me/model", "v1")
     kept = {pattern for pattern in asked["allow_patterns"] if pattern.endswith((".bin", ".pt", ".py", "*"))}
@@ -156,7 +160,7 @@ def test_resolve_says_when_a_name_is_neither_folder_nor_repository(name, monkeyp
         raise LocalEntryNotFoundError("no connection and nothing cached")
 
     if name == "me/model":
-        monkeypatch.setattr(checkpoint, "snapshot_download", offline)
+        monkeypatch.setattr(checkpoint.paths, "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=f"'{name}' is no folder here, and the Hub does not give it"):
         resolve(name)
 

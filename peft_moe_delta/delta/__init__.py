@@ -1,8 +1,16 @@
 """Post-training deltas: what instruction tuning changed, and how it is added to experts. Tensors and files only."""
 
-from .arithmetic import graft_tensor
+from .arithmetic import graft_tensor, low_rank_weight
 from .post_training import PostTrainingDelta
 from .report import DeltaReport, FamilyDelta
-from .scale import Scale
+from .scale import Scale, scale_of_groups
 
-__all__ = ["DeltaReport", "FamilyDelta", "PostTrainingDelta", "Scale", "graft_tensor"]
+__all__ = [
+    "DeltaReport",
+    "FamilyDelta",
+    "PostTrainingDelta",
+    "Scale",
+    "graft_tensor",
+    "low_rank_weight",
+    "scale_of_groups",
+]

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ..errors import GraftError
 
+BLOCK = 1 << 18
+"""Elements that are summed at a time."""
+
 
 @torch.no_grad()
 def graft_tensor(
@@ -62,13 +65,19 @@ def graft_tensor(
     if expert is not None and scale == 0 and expert_scale == 1:
         return expert.detach().to(dtype)
     wide = _sum_dtype(base, post_trained, base if expert is None else expert)
-    start = base.to(wide)
-    grafted = post_trained.to(wide) if scale == 1 else start + scale * (post_trained.to(wide) - start)
-    if expert is not None:
-        # Written as a subtraction because a -0.0 survives `- 0.0` but not `+ 0.0`, and untrained elements must.
-        grafted = grafted - expert_scale * (start - expert.to(wide))
-    grafted = grafted.to(dtype)
-    if not grafted.isfinite().all():
+    grafted = torch.empty(base.shape, dtype=dtype, device=post_trained.device)
+    finite = True
+    # Block by block: the wide sums stay in the processor's cache, and memory in that of the result.
+    parts = [t.detach().reshape(-1).split(BLOCK) for t in (base, post_trained, base if expert is None else expert)]
+    for start, end, own, block in zip(*parts, grafted.reshape(-1).split(BLOCK), strict=True):
+        start = start.to(wide)
+        total = end.to(wide) if scale == 1 else start + scale * (end.to(wide) - start)
+        if expert is not None:
+            # Written as a subtraction because a -0.0 survives `- 0.0` but not `+ 0.0`, and untrained elements must.
+            total = total - expert_scale * (start - own.to(wide))
+        block.copy_(total)
+        finite = finite and bool(block.isfinite().all())
+    if not finite:
         inputs = {"base": base, "post-trained": post_trained, "expert": expert}
         bad = [key for key, tensor in inputs.items() if tensor is not None and not tensor.isfinite().all()]
         cause = f"The {' and '.join(bad)} weight already is not." if bad else "The inputs are finite: it overflows."
@@ -77,6 +86,24 @@ def graft_tensor(
             "Check that checkpoint, or graft with smaller scales."
         )
     return grafted
+
+
+@torch.no_grad()
+def low_rank_weight(base: Tensor, A: Tensor, B: Tensor, *, transposed: bool = False) -> Tensor:
+    """`W_0 + B A`, summed in fp64 and rounded once to the dtype of `W_0`.
+
+    Args:
+        base: `W_0`, (out, in), or (in, out) if `transposed` (GPT-2's `Conv1D`).
+        A: (rank, in).
+        B: (out, rank).
+    """
+    left, right = (A.T.double(), B.T.double()) if transposed else (B.double(), A.double())
+    weight = torch.empty_like(base)
+    rows = max(1, BLOCK // base.shape[1])
+    for start in range(0, base.shape[0], rows):
+        block = slice(start, start + rows)
+        weight[block] = torch.addmm(base[block].double(), left[block], right)
+    return weight
 
 
 def _sum_dtype(*tensors: Tensor) -> torch.dtype:

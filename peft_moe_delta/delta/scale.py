@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..errors import GraftError
@@ -44,3 +44,19 @@ class Scale:
         if not isinstance(self.value, Mapping):
             return self.value
         return next((number for pattern, number in self.value.items() if re.search(pattern, name)), 1.0)
+
+
+def scale_of_groups(groups: Sequence[str], expert_scale: float | Mapping[str, float] | str) -> dict[str, float]:
+    """One finite expert scale for every group that owns experts; 1 for those that a mapping leaves out.
+
+    Raises:
+        GraftError: not a number, or a mapping with other groups.
+    """
+    given = dict(expert_scale) if isinstance(expert_scale, Mapping) else dict.fromkeys(groups, expert_scale)
+    numbers = all(isinstance(a, int | float) and math.isfinite(a) for a in given.values())
+    if not numbers or not set(given) <= set(groups):
+        raise GraftError(
+            f'expert_scale must be a finite number, {{group: number}} over {", ".join(groups)}, or "auto"; got '
+            f"{expert_scale!r}."
+        )
+    return {group: float(given.get(group, 1.0)) for group in groups}

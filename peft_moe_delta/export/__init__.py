@@ -4,11 +4,12 @@ from .build import build_model
 from .choice import Fit, choose_layout, stock_fits
 from .gate import check_equal_logits
 from .layout import Layout, MoeLayout, ReplicatedLayout
-from .weights import UpcycledWeights
+from .weights import LazyTensors, UpcycledWeights
 
 __all__ = [
     "Fit",
     "Layout",
+    "LazyTensors",
     "MoeLayout",
     "ReplicatedLayout",
     "UpcycledWeights",

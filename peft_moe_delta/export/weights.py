@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,6 +20,33 @@ from transformers import PretrainedConfig
 from ..architectures import mlp_module_name
 from ..errors import GraftError
 from ..plan import ExpertPlan
+
+
+@dataclass(frozen=True)
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made each time they are asked for, so that only one of them need exist.
+
+    Attributes:
+        names: their names, in order.
+        make: name -> tensor.
+    """
+
+    names: Iterable[str]
+    make: Callable[[str], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise KeyError(name)
+        return self.make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in tuple(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(tuple(self.names))
 
 
 @dataclass(frozen=True)
@@ -128,8 +155,9 @@ class UpcycledWeights:
         """Tensors of the expert at a position of `selected(layer)`, named as inside the dense MLP, in `dtype`."""
         expert = self.selected(layer)[position]
         if expert == 0:
-            return {matrix: self.dense[name] for matrix, name in self.mlp_names[layer].items()}
-        return {matrix: tensor.to(self.dtype) for matrix, tensor in self.experts(layer, expert).items()}
+            return LazyTensors(self.mlp_names[layer], lambda matrix: self.dense[self.mlp_names[layer][matrix]])
+        tensors = self.experts(layer, expert)
+        return LazyTensors(tensors, lambda matrix: tensors[matrix].to(self.dtype))
 
     def router(self, layer: int) -> Tensor:
         """Router rows of the selected experts, (E, d), in `dtype`: stock architectures keep no fp32 router."""

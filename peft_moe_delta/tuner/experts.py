@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import linear_maps
+from ..delta import low_rank_weight
 
 
 class LowRankLinear(nn.Module):
@@ -44,11 +45,8 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`W_0 + B A` in the frozen weight's own layout, summed in fp32 or better and rounded once to its dtype."""
-        base = self.frozen.weight
-        dtype = torch.float64 if base.dtype == torch.float32 else torch.float32
-        change = self.B.to(dtype) @ self.A.to(dtype)
-        return (base.to(dtype) + (change.T if self.transposed else change)).to(base.dtype)
+        """`W_0 + B A` in the frozen weight's own layout."""
+        return low_rank_weight(self.frozen.weight, self.A, self.B, transposed=self.transposed)
 
     @property
     def bias(self) -> Tensor | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 
@@ -26,17 +26,32 @@ def fingerprint(mlps: Sequence[nn.Module]) -> dict[str, Any]:
         mlps: the base model's MLP blocks in layer order.
     """
     shapes = [{name: list(p.shape) for name, p in mlp.named_parameters()} for mlp in mlps]
-    uniform = all(shape == shapes[0] for shape in shapes)
+    sampled = [next(p for p in mlps[index].parameters() if p.dim() >= 2) for index in sampled_blocks(len(mlps))]
+    return fingerprint_of(shapes, sampled)
+
+
+def sampled_blocks(blocks: int) -> list[int]:
+    """Which of the MLP blocks weights are sampled from."""
+    return sorted({0, blocks // 2, blocks - 1})
+
+
+def fingerprint_of(shapes: list[dict[str, list[int]]], sampled: Sequence[Tensor]) -> dict[str, Any]:
+    """The same from what was read.
+
+    Args:
+        shapes: of each block's parameters.
+        sampled: of each of the `sampled_blocks`, the first matrix in the order of definition.
+    """
     samples: list[float] = []
-    for index in sorted({0, len(mlps) // 2, len(mlps) - 1}):
-        weight = next(p for p in mlps[index].parameters() if p.dim() >= 2).detach().reshape(-1)
+    for weight in sampled:
+        weight = weight.detach().reshape(-1)
         step = max(1, weight.numel() // _SAMPLES_PER_MODULE)
         samples += weight[::step][:_SAMPLES_PER_MODULE].to(torch.bfloat16).float().tolist()
     return {
-        "blocks": len(mlps),
-        "shapes": shapes[0] if uniform else shapes,
+        "blocks": len(shapes),
+        "shapes": shapes[0] if all(shape == shapes[0] for shape in shapes) else shapes,
         "samples": samples,
-        "dtype": str(next(mlps[0].parameters()).dtype).removeprefix("torch."),
+        "dtype": str(sampled[0].dtype).removeprefix("torch."),
     }
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..checkpoint import CheckpointReader, resolve
-from ..delta import PostTrainingDelta, Scale, graft_tensor
+from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..errors import GraftError
 from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout
 from .experts import LowRankLinear
@@ -195,7 +195,7 @@ class _Graft:
 
     def __init__(self, tuner: MoeDeltaModel, post_trained: str | Path | PreTrainedModel, scale: Scale) -> None:
         self.tuner, self.scale = tuner, scale
-        self.name = tuner.active_adapters[0]
+        self.name, self.groups = tuner.active_adapters[0], tuner.plan().groups[1:]
         if (tuner.active_config.mixed or {}).get("others", "seed") != "seed":
             raise GraftError(
                 "This model's weights outside of experts are an average of the models it was mixed from. A "
@@ -222,7 +222,7 @@ class _Graft:
                 f'expert_scale="auto" and `validation` go together; got expert_scale={expert_scale!r} and '
                 f"validation={validation!r}. Pass a function that scores a grafted model, or a number."
             )
-        scales = self._expert_scales(1.0 if expert_scale == "auto" else expert_scale)
+        scales = scale_of_groups(self.groups, 1.0 if expert_scale == "auto" else expert_scale)
         config = copy.deepcopy(self.tuner.peft_config[self.name])
         config.base_fingerprint = config.base_model_name_or_path = None  # it gets a new base
         experts = next(iter(self.tuner.layers().values())).moe_delta_experts[self.name]
@@ -237,7 +237,7 @@ class _Graft:
         trials: list[tuple[float, float]] = []
         if validation is not None:
             trials = self._search(grafted, validation)
-            scales = self._expert_scales(max(trials, key=lambda trial: trial[1])[0])
+            scales = scale_of_groups(self.groups, max(trials, key=lambda trial: trial[1])[0])
             self._fill(scales)
         scale = dict(self.scale.value) if isinstance(self.scale.value, Mapping) else self.scale.value
         report = GraftReport(str(self.model.name_or_path), scale, scales, tuple(trials))
@@ -251,7 +251,7 @@ class _Graft:
 
         def score(scale: float) -> None:
             if scale not in scores:
-                self._fill(self._expert_scales(scale))
+                self._fill(scale_of_groups(self.groups, scale))
                 scores[scale] = float(validation(grafted))
 
         for scale in EXPERT_SCALES:
@@ -261,18 +261,6 @@ class _Graft:
         for neighbour in (s for s in grid if abs(grid.index(s) - grid.index(best)) == 1):
             score((best + neighbour) / 2)
         return list(scores.items())
-
-    def _expert_scales(self, expert_scale: float | Mapping[str, float] | str) -> dict[str, float]:
-        """One finite scale for every group that owns experts."""
-        groups = self.tuner.plan().groups[1:]
-        given = dict(expert_scale) if isinstance(expert_scale, Mapping) else dict.fromkeys(groups, expert_scale)
-        numbers = all(isinstance(a, int | float) and torch.isfinite(torch.tensor(float(a))) for a in given.values())
-        if not numbers or not set(given) <= set(groups):
-            raise GraftError(
-                f'expert_scale must be a finite number, {{group: number}} over {", ".join(groups)}, or "auto"; got '
-                f"{expert_scale!r}."
-            )
-        return {group: float(given.get(group, 1.0)) for group in groups}
 
     @torch.no_grad()
     def _scale_dense(self) -> None:
@@ -375,6 +363,15 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
         )
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
         raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
+    check_tokenizers(base.name_or_path, post_trained.name_or_path)
+
+
+def check_tokenizers(base: str, post_trained: str) -> None:
+    """Refuse folders or Hub ids whose tokenizers give the base's tokens other ids; pass where there is none.
+
+    Raises:
+        GraftError: the tokenizers differ.
+    """
     known, found = _vocabulary(base), _vocabulary(post_trained)
     if known is None or found is None:
         return
@@ -382,14 +379,13 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
     if differing:
         raise GraftError(
             f"The tokenizers differ: {len(differing)} of the base's {len(known)} tokens, such as "
-            f"{differing[0]!r}, have another id or none in {post_trained.name_or_path}. A delta exists only between "
+            f"{differing[0]!r}, have another id or none in {post_trained}. A delta exists only between "
             "models with one tokenizer; added tokens are fine."
         )
 
 
-def _vocabulary(model: PreTrainedModel) -> dict[str, int] | None:
+def _vocabulary(name: str) -> dict[str, int] | None:
     """Token -> id of the tokenizer beside a model's checkpoint; None where there is none."""
-    name = model.name_or_path
     if not name or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()):
         return None
     try:
