@@ -11,6 +11,7 @@ from .mixing import RouterStatistics, fit_routers, mix
 from .plan import ExpertPlan
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from .tuner import MoeDeltaConfig, MoeDeltaModel, register
+from .vocabulary import extend_vocabulary, propose_tokens
 
 register()
 
@@ -27,7 +28,9 @@ __all__ = [
     "RouterStatistics",
     "RoutingCallback",
     "allocate_experts",
+    "extend_vocabulary",
     "fit_routers",
     "group_languages",
     "mix",
+    "propose_tokens",
 ]

@@ -28,6 +28,7 @@ LEVELS = {
     "allocation": 5,
     "mixing": 5,
     "training": 5,
+    "vocabulary": 5,
     "evaluation": 5,
     "hub": 6,
     "recipe": 7,

@@ -4,12 +4,14 @@ from .arithmetic import graft_tensor, low_rank_weight
 from .post_training import PostTrainingDelta
 from .report import DeltaReport, FamilyDelta
 from .scale import Scale, scale_of_groups
+from .vocabulary import VocabularyMap
 
 __all__ = [
     "DeltaReport",
     "FamilyDelta",
     "PostTrainingDelta",
     "Scale",
+    "VocabularyMap",
     "graft_tensor",
     "low_rank_weight",
     "scale_of_groups",

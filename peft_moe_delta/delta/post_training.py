@@ -19,6 +19,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader, first_few, resolve, write_safetensors
 from ..errors import CheckpointError, GraftError
 from .report import DeltaReport, family_of
+from .vocabulary import AlignedWeights, VocabularyMap, is_embedding
 
 FORMAT = "peft-moe-delta post-training delta"
 VERSION = 1
@@ -30,7 +31,8 @@ class PostTrainingDelta:
     """Base and post-trained weights with the same names and shapes.
 
     Attributes:
-        base: `theta_base` by tensor name; read lazily if it is a `CheckpointReader`.
+        base: `theta_base` by tensor name, embeddings in the post-trained model's rows; read lazily if it is a
+            `CheckpointReader`.
         post_trained: `theta_post`, likewise.
         names: the tensors both have, in the base's order. A tied output embedding that only one side lists is left out.
     """
@@ -41,15 +43,23 @@ class PostTrainingDelta:
 
     @classmethod
     def from_checkpoints(
-        cls, base: str | Path | Mapping[str, Tensor], post_trained: str | Path | Mapping[str, Tensor]
+        cls,
+        base: str | Path | Mapping[str, Tensor],
+        post_trained: str | Path | Mapping[str, Tensor],
+        vocabulary: VocabularyMap | None = None,
     ) -> PostTrainingDelta:
         """Pair two checkpoints: folders, Hub ids, or mappings from tensor name to tensor. Reads no tensor from files.
+
+        Args:
+            vocabulary: how the rows of their embeddings belong together; None where row r is row r.
 
         Raises:
             CheckpointError: a folder or repository cannot be read.
             GraftError: names or shapes differ.
         """
         base, post_trained = _weights(base), _weights(post_trained)
+        if vocabulary is not None and not vocabulary.is_same:
+            base = AlignedWeights(base, post_trained, vocabulary)
         _check_names(base, post_trained)
         names = tuple(name for name in base if name in post_trained)
         _check_shapes(names, base, post_trained)
@@ -169,6 +179,8 @@ def _weights(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of a tensor, without reading it where that is possible."""
+    if isinstance(weights, AlignedWeights):
+        return _shape(weights.post_trained if is_embedding(name) else weights.base, name)
     if isinstance(weights, CheckpointReader | _Restored):
         return weights.shapes[name]
     return tuple(weights[name].shape)
@@ -206,8 +218,8 @@ def _check_shapes(names: tuple[str, ...], base: Mapping[str, Tensor], post_train
         ours, theirs = rows.pop()
         raise GraftError(
             f"The vocabularies differ: the base has {ours} tokens, the post-trained model {theirs} "
-            f"({first_few(different)}). Rows belong together by token, not by number: give both the same tokens, for "
-            "example with resize_token_embeddings, before taking their delta."
+            f"({first_few(different)}). Rows belong together by token, not by number: pass both as folders or "
+            "Hub ids with their tokenizers, or a VocabularyMap."
         )
     listed = [f"{name} {ours} and {theirs}" for name, (ours, theirs) in different.items()]
     raise GraftError(

@@ -55,6 +55,10 @@ class MoeDeltaConfig(PeftConfig):
         growth: the steps by which `model.add_languages` made the adapter larger: the groups that each brought, and what
             was in force before. Filled in; append-only.
         open_steps: growth steps whose experts are open to every group; set by `model.start_review()`.
+        new_tokens: tokens beyond the base model's vocabulary, in the order of their ids, as the tokenizer spells them.
+            Filled in by `extend_vocabulary`.
+        first_new_token_id: id of the first of them. Filled in.
+        new_tokens_step: growth steps there were before them; a later step leaves their rows as they are. Filled in.
         base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
         graft: what the adapter was grafted onto and how; None for an adapter that was not grafted. Filled in.
         mixed: seed, branches and rule of a model that `mix` made; None for any other. Filled in.
@@ -85,6 +89,9 @@ class MoeDeltaConfig(PeftConfig):
     group_order: list[str] | None = None
     growth: list[dict[str, Any]] = field(default_factory=list)
     open_steps: int = 0
+    new_tokens: list[str] | None = None
+    first_new_token_id: int | None = None
+    new_tokens_step: int = 0
     base_fingerprint: dict[str, Any] | None = None
     graft: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None

@@ -14,21 +14,24 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
+from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
 from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout
+from .config import MoeDeltaConfig
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
+from .vocabulary import grown_layers, match_tokenizers, num_rows
 
 if TYPE_CHECKING:
     from .model import MoeDeltaModel
@@ -53,6 +56,8 @@ class GraftReport:
         language: the language a dense export was made for; None otherwise.
         max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
         replicated_bytes: what copies of the experts of dense layers added to the export.
+        new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
+        first_new_token_id: id of the first of them; None without any.
     """
 
     post_trained: str
@@ -63,6 +68,8 @@ class GraftReport:
     language: str | None = None
     max_logit_difference: float | None = None
     replicated_bytes: int = 0
+    new_tokens: tuple[str, ...] = ()
+    first_new_token_id: int | None = None
 
 
 def graft(
@@ -147,7 +154,8 @@ def to_stock(
     if not in_fp32:
         exported = build_model(weights, layout)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
-    report = tuner.active_config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}))
+    config = tuner.active_config
+    report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **_new_tokens(config)))
     found = {
         "layout": exported.config.model_type,
         "language": language,
@@ -162,7 +170,7 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
     """What is exported: everything under learned routing, one group's share under routing by language."""
     name, config, layers = tuner.active_adapters[0], tuner.active_config, tuner.layers()
     weights = UpcycledWeights(
-        config=tuner.model.config,
+        config=_config(tuner),
         plan=tuner.plan(),
         top_k=config.experts_per_token,
         dense=trained_weights(tuner),
@@ -206,7 +214,15 @@ class _Graft:
         model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
         self.model: PreTrainedModel = model.to(next(tuner.model.parameters()).device)
         _check_siblings(tuner.model, self.model)
-        self.delta = PostTrainingDelta.from_checkpoints(base_weights(tuner), dict(self.model.state_dict()))
+        before, after = base_weights(tuner), dict(self.model.state_dict())
+        self.vocabulary = match_tokenizers(
+            tuner.model.name_or_path,
+            self.model.name_or_path,
+            base_rows=num_rows(before),
+            post_trained_rows=num_rows(after),
+            new_tokens=tuner.active_config.new_tokens or (),
+        )
+        self.delta = PostTrainingDelta.from_checkpoints(before, after, self.vocabulary)
         doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
         if doubts:
             warnings.warn(
@@ -225,6 +241,8 @@ class _Graft:
         scales = scale_of_groups(self.groups, 1.0 if expert_scale == "auto" else expert_scale)
         config = copy.deepcopy(self.tuner.peft_config[self.name])
         config.base_fingerprint = config.base_model_name_or_path = None  # it gets a new base
+        if config.new_tokens and self.vocabulary is not None:
+            config.first_new_token_id = self.vocabulary.next_id
         experts = next(iter(self.tuner.layers().values())).moe_delta_experts[self.name]
         keep_fp32 = next(experts.parameters()).dtype == torch.float32
         # The stage's frozen parts stay frozen: what may follow is a short review.
@@ -240,7 +258,7 @@ class _Graft:
             scales = scale_of_groups(self.groups, max(trials, key=lambda trial: trial[1])[0])
             self._fill(scales)
         scale = dict(self.scale.value) if isinstance(self.scale.value, Mapping) else self.scale.value
-        report = GraftReport(str(self.model.name_or_path), scale, scales, tuple(trials))
+        report = GraftReport(str(self.model.name_or_path), scale, scales, tuple(trials), **_new_tokens(config))
         grafted.active_peft_config.graft = asdict(report)
         grafted.graft_report = report  # type: ignore[assignment]  # torch names only tensors and modules
         return grafted
@@ -285,6 +303,11 @@ class _Graft:
             for index, (expert, grafted) in enumerate(pairs, start=1):
                 scale = expert_scales[plan.group_of_expert(layer, index)]
                 self._fill_expert(expert, grafted, mlp_name, scale)
+        for source_rows, target_rows in zip(
+            grown_layers(self.tuner.model) or (), grown_layers(self.target.model) or (), strict=True
+        ):
+            if self.name in target_rows.settings:
+                target_rows.rows(self.name).copy_(source_rows.rows(self.name))
         for (name, trained), (_, saved) in zip(
             _saved_modules(self.tuner, self.name), _saved_modules(self.target, self.name), strict=True
         ):
@@ -303,6 +326,8 @@ class _Graft:
 
     def _graft_into(self, parameter: nn.Parameter, name: str, trained: Tensor, expert_scale: float) -> None:
         base, post_trained = self.delta.base[name], self.delta.post_trained[name]
+        if self.vocabulary is not None and is_embedding(name):
+            trained = self.vocabulary.align(trained, post_trained)
         parameter.copy_(
             graft_tensor(
                 base, post_trained, trained, scale=self.scale.of(name), expert_scale=expert_scale,
@@ -326,7 +351,26 @@ def trained_weights(tuner: MoeDeltaModel) -> dict[str, Tensor]:
     state = base_weights(tuner)
     for name, module in _saved_modules(tuner, tuner.active_adapters[0]):
         state |= {f"{name}.{key}": parameter.detach() for key, parameter in module.named_parameters()}
+    for layer in grown_layers(tuner.model) or ():
+        if layer.in_force is not None:
+            state[f"{_name_of(tuner.model, layer)}.weight"] = layer.grown_weight(layer.in_force)
     return state
+
+
+def _config(tuner: MoeDeltaModel) -> PretrainedConfig:
+    """The dense model's config, with the vocabulary in force."""
+    config = tuner.model.config
+    grown = grown_layers(tuner.model)
+    if grown is None or grown[0].in_force is None:
+        return config
+    config = copy.deepcopy(config)
+    config.vocab_size = len(grown[0].grown_weight(grown[0].in_force))
+    return config
+
+
+def _new_tokens(config: MoeDeltaConfig) -> dict[str, Any]:
+    """What a report says of them."""
+    return {"new_tokens": tuple(config.new_tokens or ()), "first_new_token_id": config.first_new_token_id}
 
 
 def _saved_modules(tuner: MoeDeltaModel, adapter_name: str) -> list[tuple[str, nn.Module]]:
@@ -354,7 +398,7 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
     """Refuse a post-trained model that cannot be the base model's own.
 
     Raises:
-        GraftError: another architecture, or another tokenizer.
+        GraftError: another architecture, or no dense model.
     """
     if base.config.model_type != post_trained.config.model_type:
         raise GraftError(
@@ -363,35 +407,6 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
         )
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
         raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
-    check_tokenizers(base.name_or_path, post_trained.name_or_path)
-
-
-def check_tokenizers(base: str, post_trained: str) -> None:
-    """Refuse folders or Hub ids whose tokenizers give the base's tokens other ids; pass where there is none.
-
-    Raises:
-        GraftError: the tokenizers differ.
-    """
-    known, found = _vocabulary(base), _vocabulary(post_trained)
-    if known is None or found is None:
-        return
-    differing = [token for token, index in known.items() if found.get(token) != index]
-    if differing:
-        raise GraftError(
-            f"The tokenizers differ: {len(differing)} of the base's {len(known)} tokens, such as "
-            f"{differing[0]!r}, have another id or none in {post_trained}. A delta exists only between "
-            "models with one tokenizer; added tokens are fine."
-        )
-
-
-def _vocabulary(name: str) -> dict[str, int] | None:
-    """Token -> id of the tokenizer beside a model's checkpoint; None where there is none."""
-    if not name or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name).get_vocab()
-    except OSError:  # a model that was made in memory, under a name of its own
-        return None
 
 
 def _tuner(model: PeftModel) -> MoeDeltaModel:

@@ -25,6 +25,7 @@ from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, LayerSettings, MoeDeltaLayer
+from .vocabulary import GrownLayer, check_can_grow, grow, grown_layers, start_from_pieces, ungrow
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +44,7 @@ class MoeDeltaModel(BaseTuner):
     """
 
     prefix: str = "moe_delta_"
-    tuner_layer_cls = MoeDeltaLayer
+    tuner_layer_cls = (MoeDeltaLayer, GrownLayer)  # type: ignore[assignment]  # PEFT asks isinstance of it
     peft_config: dict[str, MoeDeltaConfig]  # type: ignore[assignment]  # where the base class says PeftConfig
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT's lacks the ClassVar
 
@@ -175,6 +176,32 @@ class MoeDeltaModel(BaseTuner):
         """Give groups' experts the weights of dense checkpoints; see `initialisation.load_experts`."""
         load_experts(self, checkpoints)
 
+    def add_tokens(self, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
+        """Grow the active adapter's vocabulary; `extend_vocabulary` does it with the tokenizer.
+
+        Args:
+            tokens: the new tokens, as the tokenizer spells them.
+            first_id: id of the first; the others follow.
+            pieces: ids of the known tokens that each was made of; its rows start as the mean of theirs.
+
+        Raises:
+            PlanError: the adapter has new tokens already, or the ids leave a gap.
+            ArchitectureError: the model's embeddings cannot grow.
+        """
+        name, config = self.active_adapters[0], self.active_config
+        if config.new_tokens:
+            raise PlanError(
+                f"Adapter {name!r} has {len(config.new_tokens)} new tokens already. Choose all of them before training."
+            )
+        changed = replace(config, new_tokens=list(tokens), first_new_token_id=first_id)
+        check_can_grow(self.model, changed)
+        config.new_tokens, config.first_new_token_id = changed.new_tokens, changed.first_new_token_id
+        config.new_tokens_step = len(config.growth)
+        grow(self.model, name, config)
+        experts = next(iter(self.layers(name).values())).moe_delta_experts[name]
+        start_from_pieces(self.model, name, pieces, next(experts.parameters()).dtype)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
     def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
         """The same experts over the post-trained checkpoint; see `grafting.graft`."""
         from .grafting import graft
@@ -236,6 +263,11 @@ class MoeDeltaModel(BaseTuner):
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            config = self.peft_config[adapter_name]
+            if config.new_tokens:
+                grow(self.model, adapter_name, config)
+                for layer in grown_layers(self.model) or ():
+                    layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             undo.pop_all()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -267,6 +299,8 @@ class MoeDeltaModel(BaseTuner):
                 f"module called {peft_config.target_modules}. It matches in the layers {layers}."
             )
         plan = peft_config.plan(layers)
+        if peft_config.new_tokens:
+            check_can_grow(self.model, peft_config)
         found = fingerprint([_mlp(blocks[layer][1]) for layer in layers])
         if peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
@@ -346,6 +380,7 @@ class MoeDeltaModel(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         super()._unload_and_optionally_merge(merge, *args, **kwargs)
         ForwardContext.of(self.model).detach(self.model)
+        ungrow(self.model)
         return self.model
 
     @classmethod
