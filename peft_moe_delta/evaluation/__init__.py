@@ -3,8 +3,10 @@
 from .bits_per_byte import TextScore, bits_per_byte
 from .bootstrap import Interval, bootstrap_interval, paired_difference
 from .exact_match import TaskScore, encode_task, exact_match
+from .fertility import Fertility, fertility
 
 __all__ = [
+    "Fertility",
     "Interval",
     "TaskScore",
     "TextScore",
@@ -12,5 +14,6 @@ __all__ = [
     "bootstrap_interval",
     "encode_task",
     "exact_match",
+    "fertility",
     "paired_difference",
 ]
