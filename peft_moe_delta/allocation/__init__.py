@@ -2,13 +2,16 @@
 
 from .allocate import STRATEGIES, allocate_experts
 from .group import LanguageGroups, group_languages
+from .measure import Measurement, measure_languages
 from .statistics import SOURCES, LanguageStatistics
 
 __all__ = [
     "LanguageGroups",
     "LanguageStatistics",
+    "Measurement",
     "SOURCES",
     "STRATEGIES",
     "allocate_experts",
     "group_languages",
+    "measure_languages",
 ]

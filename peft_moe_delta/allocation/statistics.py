@@ -42,7 +42,8 @@ class LanguageStatistics:
     Attributes:
         languages: language codes, in the order of the matrices.
         layers: indices of the decoder layers, ascending.
-        grams: source (one of `SOURCES`) -> inner products (L, N, N), fp64.
+        grams: source (one of `SOURCES`) -> inner products (L, N, N), fp64; off the diagonal NaN in a layer whose
+            vectors were not kept.
         model: `name`, and the sizes `hidden_size` and `expert_params` (of one MLP).
         settings: source -> what it was measured on and how.
     """
@@ -60,7 +61,7 @@ class LanguageStatistics:
         for source, gram in self.grams.items():
             if source not in SOURCES:
                 raise DataError(f"statistics: got the source {source!r}, expected some of: {', '.join(SOURCES)}.")
-            if gram.shape != shape or not np.isfinite(gram).all():
+            if gram.shape != shape or not (np.isfinite(gram) | _unknown(gram)).all():
                 raise DataError(
                     f"statistics: {source} holds numbers of shape {gram.shape}, expected finite ones of shape {shape}: "
                     "layers, languages, languages. Measure the languages together, on one model."
@@ -96,17 +97,21 @@ class LanguageStatistics:
     ) -> dict[str, dict[str, float]]:
         """Cosines of the languages' vectors, concatenated over `layers`, as `{language: {language: cosine}}`.
 
-        By default DMoE's last three layers for `"deviation"`, all layers otherwise.
+        By default all layers that tell; for `"deviation"` the last three, as DMoE has it.
 
         Raises:
-            DataError: a source that was not measured, unknown layers, or a vector of zero length.
+            DataError: a source that was not measured, layers that were not or whose vectors were not kept, or a vector
+                of zero length.
         """
         gram = self._gram(source)
+        telling = [layer for layer, matrix in zip(self.layers, gram, strict=True) if np.isfinite(matrix).all()]
         if layers is None:
-            layers = self.layers[-LAST_LAYERS:] if source == "deviation" else self.layers
-        unknown = sorted(set(layers) - set(self.layers))
-        if unknown or not layers:
-            raise DataError(f"layers: got {list(layers)}, expected some of {list(self.layers)}.")
+            layers = telling[-LAST_LAYERS:] if source == "deviation" else telling
+        if not layers or set(layers) - set(telling):
+            raise DataError(
+                f"layers: got {list(layers)}, expected some of {telling}, whose vectors of {source} were kept. "
+                "For others, measure again with more vector_layers."
+            )
         summed = gram[[self.layers.index(layer) for layer in layers]].sum(axis=0)
         norms = np.sqrt(np.diag(summed))
         if not (norms > 0).all():
@@ -214,5 +219,11 @@ def write_text(path: str | Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def _rounded(row: np.ndarray) -> list[float]:
-    return [float(f"{value:.{_DIGITS}g}") for value in row]
+def _unknown(gram: np.ndarray) -> np.ndarray:
+    """Where a number may be missing: off the diagonal of a layer that has none there."""
+    off = ~np.eye(gram.shape[-1], dtype=bool)
+    return np.asarray(off & np.isnan(gram[:, off]).all(axis=1)[:, None, None])
+
+
+def _rounded(row: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(f"{value:.{_DIGITS}g}") for value in row]
