@@ -1,4 +1,4 @@
-"""The two auxiliary losses of a router, as pure functions.
+"""The auxiliary losses of a router, as pure functions.
 
 In: router logits or probabilities of one layer. Out: a scalar tensor (fp32) and the number of tokens it speaks for.
 Returned sums and counts let the caller weight by tokens, so that micro-batches add up (see `tuner/context.py`).
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,3 +69,18 @@ def load_balancing_loss(
     summed_SE = summed_SE.index_add(0, sets_T, probabilities_TE.float() * weight_T[:, None])
     # n_s P_e is the plain sum, so n_s L_s needs no division
     return (allowed_SE.sum(dim=-1) * (share_SE * summed_SE).sum(dim=-1)).sum(), tokens_S.sum()
+
+
+def classifier_loss(*, logits_T: Tensor, original_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of a layer's gate: is a token of an original language? (LayerMoE, arXiv 2505.22582)
+
+    Args:
+        logits_T: the gate's logits, fp32; above 0 for "original".
+        original_T: bool, the truth.
+        counted_T: bool, False for padding.
+
+    Returns:
+        The sum over counted tokens and their number, both fp32 scalars.
+    """
+    loss_T = F.binary_cross_entropy_with_logits(logits_T.float(), original_T.float(), reduction="none")
+    return loss_T.where(counted_T, 0.0).sum(), counted_T.sum().float()

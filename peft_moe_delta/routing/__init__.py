@@ -3,16 +3,20 @@
 - `base`: `Routing`, the rule's interface; `choose_experts`, the top-k choice; `Routes`, its result
 - `learned`: every expert of the layer (MoE-LPR)
 - `language`: the experts of the token's language group (X-MOD, DMoE)
+- `classifier`: every expert, but expert 0 alone for what a gate takes for an original language (LayerMoE)
 - `growth`: what a rule allows to groups that were there before others came
 """
 
 from ..errors import PlanError
 from .base import Routes, Routing, choose_experts
+from .classifier import ClassifierRouting, most_similar_layers
 from .growth import within_reach
 from .language import LanguageRouting
 from .learned import LearnedRouting
 
-ROUTINGS: dict[str, Routing] = {routing.name: routing for routing in (LearnedRouting(), LanguageRouting())}
+ROUTINGS: dict[str, Routing] = {
+    routing.name: routing for routing in (LearnedRouting(), LanguageRouting(), ClassifierRouting())
+}
 
 
 def routing_named(name: str) -> Routing:
@@ -28,11 +32,13 @@ def routing_named(name: str) -> Routing:
 
 __all__ = [
     "ROUTINGS",
+    "ClassifierRouting",
     "LanguageRouting",
     "LearnedRouting",
     "Routes",
     "Routing",
     "choose_experts",
+    "most_similar_layers",
     "routing_named",
     "within_reach",
 ]

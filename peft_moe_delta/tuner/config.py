@@ -11,7 +11,7 @@ from peft import PeftConfig, TaskType
 from ..errors import LanguageError, PlanError
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
-from ..routing import Routing, routing_named
+from ..routing import ClassifierRouting, Routing, routing_named
 
 
 class MoeDeltaType(str, Enum):
@@ -36,7 +36,9 @@ class MoeDeltaConfig(PeftConfig):
             An `ExpertPlan` says the same, and sets `layers_to_transform` where it is for some layers only.
         top_k: experts a token uses; a token that may use fewer uses all of those. None for 2.
         routing: `"learned"`, every token may use every expert (MoE-LPR); `"language"`, the experts of its language's
-            group, from `language_ids` (X-MOD, DMoE).
+            group, from `language_ids` (X-MOD, DMoE); `"classifier"`, as learned, but on `classifier_layers` a gate
+            sends original-language tokens to expert 0 alone (LayerMoE).
+        classifier_layers: decoder layers that get such a gate, of use under that routing; see `most_similar_layers`.
         expert_rank: None for full copies of the MLP; a rank r for `W_e = W_0 + B_e A_e` over the frozen MLP.
         target_modules: the MLP blocks, as in PEFT; None finds them by the model's type.
         exclude_modules: module names to leave out, as in PEFT.
@@ -49,6 +51,7 @@ class MoeDeltaConfig(PeftConfig):
         language_prior_coef: weight of the language-prior loss; None for the stage's default (0, 0.1 in review).
         language_prior_groups: groups whose tokens that loss sends to their own experts; None for the stage's default
             (every group; in review the original languages and whatever was there before the newest growth step).
+        classifier_coef: weight of the gates' cross-entropy; None for the stage's default (0, 0.1 in review).
         train_earlier_rows: whether router rows of groups that were there before the newest growth step train, too.
         language_ids: language codes in the order of their ids. Filled in; append-only.
         group_order: group names in the order of their experts. Filled in; append-only.
@@ -74,6 +77,7 @@ class MoeDeltaConfig(PeftConfig):
     experts: Any = field(default_factory=dict)
     top_k: int | None = None
     routing: str = "learned"
+    classifier_layers: list[int] | None = None
     expert_rank: int | None = None
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -84,6 +88,7 @@ class MoeDeltaConfig(PeftConfig):
     load_balancing_coef: float | None = None
     language_prior_coef: float | None = None
     language_prior_groups: list[str] | None = None
+    classifier_coef: float | None = None
     train_earlier_rows: bool = False
     language_ids: list[str] | None = None
     group_order: list[str] | None = None
@@ -104,7 +109,11 @@ class MoeDeltaConfig(PeftConfig):
             self._take_plan(self.experts)
         table = self.language_table
         self.language_ids, self.group_order = list(table.codes), list(table.groups)
-        routing_named(self.routing)
+        if isinstance(self.routing_rule, ClassifierRouting) and not self.classifier_layers:
+            raise PlanError(
+                "Routing 'classifier' needs `classifier_layers`, the decoder layers that get a gate: those where "
+                f"languages look most alike (see most_similar_layers); got {self.classifier_layers!r}."
+            )
         if self.stage not in STAGES:
             raise PlanError(f"Unknown stage {self.stage!r}; expected one of: {', '.join(STAGES)}.")
         unknown = set(self.language_prior_groups or ()) - set(table.groups)
@@ -170,6 +179,13 @@ class MoeDeltaConfig(PeftConfig):
         return STAGES[self.stage][1] if self.language_prior_coef is None else self.language_prior_coef
 
     @property
+    def classifier_loss(self) -> float:
+        """The coefficient of the gates' cross-entropy in force: 0 where the routing has none."""
+        if not isinstance(self.routing_rule, ClassifierRouting):
+            return 0.0
+        return (0.1 if self.stage == "review" else 0.0) if self.classifier_coef is None else self.classifier_coef
+
+    @property
     def prior_groups(self) -> tuple[str, ...]:
         """The groups that the language-prior loss speaks for, in the stage under way."""
         if self.language_prior_groups is not None:
@@ -195,8 +211,15 @@ class MoeDeltaConfig(PeftConfig):
         """The experts of a model whose transformed decoder layers are `layers`, ascending.
 
         Raises:
-            PlanError: see `ExpertPlan.build`; or `top_k` exceeds the largest set of experts any token may use.
+            PlanError: see `ExpertPlan.build`; or `top_k` exceeds the largest set of experts any token may use, or a
+                classifier on a layer that is not transformed.
         """
+        outside = sorted(set(self.classifier_layers or ()) - set(layers))
+        if outside:
+            raise PlanError(
+                f"`classifier_layers` names {outside}, which are not among the transformed layers {layers}. A gate "
+                "stands before a router: choose among those."
+            )
         plan = ExpertPlan.build(layers, self.language_table.groups, self.experts)
         self.check_top_k(plan)
         return plan

@@ -28,6 +28,7 @@ from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
 from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout
+from ..routing import ClassifierRouting
 from .config import MoeDeltaConfig
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
@@ -178,6 +179,11 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
         routers=lambda layer: layers[layer].router(name).rows.detach(),
     )
     table = config.language_table
+    if isinstance(config.routing_rule, ClassifierRouting):
+        raise GraftError(
+            "Routing 'classifier' cannot be encoded in a stock architecture, whose routers have no gate before them. "
+            'Use graft() and share the adapter, or review it under routing="learned" and export that.'
+        )
     if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
         closed = [g for g, step in zip(table.groups, config.steps, strict=True) if step > config.open_steps]
         raise GraftError(
@@ -298,6 +304,8 @@ class _Graft:
             self.tuner.layers().items(), self.target.layers(self.name).values(), strict=True
         ):
             target.moe_delta_router[self.name].load_state_dict(source.moe_delta_router[self.name].state_dict())
+            if (classifier := target.classifier(self.name)) is not None:
+                classifier.load_state_dict(source.moe_delta_classifier[self.name].state_dict())
             mlp_name = _name_of(self.target.model, target)
             pairs = zip(source.experts(self.name)[1:], target.experts(self.name)[1:], strict=True)
             for index, (expert, grafted) in enumerate(pairs, start=1):

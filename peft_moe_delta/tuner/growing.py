@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..architectures import layer_index
 from ..errors import LanguageError, PlanError
 from ..languages import LanguageTable
 from .config import MoeDeltaConfig
@@ -29,8 +30,8 @@ StartFrom = str | Mapping[str, str] | None
 """The group whose experts the new ones start as, for all new groups or one each; None for expert 0."""
 
 _IN_FORCE = (
-    "stage", "routing", "load_balancing_coef", "language_prior_coef", "language_prior_groups", "train_earlier_rows",
-    "open_steps",
+    "stage", "routing", "load_balancing_coef", "language_prior_coef", "language_prior_groups", "classifier_coef",
+    "train_earlier_rows", "open_steps",
 )  # fmt: skip
 """What a growth step remembers of the time before it, for `remove_group`."""
 
@@ -57,10 +58,10 @@ def add_languages(
         if sum(counts) == 1:
             continue  # stays dense
         if layer not in before:
-            _upcycle(tuner, name, path, block, counts)
+            _upcycle(tuner, name, layer, path, block, counts)
         else:
             assert isinstance(block, MoeDeltaLayer)
-            _append(block, name, counts, sources)
+            _append(block, name, LayerSettings.build(config, counts, layer), sources)
     if experts:
         tuner.start_expansion()
     else:
@@ -87,7 +88,9 @@ def remove_group(tuner: MoeDeltaModel, group: str) -> None:
             continue
         layer.moe_delta_experts[name] = nn.ModuleList(layer.experts(name)[1 : sum(counts)])
         layer.router(name).remove_rows(index)
-        layer.settings[name] = LayerSettings.build(config, counts)
+        if (classifier := layer.classifier(name)) is not None:
+            classifier.remove_rows(config.newest_step + 1)
+        layer.settings[name] = LayerSettings.build(config, counts, layer_index(path))
     tuner.set_adapter(tuner.active_adapters)
 
 
@@ -215,12 +218,13 @@ def _take_over(config: MoeDeltaConfig, changed: MoeDeltaConfig) -> None:
 
 
 @torch.no_grad()
-def _append(layer: MoeDeltaLayer, name: str, counts: tuple[int, ...], sources: Mapping[int, int]) -> None:
+def _append(layer: MoeDeltaLayer, name: str, grown: LayerSettings, sources: Mapping[int, int]) -> None:
     """Append the new groups' experts and rows to a layer that has some."""
     settings, experts, router = layer.settings[name], layer.moe_delta_experts[name], layer.router(name)
     assert isinstance(experts, nn.ModuleList)
-    dtype, training = next(experts.parameters()).dtype, layer.training
-    grown = LayerSettings.build(settings.config, counts)
+    dtype, training, counts = next(experts.parameters()).dtype, layer.training, grown.counts
+    if (classifier := layer.classifier(name)) is not None and len(counts) > len(settings.counts):
+        classifier.add_rows(grown.config.newest_step, 1)
     for group in range(len(settings.counts), len(counts)):
         if not counts[group]:
             continue
@@ -234,19 +238,25 @@ def _append(layer: MoeDeltaLayer, name: str, counts: tuple[int, ...], sources: M
     layer.settings[name] = grown
 
 
-def _upcycle(tuner: MoeDeltaModel, name: str, path: str, block: nn.Module, counts: tuple[int, ...]) -> None:
+def _upcycle(tuner: MoeDeltaModel, name: str, index: int, path: str, block: nn.Module, counts: tuple[int, ...]) -> None:
     """Experts for a layer that was dense under this adapter."""
     other = next(iter(tuner.layers(name).values()))
     dtype = next(other.moe_delta_experts[name].parameters()).dtype
     layer = tuner.upcycled(path, block)
-    layer.add_experts(name, LayerSettings.build(tuner.peft_config[name], counts), tuner.hidden_size)
+    config = tuner.peft_config[name]
+    layer.add_experts(name, LayerSettings.build(config, counts, index), tuner.hidden_size)
+    if (classifier := layer.classifier(name)) is not None:
+        classifier.recognise_all()  # as far as the earlier steps are concerned
+        classifier.remove_rows(config.newest_step)
+        classifier.add_rows(config.newest_step, 1)
     layer.moe_delta_experts[name].to(dtype)
     layer.train(other.training)
 
 
 def _make_dense(tuner: MoeDeltaModel, name: str, path: str, layer: MoeDeltaLayer) -> None:
     """Take an adapter off a layer in which it has no experts any more, and the layer away if it was the only one."""
-    for part in (layer.moe_delta_experts, layer.moe_delta_router, layer.settings, layer.frozen_peft_weight_names):
+    named = (*(getattr(layer, part) for part in layer.adapter_layer_names), layer.settings)
+    for part in (*named, layer.frozen_peft_weight_names):
         if name in part:
             del part[name]
     if not layer.settings:

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from ..architectures import takes_residual
 from ..errors import LanguageError, PlanError
 from ..languages import LanguageTable
-from ..losses import language_prior_loss, load_balancing_loss
-from ..routing import Routes, choose_experts, within_reach
+from ..losses import classifier_loss, language_prior_loss, load_balancing_loss
+from ..routing import ClassifierRouting, Routes, choose_experts, within_reach
 from .config import MoeDeltaConfig
 from .context import ForwardContext, ForwardState, constant
 from .experts import expert_weights, full_expert, low_rank_expert
-from .router import Router
+from .router import Classifier, Router
 
-EXPERTS, ROUTER = "moe_delta_experts", "moe_delta_router"
+EXPERTS, ROUTER, CLASSIFIER = "moe_delta_experts", "moe_delta_router", "moe_delta_classifier"
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,22 @@ class LayerSettings:
         counts: experts each group owns here; `counts[0] == 1`, expert 0.
         table: the adapter's languages and groups.
         own: (G, E) booleans, the experts each group owns.
+        has_classifier: whether a gate stands before the router here.
     """
 
     config: MoeDeltaConfig
     counts: tuple[int, ...]
     table: LanguageTable
     own: tuple[tuple[bool, ...], ...]
+    has_classifier: bool = False
 
     @classmethod
-    def build(cls, config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerSettings:
+    def build(cls, config: MoeDeltaConfig, counts: tuple[int, ...], layer: int) -> LayerSettings:
         starts = [sum(counts[:g]) for g in range(len(counts))]
         own = tuple(
             tuple(start <= e < start + n for e in range(sum(counts))) for start, n in zip(starts, counts, strict=True)
         )
-        return cls(config, counts, config.language_table, own)
+        return cls(config, counts, config.language_table, own, layer in (config.classifier_layers or ()))
 
     @property
     def allowed(self) -> tuple[tuple[bool, ...], ...]:
@@ -62,6 +64,16 @@ class LayerSettings:
     def usable(self, groups: frozenset[int] | None) -> list[bool]:
         """(E,) booleans, the experts that tokens of these groups may use; None where no language is known."""
         return [any(column) for column in zip(*(self.allowed[g] for g in groups or (0,)), strict=True)]
+
+    @property
+    def classifies(self) -> bool:
+        """Whether the gate is in use under the routing in force."""
+        return self.has_classifier and isinstance(self.config.routing_rule, ClassifierRouting)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a training pass needs the router's and the gate's logits even where nobody has a choice."""
+        return self.config.language_prior > 0 or (self.classifies and self.config.classifier_loss > 0)
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -105,9 +117,9 @@ class LayerSettings:
 
 
 class MoeDeltaLayer(nn.Module, BaseTunerLayer):
-    """An MLP with experts, for one or more adapters. Parameters are in `moe_delta_experts` and `moe_delta_router`."""
+    """An MLP with experts, for one or more adapters. Parameters are in `moe_delta_{experts,router,classifier}`."""
 
-    adapter_layer_names = (EXPERTS, ROUTER)
+    adapter_layer_names = (EXPERTS, ROUTER, CLASSIFIER)
     other_param_names = ("settings",)
 
     def __init__(self, base_layer: nn.Module, context: ForwardContext) -> None:
@@ -116,6 +128,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         self.context = context
         self.moe_delta_experts = nn.ModuleDict()
         self.moe_delta_router = nn.ModuleDict()
+        self.moe_delta_classifier = nn.ModuleDict()
         self.settings: dict[str, LayerSettings] = {}
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
@@ -133,6 +146,11 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                 router.add_rows(group, count)
         self.moe_delta_experts[adapter_name] = nn.ModuleList(new)
         self.moe_delta_router[adapter_name] = router
+        if settings.has_classifier:
+            classifier = Classifier(hidden_size, router.weight.device)
+            for step in range(1, settings.config.newest_step + 1):
+                classifier.add_rows(step, 1)
+            self.moe_delta_classifier[adapter_name] = classifier
         self.settings[adapter_name] = settings
         self.set_adapter(self.active_adapters, inference_mode=settings.config.inference_mode)
 
@@ -151,6 +169,14 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         router = self.moe_delta_router[adapter_name]
         assert isinstance(router, Router)
         return router
+
+    def classifier(self, adapter_name: str) -> Classifier | None:
+        """An adapter's gate; None where this layer has none."""
+        if adapter_name not in self.moe_delta_classifier:
+            return None
+        classifier = self.moe_delta_classifier[adapter_name]
+        assert isinstance(classifier, Classifier)
+        return classifier
 
     def expert_weights(self, adapter_name: str, expert: int) -> dict[str, Tensor]:
         """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
@@ -179,13 +205,11 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             )
         usable = settings.usable(None if groups is None else groups[1])
         only = usable.index(True) if sum(usable) == 1 else None
-        if only is not None and not (state.recording and settings.config.language_prior > 0):
-            return self._run_alone(experts, only, x_TD, self.moe_delta_router[name])
-        logits_TE = self.moe_delta_router[name](x_TD)
-        sets_T = None
-        if settings.restricted:
-            sets_T = x_TD.new_zeros(len(x_TD), dtype=torch.int64) if groups is None else groups[0]
-        allowed_TE = None if sets_T is None else constant(settings.allowed, x_TD.device)[sets_T]
+        if only is not None and not (state.recording and settings.needs_logits):
+            return self._run_alone(experts, only, x_TD, name)
+        logits_TE = self.router(name)(x_TD)
+        sets_T, allowed = self._sets(settings, groups, x_TD, name)
+        allowed_TE = None if sets_T is None else constant(allowed, x_TD.device)[sets_T]
         if not state.recording and not usable[-1]:
             # What nobody here may use takes no part at all: the sums are the same, bit for bit, as before it was added.
             reach = len(usable) - usable[::-1].index(True)
@@ -193,16 +217,41 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             allowed_TE = None if allowed_TE is None else allowed_TE[:, :reach]
         routes = choose_experts(logits_TE, settings.config.experts_per_token, allowed_TE)
         if state.recording:
-            self._record(settings, state, logits_TE, routes, groups)
+            self._record(settings, state, logits_TE, routes, groups, sets_T, allowed)
+            if settings.classifies and settings.config.classifier_loss > 0:
+                self._record_classifier(settings, state, x_TD, groups, name)
         return self._combine(experts, x_TD, routes)
 
-    def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor, router: nn.Module) -> Tensor:
+    def _sets(
+        self, settings: LayerSettings, groups: tuple[Tensor, frozenset[int]] | None, x_TD: Tensor, name: str
+    ) -> tuple[Tensor | None, tuple[tuple[bool, ...], ...]]:
+        """(T,) the set of experts that each token may use, None where all may use all, and the (S, E) sets.
+
+        One set a group; and one more, expert 0 alone, for what the gate takes for an original language.
+        """
+        allowed = settings.allowed
+        if not settings.restricted and not settings.classifies:
+            return None, allowed[:1]
+        sets_T = x_TD.new_zeros(len(x_TD), dtype=torch.int64) if groups is None else groups[0]
+        classifier = self.classifier(name)
+        if not settings.classifies or classifier is None:
+            return sets_T, allowed
+        original_T = classifier.recognises(x_TD, settings.config.open_steps)
+        # The gate of a growth step that no review has opened knows nothing, but its languages are none of the original.
+        closed = tuple(int(step > settings.config.open_steps) for step in settings.config.steps)
+        if any(closed):
+            original_T = original_T & (constant(closed, x_TD.device)[sets_T] == 0)
+        alone = tuple(expert == 0 for expert in range(len(settings.owners)))
+        return sets_T.masked_fill(original_T, len(allowed)), (*allowed, alone)
+
+    def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor, name: str) -> Tensor:
         y_TD = self._run(experts[expert], x_TD)
         if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-            # DDP waits for every trainable parameter: idle experts and the idle router take part with no tokens.
+            # DDP waits for every trainable parameter: idle experts, router and gate take part with no tokens.
             idle = [self._run(e, x_TD[:0]).sum() for i, e in enumerate(experts) if i != expert and _trainable(e)]
-            if _trainable(router):
-                idle.append(router(x_TD[:0]).sum())
+            for part in (self.router(name), self.classifier(name)):
+                if part is not None and _trainable(part):
+                    idle.append(part(x_TD[:0]).sum())
             y_TD = y_TD + sum(idle)
         return y_TD
 
@@ -247,19 +296,17 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         logits_TE: Tensor,
         routes: Routes,
         groups: tuple[Tensor, frozenset[int]] | None,
+        sets_T: Tensor | None,
+        allowed: tuple[tuple[bool, ...], ...],
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
         config, context, device = settings.config, self.context, logits_TE.device
-        counted_T = (
-            torch.ones(len(logits_TE), dtype=torch.bool, device=device) if state.mask_T is None else state.mask_T
-        )
+        counted_T = _counted(state, logits_TE)
         group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
-        allowed = settings.allowed if settings.restricted else settings.allowed[:1]
-        sets_T = group_T if settings.restricted else torch.zeros_like(group_T)
         balance, balanced = load_balancing_loss(
             probabilities_TE=routes.probabilities_TE,
             indices_TK=routes.indices_TK,
-            sets_T=sets_T,
+            sets_T=torch.zeros_like(group_T) if sets_T is None else sets_T,
             allowed_SE=constant(allowed, device),
             counted_T=counted_T,
         )
@@ -284,6 +331,28 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         if groups is None:
             context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
 
+    def _record_classifier(
+        self,
+        settings: LayerSettings,
+        state: ForwardState,
+        x_TD: Tensor,
+        groups: tuple[Tensor, frozenset[int]] | None,
+        name: str,
+    ) -> None:
+        """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
+        config, classifier, counted_T = settings.config, self.classifier(name), _counted(state, x_TD)
+        assert classifier is not None
+        if groups is None:
+            raise LanguageError(
+                f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.stage!r}) needs the "
+                "language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
+            )
+        loss, tokens = classifier_loss(
+            logits_T=classifier(x_TD)[:, config.newest_step], original_T=groups[0] == 0, counted_T=counted_T
+        )
+        self.context.record("classifier_loss", loss, tokens)
+        state.losses.append((config.classifier_loss * loss, tokens))
+
     # What PEFT's base class assumes of a leaf layer with one weight, said for an MLP block.
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -293,6 +362,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             raise PlanError(f"One adapter can be active at a time; got {names}. Activate one of them.")
         for name, settings in self.settings.items():
             frozen = (EXPERTS,) if settings.config.stage == "review" else ()
+            if not settings.classifies or settings.config.classifier_loss == 0:
+                frozen = (*frozen, CLASSIFIER)
             self.frozen_peft_weight_names[name] = frozen if settings.uses_router else (*frozen, ROUTER)
         super().set_adapter(names, inference_mode=inference_mode)
 
@@ -309,12 +380,15 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                     expert.requires_grad_(False)
             if not settings.config.train_earlier_rows:
                 self.router(name).freeze_all_but(settings.trained_groups)
+            if (classifier := self.classifier(name)) is not None:
+                newest = settings.config.newest_step
+                classifier.freeze_all_but([step == newest for step in range(newest + 1)])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         if adapter_name not in self.settings:
             return
-        for container in (self.moe_delta_experts, self.moe_delta_router):
-            if not any(p.is_meta for p in container[adapter_name].parameters()):
+        for container in (self.moe_delta_experts, self.moe_delta_router, self.moe_delta_classifier):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device or next(self.base_layer.parameters()).device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -328,6 +402,11 @@ MERGE_REFUSED = (
     "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
     "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
 )
+
+
+def _counted(state: ForwardState, rows: Tensor) -> Tensor:
+    """(T,) booleans, False for padding."""
+    return torch.ones(len(rows), dtype=torch.bool, device=rows.device) if state.mask_T is None else state.mask_T
 
 
 def _trainable(module: nn.Module) -> bool:

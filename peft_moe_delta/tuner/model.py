@@ -57,6 +57,7 @@ class MoeDeltaModel(BaseTuner):
         load_balancing_coef: float | None = None,
         language_prior_coef: float | None = None,
         language_prior_groups: list[str] | None = None,
+        classifier_coef: float | None = None,
         train_earlier_rows: bool = False,
     ) -> None:
         """Train experts and routers on new-language text (MoE-LPR, stage 1).
@@ -66,6 +67,7 @@ class MoeDeltaModel(BaseTuner):
             load_balancing_coef: None for 0.01.
             language_prior_coef: None for 0. DMoE classifies every group with 1.28.
             language_prior_groups: None for every group.
+            classifier_coef: None for 0.
             train_earlier_rows: for an adapter that has grown, as in `start_review`.
         """
         self._start_stage(
@@ -74,6 +76,7 @@ class MoeDeltaModel(BaseTuner):
             load_balancing_coef=load_balancing_coef,
             language_prior_coef=language_prior_coef,
             language_prior_groups=language_prior_groups,
+            classifier_coef=classifier_coef,
             train_earlier_rows=train_earlier_rows,
         )
 
@@ -84,9 +87,10 @@ class MoeDeltaModel(BaseTuner):
         load_balancing_coef: float | None = None,
         language_prior_coef: float | None = None,
         language_prior_groups: list[str] | None = None,
+        classifier_coef: float | None = None,
         train_earlier_rows: bool = False,
     ) -> None:
-        """Train only the routers, with the language-prior loss on the original languages (MoE-LPR, stage 2).
+        """Train only routers and classifiers, with the language-prior loss on original languages (MoE-LPR, stage 2).
 
         After `add_languages`, it opens the new experts to every language, and trains only their rows; the prior loss
         then keeps every group that was there before away from them.
@@ -98,6 +102,7 @@ class MoeDeltaModel(BaseTuner):
             load_balancing_coef: None for 0.
             language_prior_coef: None for 0.1.
             language_prior_groups: None for the original languages and the groups before the newest growth step.
+            classifier_coef: None for 0.1; of use under `"classifier"` routing, whose gates learn here.
             train_earlier_rows: for an adapter that has grown, whether the rows that it had before train, too. Removing
                 the new group then no longer gives back the model before it.
         """
@@ -108,6 +113,7 @@ class MoeDeltaModel(BaseTuner):
             load_balancing_coef=load_balancing_coef,
             language_prior_coef=language_prior_coef,
             language_prior_groups=language_prior_groups,
+            classifier_coef=classifier_coef,
             train_earlier_rows=train_earlier_rows,
         )
 
@@ -368,7 +374,7 @@ class MoeDeltaModel(BaseTuner):
         layer = layer_index(current_key)
         if plan.num_experts(layer) == 1:
             return  # a dense layer stays the base model's own
-        settings = LayerSettings.build(peft_config, plan.counts[plan.layers.index(layer)])
+        settings = LayerSettings.build(peft_config, plan.counts[plan.layers.index(layer)], layer)
         self.upcycled(current_key, target).add_experts(adapter_name, settings, self.hidden_size)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

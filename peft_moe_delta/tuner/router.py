@@ -1,4 +1,4 @@
-"""The router of an upcycled layer: one row an expert, one parameter a growth step.
+"""The router of an upcycled layer, one row an expert, and the gate before it, one row a growth step.
 
 In: hidden states. Out: logits, in fp32 whatever the model's dtype.
 """
@@ -47,13 +47,46 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Tensor:
         with torch.autocast(x_TD.device.type, enabled=False):
             x_TD = x_TD.float()
-            parts = [F.linear(x_TD, rows.float()) for rows in self.parameters()]
+            parts = [self._logits(x_TD, rows.float()) for rows in self.parameters()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @staticmethod
+    def _logits(x_TD: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(x_TD, rows)
 
     @staticmethod
     def _rows(hidden_size: int, num_experts: int, device: torch.device) -> nn.Parameter:
         rows = torch.empty(num_experts, hidden_size, dtype=torch.float32, device=device)
         return nn.Parameter(nn.init.xavier_normal_(rows))
+
+
+class Classifier(Router):
+    """Recognises tokens of original languages (LayerMoE): `logits = W x + b`, where `weight` is (1, D + 1), b last.
+
+    Above 0 says "original". A growth step adds a row, which learns to tell its languages from the original ones. Rows
+    start at zero, which recognises nobody.
+    """
+
+    def __init__(self, hidden_size: int, device: torch.device) -> None:
+        super().__init__(hidden_size + 1, 1, device)
+
+    @torch.no_grad()
+    def recognise_all(self) -> None:
+        """Take every token for an original one, which is what a layer without experts does."""
+        for rows in self.parameters():
+            rows.zero_()[:, -1] = 1.0
+
+    def recognises(self, x_TD: Tensor, open_steps: int) -> Tensor:
+        """(T,) booleans: the rows of all steps up to `open_steps` agree that a token is of an original language."""
+        return self(x_TD)[:, : 1 + open_steps].amin(dim=-1) > 0
+
+    @staticmethod
+    def _logits(x_TD: Tensor, rows: Tensor) -> Tensor:
+        return F.linear(x_TD, rows[:, :-1], rows[:, -1])
+
+    @staticmethod
+    def _rows(hidden_size: int, num_experts: int, device: torch.device) -> nn.Parameter:
+        return nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32, device=device))
 
 
 def _name(group: int) -> str:
