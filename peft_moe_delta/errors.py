@@ -31,3 +31,11 @@ class DataError(PeftMoeDeltaError):
 
 class RecipeError(PeftMoeDeltaError):
     """A recipe file has an unknown field, a missing field or a value that cannot be used."""
+
+
+class HubError(PeftMoeDeltaError):
+    """The Hub refuses an upload, or cannot be reached."""
+
+
+class CardError(PeftMoeDeltaError):
+    """A model card would say what is not known to be true."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from builders import pico
 
@@ -24,21 +24,30 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def pico_recipe(folder: Path) -> dict[str, Any]:
-    """The fields of a recipe whose files exist."""
+def pico_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of single bytes, with special tokens and a chat template."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<bos>", "<eos>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
         chat_template="{{ messages }}",
     )
-    tokenizer.save_pretrained(folder / "model")
-    pico(vocab_size=len(vocabulary), max_position_embeddings=1024).save_pretrained(folder / "model")
+
+
+def pico_model() -> PreTrainedModel:
+    """A pico model for that tokenizer."""
+    return pico(vocab_size=len(pico_tokenizer()), max_position_embeddings=1024)
+
+
+def pico_recipe(folder: Path) -> dict[str, Any]:
+    """The fields of a recipe whose files exist."""
+    pico_tokenizer().save_pretrained(folder / "model")
+    pico_model().save_pretrained(folder / "model")
     languages = {}
     for code, sentence in SENTENCES.items():
         languages[code] = {"group": "original" if code == "en" else f"{code}_group"}
