@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-quick test test-slow bench lint wheel-test clean
+.PHONY: help demo demo-quick test test-slow bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -39,6 +39,14 @@ test-slow: $(INSTALLED)  ## the slow tests alone
 bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(RUN) $(BIN)/python $$script; done
+
+cards: $(INSTALLED)  ## the finished model cards again, with the figures of the demo's run where there is one
+	@for card in model_cards/*/; do \
+	  for file in card.json report.json; do \
+	    made=build/demo/run/cards/$$(basename $$card)/$$file; if test -f $$made; then cp $$made $$card; fi; \
+	  done; \
+	done
+	$(BIN)/peft-moe-delta card model_cards/*/
 
 lint: $(INSTALLED)  ## ruff's rules and formatting, and types
 	$(BIN)/ruff check .

@@ -11,10 +11,14 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import mix, pipeline
+from . import mix, pipeline, publish
 from .command import Command
 
-COMMANDS: tuple[Command, ...] = (*pipeline.COMMANDS, *mix.COMMANDS)
+COMMANDS: tuple[Command, ...] = (
+    *pipeline.COMMANDS,
+    *mix.COMMANDS,
+    *publish.COMMANDS,
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from ..hub import push_to_hub
+from ..hub.card import CARD_FILE
 from ..recipe import Run, read_recipe
 from .command import Command
+from .publish import card_files
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -15,8 +18,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> str:
     run = Run(read_recipe(arguments.recipe, quick=arguments.quick))
-    table = run.table().text()
-    return f"{table}\n\nEverything is in {run.recipe.output}; the stock checkpoint is {run.grafted().folder}."
+    table = run.table()
+    cards = run.cards(table)
+    lines = [table.text(), ""]
+    if run.recipe.push is not None:
+        files = card_files(cards[0]) if cards else None
+        address = push_to_hub(run.grafted().folder, run.recipe.push, extra_files=files)
+        lines.append(f"The stock checkpoint went to {address}.")
+    lines += [f"A model card: {folder / CARD_FILE}" for folder in cards]
+    lines.append(f"Everything is in {run.recipe.output}; the stock checkpoint is {run.grafted().folder}.")
+    return "\n".join(lines)
 
 
 def _train(arguments: Namespace) -> str:

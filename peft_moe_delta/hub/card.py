@@ -16,13 +16,14 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import CardError
+from ..evaluation.report import EvalReport
+from .figures import eval_results, tables
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
 FACTS_FILE, PLAN_FILE, GRAFT_FILE, CARD_FILE = "card.json", "plan.json", "graft.json", "README.md"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 ADAPTER, GRAFTED, MODEL = "adapter", "grafted adapter", "model"
-_LIBRARIES = {ADAPTER: "peft", GRAFTED: "peft", MODEL: "transformers"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class CardFacts:
         graft: `GraftReport` as JSON.
         data: what it was trained on, in the author's words.
         limits: what a user must know, in the author's words, beside what the facts imply.
+        measured_as: name of this model in the report.
         command: the command line that made it.
         versions: package -> version.
     """
@@ -62,6 +64,7 @@ class CardFacts:
     graft: dict[str, Any] | None = None
     data: str | None = None
     limits: list[str] = field(default_factory=list)
+    measured_as: str | None = None
     command: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -100,20 +103,22 @@ class CardFacts:
             raise CardError(f"{folder} holds neither adapter_config.json nor config.json: no model to describe.")
         graft = _read(folder / GRAFT_FILE) or settings.get("graft")
         named = settings.get("base_model_name_or_path")
-        grafted = bool(own and own.get("graft"))
-        if grafted:  # its own base is the post-trained model
-            post_trained, named = post_trained or base_model or named, None
-        base = base_model if not grafted else None
-        base = base or named
         post_trained = post_trained or (graft or {}).get("post_trained")
-        ancestors = {model: (parents or {}).get(model) or licence_of(model) for model in (base, post_trained) if model}
+        grafted = bool(own and own.get("graft"))
+        if grafted:  # what such an adapter lies over is the post-trained model
+            post_trained, base = base_model or post_trained or named, None
+        else:
+            base = base_model or named
+        ancestors = _licences([model for model in (base, post_trained) if model], parents or {})
+        if graft is not None:
+            graft = {**graft, "post_trained": public_name(graft["post_trained"])}
         return cls(
             name=name,
             kind=(GRAFTED if grafted else ADAPTER) if own else MODEL,
             parents=ancestors,
             licence=licence_for(ancestors, licence),
-            base_model=base,
-            post_trained=post_trained,
+            base_model=base and public_name(base),
+            post_trained=post_trained and public_name(post_trained),
             languages={code: settings["languages"][code] for code in settings.get("language_ids") or ()},
             architecture=None if own else (config or {}).get("architectures", [None])[0],
             adapter={key: settings[key] for key in ("routing", "top_k", "expert_rank", "experts") if key in settings},
@@ -141,23 +146,72 @@ class CardFacts:
         return facts
 
 
-def render_card(facts: CardFacts) -> str:
-    """The card: metadata and text. The same facts give the same card, to the byte."""
-    relation = {ADAPTER: "adapter", GRAFTED: "adapter", MODEL: "merge"}[facts.kind]
+def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
+    """The card: metadata and text. The same facts and report give the same card, to the byte.
+
+    Raises:
+        CardError: the report has no model called `facts.measured_as`, or no such name is given.
+    """
+    if report is not None and facts.measured_as not in [model.name for model in report.models]:
+        names = ", ".join(repr(model.name) for model in report.models)
+        raise CardError(
+            f"The card's model is called {facts.measured_as!r} in no row of the report, which has {names}. Say which "
+            "of them it is: measured_as=..., on the command line --measured-as."
+        )
     bases = [facts.post_trained] if facts.kind == GRAFTED else [facts.base_model, facts.post_trained]
+    published = list(dict.fromkeys(model for model in bases if model and "/" in model))
     metadata = ModelCardData(
-        base_model=list(dict.fromkeys(model for model in bases if model)) or None,
-        base_model_relation=relation if any(bases) else None,
+        base_model=published or None,
+        base_model_relation=_relation(facts.kind, published) if published else None,
+        eval_results=eval_results(facts, report) if report else None,
         language=_language_tags(facts.languages) or None,
-        library_name=_LIBRARIES[facts.kind],
+        library_name="transformers" if facts.kind == MODEL else "peft",
         license=facts.licence,
         license_name="see-the-parents" if facts.licence == OTHER else None,
-        model_name=facts.name,
+        model_name=facts.name if report else None,
         pipeline_tag="text-generation",
         tags=["peft-moe-delta", "mixture-of-experts", "multilingual"],
     )
-    card = ModelCard.from_template(metadata, template_path=str(TEMPLATE), facts=facts, unknown=UNKNOWN, other=OTHER)
-    return str(card).rstrip() + "\n"
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        facts=facts,
+        unknown=UNKNOWN,
+        other=OTHER,
+        tables=tables(facts, report) if report else [],
+        warnings=report.warnings if report else [],
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def write_card(folder: str | Path, facts: CardFacts, report: EvalReport | None = None) -> Path:
+    """Write the card, and beside it what it is rendered from: `card.json` and `report.json`. Returns the card."""
+    folder = Path(folder)
+    text = render_card(facts, report)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
+    if report is not None:
+        report.save(folder)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    return folder / CARD_FILE
+
+
+def public_name(model: str) -> str:
+    """A Hub id as it is; of a folder of this machine the last part alone, which others can do nothing with either."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", model) and not Path(model).exists()
+    return model if is_id else Path(model).name
+
+
+def _licences(models: list[str], stated: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Public name -> licence: as stated, by either name, or as the model's own card says."""
+    return {public_name(m): stated.get(m) or stated.get(public_name(m)) or licence_of(m) for m in models}
+
+
+def _relation(kind: str, published: list[str]) -> str:
+    """The Hub's word for how this model relates to those."""
+    if kind != MODEL:
+        return "adapter"
+    return "merge" if len(published) > 1 else "finetune"
 
 
 def _language_tags(languages: Mapping[str, str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 - `fields`: what the file says; `workspace`: steps whose results are kept; `data`: texts and tasks
 - `stages`: the steps that train; `grafting`: the graft, tried out; `scoring`, `table`: what came of it
+- `cards`: what to tell others about it
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import grafting, scoring, stages
+from . import cards, grafting, scoring, stages
 from .fields import Graft, Recipe, read_recipe
 from .table import BASE, DENSE, OURS, OURS_WHOLE, POST_TRAINED, Table
 from .workspace import Step, Workspace, file_hash, model_identity
@@ -111,6 +112,24 @@ class Run:
         table = Table({row: self._scores(*model).folder for row, model in models.items()})
         table.save(self.workspace.output)
         return table
+
+    def cards(self, table: Table) -> list[Path]:
+        """The folders of the model cards, the stock checkpoint's first; none where the recipe has no `card`."""
+        if self.recipe.card is None:
+            return []
+        return cards.write(
+            self.recipe,
+            self.recipe.card,
+            self.workspace.output / "cards",
+            adapter=self.adapter(),
+            grafted=self.grafted(),
+            stages={
+                "post-training": self.post_trained(),
+                "expansion": self.expanded(),
+                "review": self.adapter(),
+            },
+            report=table.report({code: language.group for code, language in self.recipe.languages.items()}),
+        )
 
     @property
     def base_model(self) -> Path | str:

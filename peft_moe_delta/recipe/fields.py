@@ -93,6 +93,28 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Card:
+    """What a model card says beyond what the steps know.
+
+    Attributes:
+        name: the stand-alone model's title; its adapter is called the same with `-adapter`.
+        base_model, post_trained: Hub ids, where the recipe's models are folders.
+        parents: model -> licence, for parents whose own cards do not state one.
+        licence: what to state; None for the strictest of the parents'.
+        data: what was trained on, and under which terms.
+        limits: what a user must know.
+    """
+
+    name: str
+    base_model: str | None = None
+    post_trained: str | None = None
+    parents: dict[str, str] = field(default_factory=dict)
+    licence: str | None = None
+    data: str | None = None
+    limits: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """The whole job.
 
@@ -109,6 +131,8 @@ class Recipe:
         graft: how the delta is applied.
         tasks: name -> tasks with exact answers, scored beside the text.
         limits: how much is scored.
+        card: what the model cards say; None for no cards.
+        push: Hub repository that the stock checkpoint goes to when everything is done; None to keep it here.
         num_hidden_layers: cut the base model down to its first layers, to try a recipe out.
         precision: `"bf16"` or `"fp32"`, of the arithmetic; weights are trained in fp32.
         seed: of every random choice.
@@ -126,6 +150,8 @@ class Recipe:
     graft: Graft = field(default_factory=Graft)
     tasks: dict[str, Tasks] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
+    card: Card | None = None
+    push: str | None = None
     num_hidden_layers: int | None = None
     precision: str = "bf16"
     seed: int = 0

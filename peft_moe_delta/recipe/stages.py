@@ -5,6 +5,7 @@ In: models, text and tasks as the recipe names them. Out: checkpoints and adapte
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 from collections.abc import Sequence
@@ -27,10 +28,13 @@ from transformers import (
 
 from ..errors import DataError
 from ..evaluation import encode_task
+from ..hub.card import PLAN_FILE
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from .data import read_tasks, read_texts
 from .fields import Recipe, Review, Training, Tuning
+
+LOG_FILE = "log.json"
 
 Features = list[dict[str, Any]]
 
@@ -56,7 +60,7 @@ def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None
         input_ids, labels = encode_task(tokenizer, task["prompt"], task["answer"])
         features.append({"input_ids": input_ids, "labels": labels})
     model = load_model(base)
-    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True))
+    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True), folder)
     save_with_tokenizer(model, base, folder)
 
 
@@ -76,8 +80,8 @@ def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
-    _train(recipe, model, features, recipe.expand, LanguageCollator(tokenizer, model))
-    model.save_pretrained(str(folder))
+    _train(recipe, model, features, recipe.expand, LanguageCollator(tokenizer, model), folder)
+    _save_adapter(model, folder)
 
 
 def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path) -> None:
@@ -90,8 +94,8 @@ def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, fol
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     features = blocks(recipe, tokenizer, list(recipe.languages), fields)
-    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model))
-    model.save_pretrained(str(folder))
+    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model), folder)
+    _save_adapter(model, folder)
 
 
 def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:
@@ -102,7 +106,7 @@ def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> N
         feature["labels"] = feature["input_ids"]
         del feature["language"]
     model = load_model(base)
-    _train(recipe, model, features, fields, default_data_collator)
+    _train(recipe, model, features, fields, default_data_collator, folder)
     save_with_tokenizer(model, base, folder)
 
 
@@ -134,10 +138,17 @@ def blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequen
     return features
 
 
+def _save_adapter(model: PeftModel, folder: Path) -> None:
+    """The adapter, and beside it the plan of its experts."""
+    model.save_pretrained(str(folder))
+    tuner: Any = model.base_model
+    (folder / PLAN_FILE).write_text(tuner.plan().to_json(), encoding="utf-8")
+
+
 def _train(
-    recipe: Recipe, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator
+    recipe: Recipe, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator, folder: Path
 ) -> None:
-    """The plain Trainer, with cosine decay and a short warm-up."""
+    """The plain Trainer, with cosine decay and a short warm-up; its log lies beside the step's result."""
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
             output_dir=scratch,
@@ -157,3 +168,4 @@ def _train(
             model, arguments, train_dataset=features, data_collator=collator, callbacks=[RoutingCallback()]
         )
         trainer.train()
+    (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")

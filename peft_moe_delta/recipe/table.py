@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..evaluation import Interval, bootstrap_interval, paired_difference
+from ..evaluation.report import TEXT, Difference, EvalReport, Model, Score, Status
+from ..languages import ORIGINAL_GROUP
 from .scoring import FILE
 
 BASE, POST_TRAINED, DENSE = "base", "post-trained", "dense continual pre-training + delta"
@@ -80,6 +82,38 @@ class Table:
                 for a, b in self.comparisons()
             },
         }
+
+    def report(self, groups: Mapping[str, str]) -> EvalReport:
+        """The same figures as rows; `groups` is language -> group."""
+        status: dict[str, Status] = {
+            code: "original" if group == ORIGINAL_GROUP else "expanded" for code, group in groups.items()
+        }
+
+        def row(column: Column) -> dict[str, Any]:
+            is_text = column.kind == "text"
+            return {
+                "task": TEXT if is_text else column.name,
+                "metric": "bits_per_byte" if is_text else "exact_match",
+                "language": column.name if is_text else None,
+                "status": status[column.name] if is_text else None,
+                "higher_is_better": column.higher_is_better,
+            }
+
+        return EvalReport(
+            models=[Model(name=name) for name in self.scores],
+            languages=status,
+            references=[POST_TRAINED, BASE],
+            scores=[
+                Score(model=r, items=len(self._items(r, c)[0]), **row(c), **self.figure(r, c)._asdict())
+                for r in self.scores
+                for c in self.columns
+            ],
+            differences=[
+                Difference(model=a, reference=b, **row(c), **self.difference(a, b, c)._asdict())
+                for a, b in self.comparisons()
+                for c in self.columns
+            ],
+        )
 
     def save(self, folder: Path) -> None:
         """`table.md`, `table.json` and, where matplotlib is installed, `table.png`."""

@@ -68,6 +68,7 @@ def pico_recipe(folder: Path) -> dict[str, Any]:
         "graft": {"expert_scale": "auto"},
         "tasks": {"saying": {"validation": tasks, "test": tasks}},
         "limits": {"validation_tasks": 4},
+        "card": {"name": "pico", "base_model": "org/base", "parents": {"org/base": "mit"}},
         "quick": {"expand": {"steps": 1}},
         "precision": "fp32",
     }

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moe_delta.cli import main
@@ -32,6 +33,21 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     graft = json.loads((output / "grafted/graft.json").read_text())
     assert graft["reload"]["architecture"] == "MixtralForCausalLM"
     assert len(graft["trials"]) >= 5
+
+    card = output / "cards/pico/README.md"
+    assert f"A model card: {card}" in printed
+    metadata = ModelCard.load(card).data
+    assert (metadata.license, metadata.base_model, metadata.language) == ("mit", ["org/base"], ["en", "hu", "el"])
+    rows = {row.dataset_config or row.dataset_name: row.metric_value for row in metadata.eval_results}
+    assert rows == {
+        **{code: table["figures"]["ours, grafted"][f"{code} bits/byte"]["value"] for code in ("en", "hu", "el")},
+        "saying": table["figures"]["ours, grafted"]["saying"]["value"],
+    }
+    facts = json.loads((output / "cards/pico/card.json").read_text())
+    assert [row["stage"] for row in facts["training"]] == ["post-training", "expansion", "review"]
+    assert all("last_loss" in row for row in facts["training"])
+    assert str(output.parent) not in card.read_text() + json.dumps(facts)
+    assert "adapter" in (output / "cards/pico-adapter/README.md").read_text()
 
     kept = {file: file.stat().st_mtime_ns for file in output.rglob("step.json")}
     main(["run", recipe])
