@@ -9,6 +9,7 @@ from .errors import PeftMoeDeltaError
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
 from .plan import ExpertPlan
+from .streaming import graft_checkpoint
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from .tuner import MoeDeltaConfig, MoeDeltaModel, register
 from .vocabulary import extend_vocabulary, propose_tokens
@@ -33,4 +34,5 @@ __all__ = [
     "group_languages",
     "mix",
     "propose_tokens",
+    "graft_checkpoint",
 ]

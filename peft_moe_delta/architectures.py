@@ -30,6 +30,9 @@ MLP_MODULES: Mapping[str, str] = MappingProxyType(
 )  # fmt: skip
 """`model_type` -> name of the MLP module inside a decoder layer."""
 
+TRANSPOSED_MLP = frozenset({"gpt2"})
+"""`model_type` of families whose MLP keeps its matrices as (in, out)."""
+
 _NO_MLP_MODULE = "its decoder layers keep the MLP's matrices side by side, so there is no MLP module to replace"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {

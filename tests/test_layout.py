@@ -27,6 +27,7 @@ LEVELS = {
     "tuner": 4,
     "allocation": 5,
     "mixing": 5,
+    "streaming": 5,
     "training": 5,
     "vocabulary": 5,
     "evaluation": 5,

@@ -2,7 +2,7 @@
 
 from .build import build_model
 from .choice import Fit, choose_layout, stock_fits
-from .gate import check_equal_logits
+from .gate import check_equal_logits, random_batch
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .weights import LazyTensors, UpcycledWeights
 
@@ -16,5 +16,6 @@ __all__ = [
     "build_model",
     "check_equal_logits",
     "choose_layout",
+    "random_batch",
     "stock_fits",
 ]

@@ -39,11 +39,7 @@ def check_equal_logits(
     Raises:
         GraftError: a model is not in fp32, the logits' shapes differ, or they differ by more than `tolerance`.
     """
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(exported.config.vocab_size, (SEQUENCES, LENGTH), generator=generator)
-    mask = torch.ones_like(ids)
-    mask[-1, :PADDING] = 0
-    batch = {"input_ids": ids.to(exported.device), "attention_mask": mask.to(exported.device)}
+    batch = random_batch(exported, seed)
     expected, actual = _logits(reference, batch), _logits(exported, batch)
     if expected.dtype != torch.float32 or actual.dtype != torch.float32:
         raise GraftError(
@@ -62,6 +58,15 @@ def check_equal_logits(
             f"{difference:.3g}, more than {tolerance:g}. Do not use it; please report the two configs."
         )
     return difference
+
+
+def random_batch(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
+    """Random token ids and their mask, both (batch, sequence), on the model's device; one sequence is left-padded."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[-1, :PADDING] = 0
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def _logits(model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
-from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout
+from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout, random_batch
 from ..routing import ClassifierRouting
 from .config import MoeDeltaConfig
 from .experts import LowRankLinear
@@ -57,6 +57,7 @@ class GraftReport:
         language: the language a dense export was made for; None otherwise.
         max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
         replicated_bytes: what copies of the experts of dense layers added to the export.
+        route_agreement: share of routes on which a 16-bit export and the adapter agree; None where not measured.
         new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
         first_new_token_id: id of the first of them; None without any.
     """
@@ -69,6 +70,7 @@ class GraftReport:
     language: str | None = None
     max_logit_difference: float | None = None
     replicated_bytes: int = 0
+    route_agreement: float | None = None
     new_tokens: tuple[str, ...] = ()
     first_new_token_id: int | None = None
 
@@ -100,7 +102,7 @@ def graft(
             f"graft() takes attention, norms and embeddings whole from the post-trained model, so scale must be 1; got "
             f"{scale}. Use merge_and_graft(..., scale={scale}) for a stand-alone model."
         )
-    return _Graft(tuner, post_trained, Scale(1.0)).run(expert_scale, validation)
+    return grafted_adapter(tuner, post_trained, Scale(1.0), expert_scale, validation)
 
 
 def merge_and_graft(
@@ -133,8 +135,19 @@ def merge_and_graft(
     """
     if isinstance(post_trained, PreTrainedModel):
         post_trained = copy.deepcopy(post_trained)
-    grafted = _Graft(tuner, post_trained, Scale(scale)).run(expert_scale, validation)
+    grafted = grafted_adapter(tuner, post_trained, Scale(scale), expert_scale, validation)
     return to_stock(grafted, language=language, replicate_dense_layers=replicate_dense_layers, tolerance=tolerance)
+
+
+def grafted_adapter(
+    tuner: MoeDeltaModel,
+    post_trained: str | Path | PreTrainedModel,
+    scale: Scale,
+    expert_scale: float | Mapping[str, float] | str,
+    validation: Validation | None = None,
+) -> PeftModel:
+    """The experts over `W_0 + s (P - W_0)`; a loaded `post_trained` is changed in place. See `graft`."""
+    return _Graft(tuner, post_trained, scale).run(expert_scale, validation)
 
 
 def to_stock(
@@ -152,8 +165,10 @@ def to_stock(
     exported = build_model(_weights(_tuner(exact), language), layout)
     with _tuner(exact).in_language(language):
         difference = check_equal_logits(exact, exported, tolerance=tolerance)
+    agreement = None
     if not in_fp32:
         exported = build_model(weights, layout)
+        agreement = route_agreement(exact, exported, language)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     config = tuner.active_config
     report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **_new_tokens(config)))
@@ -162,13 +177,48 @@ def to_stock(
         "language": language,
         "max_logit_difference": difference,
         "replicated_bytes": weights.replicated_bytes if isinstance(layout, ReplicatedLayout) else 0,
+        "route_agreement": agreement,
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as in `_Graft.run`
     return exported.eval()
 
 
+@torch.no_grad()
+def route_agreement(adapter: PeftModel, exported: PreTrainedModel, language: str | None = None) -> float | None:
+    """Share of (token, MoE layer) of a random batch for which both choose the same experts; None without a router.
+
+    In 16 bits stock architectures round the router and its input, so that near-ties fall otherwise.
+
+    Args:
+        adapter: the upcycled model, in fp32; put into evaluation mode.
+        exported: the stock model, in its own dtype.
+        language: under routing by language, the one that was exported.
+    """
+    tuner, batch = _tuner(adapter), random_batch(exported)
+    name, expected = tuner.active_adapters[0], []
+    routers = [layer.moe_delta_router[name] for layer in tuner.layers().values()]
+    hooks = [router.register_forward_hook(lambda *call: expected.append(call[-1])) for router in routers]
+    try:
+        with tuner.in_language(language):
+            adapter.eval()(**batch)
+        found = getattr(exported(**batch, output_router_logits=True), "router_logits", None)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    counted = batch["attention_mask"].bool().reshape(-1)
+    # under routing by language a layer's router knows more experts than those that were exported
+    if not found or any(ours.shape != theirs.shape for ours, theirs in zip(expected, found, strict=True)):
+        return None
+    k = tuner.active_config.experts_per_token
+    same = [
+        (ours.topk(k).indices.sort().values == theirs.float().topk(k).indices.sort().values).all(-1)[counted]
+        for ours, theirs in zip(expected, found, strict=True)
+    ]
+    return float(torch.cat(same).double().mean())
+
+
 def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
-    """What is exported: everything under learned routing, one group's share under routing by language."""
+    """What is exported of a model in memory."""
     name, config, layers = tuner.active_adapters[0], tuner.active_config, tuner.layers()
     weights = UpcycledWeights(
         config=_config(tuner),
@@ -178,6 +228,16 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
         experts=lambda layer, expert: layers[layer].expert_weights(name, expert),
         routers=lambda layer: layers[layer].router(name).rows.detach(),
     )
+    return exported_share(weights, config, language)
+
+
+def exported_share(weights: UpcycledWeights, config: MoeDeltaConfig, language: str | None) -> UpcycledWeights:
+    """What is exported: everything under learned routing, one group's share under routing by language.
+
+    Raises:
+        GraftError: no stock architecture can say how this adapter routes; or a language is missing, or given where
+            routing does not ask for one.
+    """
     table = config.language_table
     if isinstance(config.routing_rule, ClassifierRouting):
         raise GraftError(
@@ -210,11 +270,7 @@ class _Graft:
     def __init__(self, tuner: MoeDeltaModel, post_trained: str | Path | PreTrainedModel, scale: Scale) -> None:
         self.tuner, self.scale = tuner, scale
         self.name, self.groups = tuner.active_adapters[0], tuner.plan().groups[1:]
-        if (tuner.active_config.mixed or {}).get("others", "seed") != "seed":
-            raise GraftError(
-                "This model's weights outside of experts are an average of the models it was mixed from. A "
-                'post-training delta belongs to the seed alone: mix with others="seed" and graft that.'
-            )
+        check_has_delta(tuner.active_config)
         model = post_trained if isinstance(post_trained, PreTrainedModel) else _load(post_trained)
         # Trainer leaves its mixed precision on a model it has trained; exactness is a matter of the weights' own.
         model = extract_model_from_parallel(model, keep_fp32_wrapper=False)
@@ -232,7 +288,7 @@ class _Graft:
         doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
         if doubts:
             warnings.warn(
-                f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=4
+                f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=5
             )
         if scale != Scale(1.0):
             self._scale_dense()
@@ -402,17 +458,39 @@ def _load(post_trained: str | Path) -> PreTrainedModel:
     return model
 
 
+def check_has_delta(config: MoeDeltaConfig) -> None:
+    """Refuse a model that no post-trained one descends from.
+
+    Raises:
+        GraftError: it was mixed, and not with its seed's own weights outside of experts.
+    """
+    if (config.mixed or {}).get("others", "seed") != "seed":
+        raise GraftError(
+            "This model's weights outside of experts are an average of the models it was mixed from. A "
+            'post-training delta belongs to the seed alone: mix with others="seed" and graft that.'
+        )
+
+
+def check_same_kind(base: str, post_trained: str) -> None:
+    """Refuse two model types.
+
+    Raises:
+        GraftError: they differ.
+    """
+    if base != post_trained:
+        raise GraftError(
+            f"The base model is a {base!r}, the other one a {post_trained!r}. A post-training delta exists only "
+            "between a model and its own tuned descendant."
+        )
+
+
 def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> None:
     """Refuse a post-trained model that cannot be the base model's own.
 
     Raises:
         GraftError: another architecture, or no dense model.
     """
-    if base.config.model_type != post_trained.config.model_type:
-        raise GraftError(
-            f"The base model is a {base.config.model_type!r}, the other one a {post_trained.config.model_type!r}. "
-            "A post-training delta exists only between a model and its own tuned descendant."
-        )
+    check_same_kind(base.config.model_type, post_trained.config.model_type)
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
         raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
 

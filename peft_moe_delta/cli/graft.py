@@ -1,0 +1,76 @@
+"""`graft` and `verify`: from files to files, and whether files still are what was written."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+
+from ..checkpoint import verify
+from ..streaming import graft_checkpoint
+from .command import Command
+
+
+def _add_graft_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("base", help="the model that the adapter was trained on: folder or Hub id, as the next two")
+    parser.add_argument("post_trained", help="its post-trained descendant")
+    parser.add_argument("adapter", help="the trained adapter")
+    parser.add_argument("output", help="the folder to make")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the post-training delta (1)")
+    parser.add_argument(
+        "--expert-scale", type=_scale, action="append", metavar="A | GROUP=A",
+        help="share of the experts' own change (1); once for all, or once a group",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", choices=("stock", "adapter"), default="stock",
+        help="a stand-alone checkpoint, or an adapter over the post-trained model",
+    )  # fmt: skip
+    parser.add_argument("--language", help="for routing by language: what this language runs on")
+    parser.add_argument("--shard-size", default="5GB", help="most bytes of a weights file (5GB)")
+    parser.add_argument("--check", action="store_true", help="compare logits with the adapter's; builds both models")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
+
+
+def _scale(text: str) -> tuple[str | None, float]:
+    group, _, number = text.rpartition("=")
+    try:
+        return group or None, float(number)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a number or GROUP=number, got {text!r}") from None
+
+
+def _graft(arguments: Namespace) -> str:
+    given = dict(arguments.expert_scale or [(None, 1.0)])
+    report = graft_checkpoint(
+        arguments.base,
+        arguments.post_trained,
+        arguments.adapter,
+        arguments.output,
+        scale=arguments.scale,
+        expert_scale=given.get(None, given),
+        target=arguments.target,
+        language=arguments.language,
+        shard_size=arguments.shard_size,
+        check=arguments.check,
+        overwrite=arguments.overwrite,
+    )
+    lines = [f"{report.layout or 'adapter'} checkpoint: {arguments.output}"]
+    if report.max_logit_difference is not None:
+        lines.append(f"largest difference of fp32 logits from the adapter: {report.max_logit_difference:.3g}")
+    if report.route_agreement is not None:
+        lines.append(f"routes that agree with the adapter's in 16 bits: {report.route_agreement:.2%}")
+    return "\n".join(lines)
+
+
+def _add_verify_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("folder", help="a folder that `graft` has written")
+
+
+def _verify(arguments: Namespace) -> str:
+    files = verify(arguments.folder)["files"]
+    size = sum(file["bytes"] for file in files.values())
+    return f"{arguments.folder}: {len(files)} files, {size / 1e9:,.3f} GB, all as they were written"
+
+
+COMMANDS = (
+    Command("graft", "graft an adapter onto the post-trained model, from files to files", _add_graft_arguments, _graft),
+    Command("verify", "check a grafted folder against its manifest", _add_verify_arguments, _verify),
+)

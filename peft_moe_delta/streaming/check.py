@@ -1,0 +1,99 @@
+"""The gate for files: what was written computes what the adapter computes. The one part that builds models.
+
+In: the written folder and the three it came from. Out: the report with the largest difference of fp32 logits and, for
+16-bit checkpoints, the routes that agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..checkpoint import CheckpointReader
+from ..export import build_model, check_equal_logits
+from ..tuner import MoeDeltaModel
+from ..tuner.grafting import GraftReport, grafted_adapter, route_agreement
+from .adapter import AdapterFile
+from .targets import StockTarget, Target
+from .weights import Sources
+
+
+def check_output(
+    report: GraftReport, folder: Path, sources: Sources, destination: Target, folders: Mapping[str, Path]
+) -> GraftReport:
+    """Compare logits, and complete the report.
+
+    Rounding to 16 bits would hide a mistake, so a 16-bit checkpoint is written once more in memory, in fp32, by the
+    same stream; what lies on the disk is then asked for its routes. An fp32 checkpoint is read from the disk.
+
+    Raises:
+        GraftError: the logits differ.
+    """
+    sources.dry = False
+    if not isinstance(destination, StockTarget):
+        return dataclasses.replace(report, max_logit_difference=_check_adapter(folder, sources, folders))
+    exact = _grafted(sources, folders, torch.float32)
+    wide = destination.weights.dtype != torch.float32
+    found = _in_fp32(sources, destination) if wide else _load(folder, torch.float32)
+    tuner = cast("MoeDeltaModel", exact.base_model)
+    with tuner.in_language(report.language):
+        difference = check_equal_logits(exact, found)
+    agreement = route_agreement(exact, _load(folder, "auto"), report.language) if wide else None
+    return dataclasses.replace(report, max_logit_difference=difference, route_agreement=agreement)
+
+
+def _check_adapter(folder: Path, sources: Sources, folders: Mapping[str, Path]) -> float:
+    """The grafted adapter against the one that is grafted in memory, for every language that routing tells apart."""
+    expected = _grafted(sources, folders, "auto").float()
+    found = PeftModel.from_pretrained(_load(folders["post_trained"], "auto"), folder, autocast_adapter_dtype=False)
+    found = found.float().eval()
+    config = sources.adapter.config
+    differences = []
+    for code in config.language_table.codes if config.routing_rule.needs_language else (None,):
+        for model in (expected, found):
+            cast("MoeDeltaModel", model.base_model).set_language(code)
+        differences.append(check_equal_logits(expected, cast("PreTrainedModel", found)))
+    return max(differences)
+
+
+def _grafted(sources: Sources, folders: Mapping[str, Path], dtype: Any) -> PeftModel:
+    """The adapter, grafted in memory."""
+    base, post_trained = (_load(folders[role], dtype) for role in ("base", "post_trained"))
+    adapter = PeftModel.from_pretrained(base, folders["adapter"], autocast_adapter_dtype=dtype == torch.float32)
+    tuner = cast("MoeDeltaModel", adapter.base_model)
+    return grafted_adapter(tuner, post_trained, sources.scale, sources.expert_scales).eval()
+
+
+def _in_fp32(sources: Sources, destination: StockTarget) -> PreTrainedModel:
+    """The export before its last rounding."""
+    adapter = AdapterFile(sources.adapter.folder)
+    adapter.reader = _Wide(adapter.reader.path)
+    wide = Sources(
+        _Wide(sources.base.path), _Wide(sources.post_trained.path), adapter, sources.config, sources.plan,
+        sources.scale, sources.expert_scales, dry=False,
+    )  # fmt: skip
+    weights = dataclasses.replace(wide.upcycled(), group=destination.weights.group)
+    return build_model(weights, destination.layout)
+
+
+def _load(folder: Path, dtype: Any) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
+    return model.eval()
+
+
+class _Wide(CheckpointReader):
+    """A checkpoint whose floating-point tensors are given in fp32."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.dtypes = {n: torch.float32 if dtype.is_floating_point else dtype for n, dtype in self.dtypes.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name).to(self.dtypes[name])

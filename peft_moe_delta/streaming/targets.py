@@ -1,0 +1,100 @@
+"""What a graft can be written as: a stock checkpoint, or an adapter over the post-trained model.
+
+In: `Sources`. Out: a stream of (on-disk name, tensor) and a config.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ..checkpoint import SINGLE_FILE
+from ..delta import Scale
+from ..errors import GraftError
+from ..export import choose_layout
+from ..tuner.grafting import GraftReport, exported_share
+from .adapter import WEIGHTS_FILE
+from .weights import Sources
+
+
+class Target(ABC):
+    """One kind of output."""
+
+    single_file: str
+    """Name of the weights' file, where one is enough."""
+    name: str | None
+    """Of the architecture; None for an adapter."""
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) in the order of the files."""
+
+    @abstractmethod
+    def write_config(self, folder: Path) -> None:
+        """Write what says how to load the tensors."""
+
+
+class StockTarget(Target):
+    """A stand-alone checkpoint in a stock architecture, through the layout that the in-memory export uses too."""
+
+    single_file = SINGLE_FILE
+
+    def __init__(self, sources: Sources, language: str | None) -> None:
+        self.weights = exported_share(sources.upcycled(), sources.adapter.config, language)
+        self.layout = choose_layout(self.weights)
+        self.config = self.layout.config(self.weights)
+        self.name = self.config.model_type
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        return self.layout.tensors(self.weights)
+
+    def write_config(self, folder: Path) -> None:
+        config = copy.deepcopy(self.config)
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            config.architectures = [model_class.__name__]
+        config.save_pretrained(folder)
+
+
+class AdapterTarget(Target):
+    """The same experts, grafted, as an adapter whose base is the post-trained model."""
+
+    single_file = WEIGHTS_FILE
+    name = None
+
+    def __init__(self, sources: Sources, language: str | None, post_trained: str) -> None:
+        if sources.scale != Scale(1.0):
+            raise GraftError(
+                "A grafted adapter takes attention, norms and embeddings whole from the post-trained model, so scale "
+                f'must be 1; got {sources.scale.value}. Use target="stock".'
+            )
+        if language is not None:
+            raise GraftError(f'An adapter serves every language; leave out language={language!r}, or target="stock".')
+        self.sources, self.post_trained = sources, post_trained
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        sources, adapter = self.sources, self.sources.adapter
+        owner = {key: (layer, e, name) for (layer, e), keys in adapter.experts.items() for name, key in keys.items()}
+        saved = {key: name for name, key in adapter.saved.items()}
+        for key in adapter.reader:
+            if key in owner:
+                layer, expert, name = owner[key]
+                yield key, sources.grafted(key, sources.mlp_names[layer].get(name), layer, expert)
+            elif key in saved:
+                yield key, sources.saved(key, saved[key])
+            else:
+                yield key, sources.stored(key)
+
+    def write_config(self, folder: Path) -> None:
+        config = copy.deepcopy(self.sources.adapter.config)
+        config.base_model_name_or_path, config.revision = self.post_trained, None
+        config.base_fingerprint = self.sources.fingerprint_of_post_trained()
+        config.graft = asdict(GraftReport(self.post_trained, 1.0, self.sources.expert_scales))
+        config.save_pretrained(str(folder))

@@ -1,0 +1,225 @@
+"""Grafted weights, computed as they are asked for (DeltaMoE, arXiv 2605.18083; the equations are in `delta`).
+
+In: base, post-trained model and adapter as files. Out: mappings from name to tensor that read what one tensor needs,
+compute it and forget it. While `dry` they give shapes and dtypes alone, on the meta device, and read nothing: that is
+how a job knows every file's layout before it starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ..architectures import TRANSPOSED_MLP, mlp_module_name
+from ..checkpoint import CheckpointReader, first_few
+from ..delta import PostTrainingDelta, Scale, graft_tensor, low_rank_weight, scale_of_groups
+from ..errors import CheckpointError, GraftError
+from ..export import LazyTensors, UpcycledWeights
+from ..plan import ExpertPlan
+from ..tuner.fingerprint import check_fingerprint, fingerprint_of, sampled_blocks
+from .adapter import AdapterFile
+
+_LEFTOVERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+"""Endings of buffers in old files that models compute themselves."""
+_FIRST_MATRICES = ("gate_up_proj", "gate_proj", "dense_h_to_4h", "c_fc", "fc1", "up_proj")
+"""Matrices that MLPs define first, likeliest first: fingerprints sample the first one."""
+
+
+@dataclass
+class Sources:
+    """What a graft reads, and how much of it counts.
+
+    Attributes:
+        base, post_trained: the dense checkpoints.
+        adapter: the adapter.
+        config: of the post-trained model.
+        plan: the adapter's experts.
+        scale: share of the delta.
+        expert_scales: group -> share of its experts' own change.
+        dry: whether tensors come without content.
+    """
+
+    base: CheckpointReader
+    post_trained: CheckpointReader
+    adapter: AdapterFile
+    config: PretrainedConfig
+    plan: ExpertPlan
+    scale: Scale
+    expert_scales: dict[str, float]
+    dry: bool = True
+
+    @classmethod
+    def open(
+        cls, base: CheckpointReader, post_trained: CheckpointReader, adapter: AdapterFile, config: PretrainedConfig,
+        scale: Scale, expert_scale: float | Mapping[str, float],
+    ) -> Sources:  # fmt: skip
+        """Check that the three belong together.
+
+        Raises:
+            GraftError: base and post-trained model have other names or shapes.
+            CheckpointError: the adapter belongs to another base.
+        """
+        PostTrainingDelta.from_checkpoints(base, post_trained)
+        plan = adapter.plan(config.num_hidden_layers)
+        scales = scale_of_groups(plan.groups[1:], expert_scale)
+        sources = cls(base, post_trained, adapter, config, plan, scale, scales)
+        for layer, module in adapter.modules.items():
+            if module.rpartition(".")[2] != mlp_module_name(config.model_type):
+                raise GraftError(f"The experts of layer {layer} stand for {module}, which is not the MLP.")
+        sources.sampled_matrix = sources._check_base()
+        return sources
+
+    def __post_init__(self) -> None:
+        self.mlp_names = self.upcycled().mlp_names
+        self.sampled_matrix = ""
+
+    def upcycled(self) -> UpcycledWeights:
+        """The grafted model, for layouts."""
+        return UpcycledWeights(
+            config=self.config,
+            plan=self.plan,
+            top_k=self.adapter.config.experts_per_token,
+            dense=GraftedDense(self),
+            experts=lambda layer, expert: LazyTensors(
+                self.mlp_names[layer], lambda matrix: self.expert(layer, expert, matrix)
+            ),
+            routers=lambda layer: self.stored(self.adapter.routers[layer]),
+        )
+
+    def stored(self, key: str) -> Tensor:
+        """A tensor of the adapter as it is."""
+        return self.adapter.reader.meta(key) if self.dry else _finite(self.adapter.reader[key], key)
+
+    def dense(self, name: str) -> Tensor:
+        """`W_0 + s (P - W_0)`; at scale 1 the post-trained file's own bytes."""
+        post, scale, key = self.post_trained, self.scale.of(name), self.adapter.saved.get(name)
+        if self.dry:
+            return post.meta(name)
+        after = _finite(post[name], name)
+        if not after.is_floating_point() or (key is None and scale == 1):
+            return after
+        if key is not None:
+            return self.saved(key, name).to(after.dtype)
+        return graft_tensor(self._base(name), after, scale=scale, name=name)
+
+    def saved(self, key: str, name: str) -> Tensor:
+        """A tensor of `modules_to_save`, grafted whole, in the adapter's dtype."""
+        if self.dry:
+            return self.adapter.reader.meta(key)
+        trained = self.adapter.reader[key]
+        scale = self.scale.of(name)
+        return graft_tensor(
+            self._base(name), self.post_trained[name], trained, scale=scale, dtype=trained.dtype, name=name
+        )
+
+    def expert(self, layer: int, expert: int, matrix: str) -> Tensor:
+        """An expert's weight: `D + a (E - W_0)`, or `D + a B A` over the dense weight `D`."""
+        name = self.mlp_names[layer][matrix]
+        keys = self.adapter.experts[layer, expert]
+        if self.dry:
+            dtype = self.adapter.reader.dtypes[keys[matrix]] if matrix in keys else self.post_trained.dtypes[name]
+            return torch.empty(self.post_trained.shapes[name], dtype=dtype, device="meta")
+        if matrix in keys:
+            return self.grafted(keys[matrix], name, layer, expert)
+        owner, _, attribute = matrix.rpartition(".")
+        if attribute == "bias":
+            return self.dense(name)  # low-rank experts keep the frozen map's
+        if f"{owner}.A" not in keys or f"{owner}.B" not in keys:
+            raise CheckpointError(f"{self.adapter.reader.path} lacks {matrix} of expert {expert} in layer {layer}.")
+        A, B = self.stored(keys[f"{owner}.A"]), self.grafted(keys[f"{owner}.B"], None, layer, expert)
+        weight = low_rank_weight(self.dense(name), A, B, transposed=self.config.model_type in TRANSPOSED_MLP)
+        return _finite(weight, f"expert {expert} of {name}")
+
+    def grafted(self, key: str, name: str | None, layer: int, expert: int) -> Tensor:
+        """A tensor of an expert for an adapter over the post-trained model, in the adapter's dtype.
+
+        Args:
+            key: its name in the adapter's file.
+            name: of the dense weight that it stands for; None for one side of a low-rank change.
+            layer, expert: whose it is.
+        """
+        if self.dry:
+            return self.adapter.reader.meta(key)
+        tensor = self.adapter.reader[key]
+        scale = self.expert_scales[self.plan.group_of_expert(layer, expert)]
+        if name is None:
+            return _finite(tensor * scale if key.endswith(".B") else tensor, key)
+        return graft_tensor(
+            self._base(name), self.post_trained[name], tensor, scale=self.scale.of(name), expert_scale=scale,
+            dtype=tensor.dtype, name=name,
+        )  # fmt: skip
+
+    def fingerprint_of_post_trained(self) -> dict[str, object]:
+        """What a grafted adapter says of its base."""
+        return self._fingerprint(self.post_trained, self.sampled_matrix)
+
+    def _base(self, name: str) -> Tensor:
+        if name not in self.base:
+            raise GraftError(f"The base model's files lack {name}, which the post-trained model's hold. Save it again.")
+        return self.base[name]
+
+    def _check_base(self) -> str:
+        """Refuse a base model that the adapter was not made for; give the matrix that was sampled.
+
+        PEFT saves its JSON with sorted keys, so which matrix was defined first is found by trying.
+        """
+        saved = self.adapter.config.base_fingerprint
+        layer = self.plan.layers[0]
+        matrices = [m for m, name in self.mlp_names[layer].items() if len(self.base.shapes[name]) >= 2]
+        matrices.sort(key=lambda m: [first in m for first in _FIRST_MATRICES], reverse=True)
+        if saved is None:
+            return matrices[0]
+        error: CheckpointError | None = None
+        for matrix in matrices:
+            try:
+                check_fingerprint(saved, self._fingerprint(self.base, matrix), verify_weights=True)
+                return matrix
+            except CheckpointError as found:
+                error = error or found
+        raise error or CheckpointError(f"No matrices in the MLPs of {self.base.path}.")
+
+    def _fingerprint(self, reader: CheckpointReader, matrix: str) -> dict[str, object]:
+        layers = self.adapter.config.wanted_layers or sorted(self.mlp_names)
+        if self.adapter.config.base_fingerprint and self.adapter.config.base_fingerprint["blocks"] != len(layers):
+            layers = sorted(self.adapter.modules)
+        shapes = [{m: list(reader.shapes[name]) for m, name in self.mlp_names[layer].items()} for layer in layers]
+        sampled = [reader[self.mlp_names[layers[index]][matrix]] for index in sampled_blocks(len(layers))]
+        return fingerprint_of(shapes, sampled)
+
+
+class GraftedDense(Mapping[str, Tensor]):
+    """The grafted dense weights under the post-trained checkpoint's names."""
+
+    def __init__(self, sources: Sources) -> None:
+        self._sources = sources
+        self._names = [name for name in sources.post_trained if not name.endswith(_LEFTOVERS)]
+        unknown = set(sources.adapter.saved) - set(self._names)
+        if unknown:
+            raise CheckpointError(
+                f"The adapter holds {first_few(sorted(unknown))}, which the post-trained model lacks. It belongs to "
+                "another model, or needs a newer version of this package."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._sources.dense(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sources.post_trained
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    """Pass a tensor on if its sum is a number, or at least each of its values is."""
+    wide = tensor.is_floating_point() and tensor.element_size() > 1
+    if wide and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+        raise GraftError(f"{name} holds values that are not finite. The checkpoint is damaged; fetch it again.")
+    return tensor

@@ -1,0 +1,58 @@
+"""`--check`: what was written computes what the adapter computes, and a wrong export does not appear."""
+
+import json
+
+import pytest
+import torch
+
+from peft_moe_delta import graft_checkpoint
+from peft_moe_delta.checkpoint import verify
+from peft_moe_delta.errors import GraftError
+from peft_moe_delta.streaming.targets import StockTarget
+
+F32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, BF16, F32), (BF16, BF16, BF16)])
+def test_a_right_export_passes_and_says_how_near_it_is(make_trio, dtypes, expert_rank):
+    trio = make_trio("qwen3", dtypes, expert_rank=expert_rank)
+    report = graft_checkpoint(*trio.paths, trio.folder / "out", scale=0.75, expert_scale=0.5, check=True)
+    assert 0 <= report.max_logit_difference <= 1e-4
+    assert (report.route_agreement is None) == (dtypes[1] == F32)
+    assert report.route_agreement is None or 0.9 <= report.route_agreement <= 1
+    assert verify(trio.folder / "out")["report"]["max_logit_difference"] == report.max_logit_difference
+    if dtypes == (BF16, BF16, F32):
+        assert trio.model.merge_and_graft(trio.folder / "post").graft_report.route_agreement >= 0.9
+
+
+@pytest.mark.parametrize("language", ["hu", "az"])
+def test_one_language(make_trio, language):
+    trio = make_trio("llama", routing="language")
+    report = graft_checkpoint(*trio.paths, trio.folder / "out", language=language, check=True)
+    assert report.max_logit_difference <= 1e-4
+
+
+@pytest.mark.parametrize("routing", ["language", "learned"])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_an_adapter(make_trio, routing, dtype):
+    trio = make_trio("llama", (dtype,) * 3, routing=routing)
+    report = graft_checkpoint(*trio.paths, trio.folder / "out", target="adapter", check=True)
+    assert report.max_logit_difference <= 1e-4
+
+
+@pytest.mark.parametrize("wrong", [{"rope_theta": 5e3}, {"num_experts_per_tok": 1}])
+def test_a_wrong_export_does_not_appear(make_trio, monkeypatch, wrong):
+    trio = make_trio("llama")
+    write = StockTarget.write_config
+
+    def write_wrong(self, folder):
+        write(self, folder)
+        config = json.loads((folder / "config.json").read_text()) | wrong
+        config["rope_parameters"] |= {key: wrong[key] for key in ("rope_theta",) if key in wrong}
+        (folder / "config.json").write_text(json.dumps(config))
+
+    monkeypatch.setattr(StockTarget, "write_config", write_wrong)
+    with pytest.raises(GraftError, match="not exact"):
+        graft_checkpoint(*trio.paths, trio.folder / "out", check=True)
+    assert sorted(path.name for path in trio.folder.iterdir()) == ["adapter", "base", "post"]

@@ -1,0 +1,138 @@
+"""Files to files: the same tensors as in memory, and known ones byte for byte."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from builders import logits, token_batch
+from peft_moe_delta import graft_checkpoint
+from peft_moe_delta.checkpoint import CheckpointReader, verify
+from peft_moe_delta.errors import CheckpointError, GraftError
+from peft_moe_delta.tuner.grafting import to_stock
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+STOCK = ("llama", "mistral", "qwen2", "qwen3")
+TOKENS = token_batch()
+
+
+def raw(tensor):
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def assert_same_tensors(found, expected):
+    assert set(found) == set(expected)
+    different = [name for name in found if found.dtypes[name] != expected.dtypes[name] or not torch.equal(
+        raw(found[name]), raw(expected[name]))]  # fmt: skip
+    assert different == []
+
+
+def in_memory(trio, folder, **options):
+    trio.model.merge_and_graft(trio.folder / "post", **options).save_pretrained(folder)
+    return CheckpointReader(folder)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("family", STOCK)
+def test_files_are_what_is_grafted_in_memory(make_trio, family, expert_rank, tied):
+    trio = make_trio(family, tied=tied, expert_rank=expert_rank)
+    output = trio.folder / "out"
+    report = graft_checkpoint(*trio.paths, output, expert_scale={"uralic": 0.5}, shard_size="20KB")
+    expected = in_memory(trio, trio.folder / "expected", expert_scale={"uralic": 0.5})
+    assert_same_tensors(CheckpointReader(output), expected)
+    assert len(list(output.glob("model-*.safetensors"))) > 3
+    ours, theirs = (json.loads((f / "config.json").read_text()) for f in (output, trio.folder / "expected"))
+    assert ours == theirs
+    assert report.layout == theirs["model_type"]
+    assert verify(output)["request"]["scale"] == 1.0
+    assert sorted(path.name for path in trio.folder.iterdir()) == ["adapter", "base", "expected", "out", "post"]
+    stock = AutoModelForCausalLM.from_pretrained(output).eval()
+    grafted = trio.model.graft(trio.folder / "post", expert_scale={"uralic": 0.5}).eval()
+    torch.testing.assert_close(logits(stock, TOKENS), logits(grafted, TOKENS), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("dtypes", [(BF16, BF16, F32), (BF16, BF16, BF16), (F16, F16, F32), (F32, BF16, F32)])
+def test_sixteen_bit_and_mixed_files(make_trio, dtypes, expert_rank):
+    trio = make_trio("qwen2", dtypes, expert_rank=expert_rank)
+    graft_checkpoint(*trio.paths, trio.folder / "out")
+    found = CheckpointReader(trio.folder / "out")
+    if dtypes[0] == dtypes[1]:
+        assert_same_tensors(found, in_memory(trio, trio.folder / "expected"))
+    assert set(found.dtypes.values()) == {dtypes[1]}
+
+
+def expert_zero(name):
+    return name.replace(".mlp.", ".block_sparse_moe.experts.0.").replace("gate_proj", "w1").replace(
+        "up_proj", "w3").replace("down_proj", "w2")  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_at_scale_one_and_zero_known_tensors_are_the_files_bytes(make_trio, scale, dtype):
+    trio = make_trio("llama", (dtype,) * 3)
+    graft_checkpoint(*trio.paths, trio.folder / "out", scale=scale)
+    found, known = CheckpointReader(trio.folder / "out"), CheckpointReader(trio.folder / ("post" if scale else "base"))
+    assert all(torch.equal(raw(found[expert_zero(name)]), raw(known[name])) for name in known)
+    if not scale:
+        to_stock(trio.model).save_pretrained(trio.folder / "ungrafted")
+        assert_same_tensors(found, CheckpointReader(trio.folder / "ungrafted"))
+
+
+@pytest.mark.parametrize("expert_rank", [None, 4])
+def test_partial_scales(make_trio, expert_rank):
+    trio = make_trio("llama", expert_rank=expert_rank)
+    scale = {"self_attn": 0.25, "mlp": 0.5}
+    graft_checkpoint(*trio.paths, trio.folder / "out", scale=scale, expert_scale=0.7)
+    expected = in_memory(trio, trio.folder / "expected", scale=scale, expert_scale=0.7)
+    assert_same_tensors(CheckpointReader(trio.folder / "out"), expected)
+
+
+@pytest.mark.parametrize("language", ["hu", "en", "az"])
+def test_one_language_of_a_hard_routed_adapter(make_trio, language):
+    trio = make_trio("qwen3", routing="language")
+    with pytest.raises(GraftError, match=r"cannot be encoded.*language="):
+        graft_checkpoint(*trio.paths, trio.folder / "out")
+    report = graft_checkpoint(*trio.paths, trio.folder / "out", language=language)
+    expected = in_memory(trio, trio.folder / "expected", language=language)
+    assert_same_tensors(CheckpointReader(trio.folder / "out"), expected)
+    assert report.layout == ("qwen3_moe" if language == "hu" else "qwen3")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "phi3", "bloom", "gpt_neox"])
+@pytest.mark.parametrize("expert_rank", [None, 4])
+def test_one_language_in_other_families(make_trio, family, expert_rank):
+    trio = make_trio(family, routing="language", expert_rank=expert_rank, tied=family in ("gpt2", "gemma2", "bloom"))
+    graft_checkpoint(*trio.paths, trio.folder / "out", language="az")
+    stock = AutoModelForCausalLM.from_pretrained(trio.folder / "out").eval()
+    grafted = trio.model.graft(trio.folder / "post").eval()
+    torch.testing.assert_close(logits(stock, TOKENS), logits(grafted, TOKENS, language="az"), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_grafted_adapter(make_trio, family, expert_rank):
+    trio = make_trio(family, expert_rank=expert_rank, modules_to_save=["lm_head"] if family == "llama" else None)
+    graft_checkpoint(*trio.paths, trio.folder / "out", target="adapter", expert_scale=0.5)
+    trio.model.graft(trio.folder / "post", expert_scale=0.5).save_pretrained(trio.folder / "expected")
+    file = "adapter_model.safetensors"
+    assert_same_tensors(CheckpointReader(trio.folder / "out" / file), CheckpointReader(trio.folder / "expected" / file))
+    ours, theirs = (json.loads((trio.folder / f / "adapter_config.json").read_text()) for f in ("out", "expected"))
+    assert ours == theirs
+    post = AutoModelForCausalLM.from_pretrained(trio.folder / "post")
+    PeftModel.from_pretrained(post, trio.folder / "out")
+    with pytest.raises(GraftError, match="scale must be 1"):
+        graft_checkpoint(*trio.paths, trio.folder / "no", target="adapter", scale=0.5)
+
+
+def test_a_wrong_base_is_refused_before_anything_is_written(make_trio):
+    trio = make_trio()
+    _, post, adapter = trio.paths
+    with pytest.raises(CheckpointError, match="other base weights"):
+        graft_checkpoint(post, post, adapter, trio.folder / "deep" / "out")
+    assert not (trio.folder / "deep").exists()
