@@ -106,8 +106,8 @@ class Job:
 
     def _note(self) -> None:
         partial = self._record.with_suffix(".new")
+        # Not waited for: a note that is lost with the power costs work, and one that is wrong is found by the hashes.
         partial.write_text(json.dumps({"key": self._key, "files": self.finished}), encoding="utf-8")
-        sync(partial)
         os.replace(partial, self._record)
 
 

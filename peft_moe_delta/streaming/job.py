@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from itertools import zip_longest
 from pathlib import Path
@@ -115,7 +115,8 @@ def graft_checkpoint(
     )
     output = Path(output).expanduser().resolve()
     if not overwrite and _is_done(output, record, inputs):
-        return GraftReport(**read_manifest(output)["report"])
+        measured = read_manifest(output)["report"]
+        return replace(report, **{name: measured[name] for name in ("max_logit_difference", "route_agreement")})
     before = inputs.state()
     key = json.dumps([record, before, [hashlib.sha256(shard.header).hexdigest() for shard in shards]], sort_keys=True)
     with resumable_folder(output, key, overwrite=overwrite) as job, ThreadPoolExecutor(1) as hasher:
