@@ -24,6 +24,10 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
         help="a stand-alone checkpoint, or an adapter over the post-trained model",
     )  # fmt: skip
     parser.add_argument("--language", help="for routing by language: what this language runs on")
+    parser.add_argument(
+        "--replicate-dense-layers", action="store_true",
+        help="where no architecture keeps dense layers, write copies of their one expert",
+    )  # fmt: skip
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a weights file (5GB)")
     parser.add_argument("--check", action="store_true", help="compare logits with the adapter's; builds both models")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
@@ -48,6 +52,7 @@ def _graft(arguments: Namespace) -> str:
         expert_scale=given.get(None, given),
         target=arguments.target,
         language=arguments.language,
+        replicate_dense_layers=arguments.replicate_dense_layers,
         shard_size=arguments.shard_size,
         check=arguments.check,
         overwrite=arguments.overwrite,

@@ -66,18 +66,18 @@ def graft_tensor(
         return expert.detach().to(dtype)
     wide = _sum_dtype(base, post_trained, base if expert is None else expert)
     grafted = torch.empty(base.shape, dtype=dtype, device=post_trained.device)
-    finite = True
     # Block by block: the wide sums stay in the processor's cache, and memory in that of the result.
     parts = [t.detach().reshape(-1).split(BLOCK) for t in (base, post_trained, base if expert is None else expert)]
     for start, end, own, block in zip(*parts, grafted.reshape(-1).split(BLOCK), strict=True):
-        start = start.to(wide)
-        total = end.to(wide) if scale == 1 else start + scale * (end.to(wide) - start)
+        start, total = start.to(wide), end.to(wide)
+        if scale != 1:
+            total = start + scale * (total - start)
         if expert is not None:
             # Written as a subtraction because a -0.0 survives `- 0.0` but not `+ 0.0`, and untrained elements must.
-            total = total - expert_scale * (start - own.to(wide))
+            change = start - own.to(wide)
+            total = total - (change if expert_scale == 1 else expert_scale * change)
         block.copy_(total)
-        finite = finite and bool(block.isfinite().all())
-    if not finite:
+    if not all_finite(grafted):
         inputs = {"base": base, "post-trained": post_trained, "expert": expert}
         bad = [key for key, tensor in inputs.items() if tensor is not None and not tensor.isfinite().all()]
         cause = f"The {' and '.join(bad)} weight already is not." if bad else "The inputs are finite: it overflows."
@@ -104,6 +104,13 @@ def low_rank_weight(base: Tensor, A: Tensor, B: Tensor, *, transposed: bool = Fa
         block = slice(start, start + rows)
         weight[block] = torch.addmm(base[block].double(), left[block], right)
     return weight
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether every value is finite: the extremes tell, and cost a fraction of looking at each one."""
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.element_size() == 1:
+        return True  # torch knows no extremes of 8-bit numbers
+    return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _sum_dtype(*tensors: Tensor) -> torch.dtype:

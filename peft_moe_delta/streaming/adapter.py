@@ -19,7 +19,7 @@ from ..tuner import MoeDeltaConfig
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"(.+)\.moe_delta_experts\.(\d+)\.(.+)")
-_ROUTER = re.compile(r"(.+)\.moe_delta_router\.weight")
+_ROUTER = re.compile(r"(.+)\.moe_delta_router\.(?:weight|grown_(\d+))")
 
 
 class AdapterFile:
@@ -30,7 +30,7 @@ class AdapterFile:
         reader: its tensors, in the file's names.
         modules: layer -> name of the MLP that became experts.
         experts: (layer, expert >= 1) -> {name inside the expert: name in the file}.
-        routers: layer -> name in the file.
+        routers: layer -> names in the file of the parts whose rows make up the router, in order.
         saved: name in the dense model -> name in the file, of `modules_to_save`.
 
     Raises:
@@ -43,7 +43,7 @@ class AdapterFile:
         self.reader = CheckpointReader(inside(folder, WEIGHTS_FILE))
         self.modules: dict[int, str] = {}
         self.experts: dict[tuple[int, int], dict[str, str]] = {}
-        self.routers: dict[int, str] = {}
+        self.routers: dict[int, list[str]] = {}
         self.saved: dict[str, str] = {}
         for key in self.reader:
             name = key.removeprefix(_PREFIX)
@@ -51,9 +51,11 @@ class AdapterFile:
                 self.experts.setdefault((layer_index(match[1]), int(match[2]) + 1), {})[match[3]] = key
             elif match := _ROUTER.fullmatch(name):
                 self.modules[layer_index(match[1])] = match[1]
-                self.routers[layer_index(match[1])] = key
-            else:
+                self.routers.setdefault(layer_index(match[1]), []).append(key)
+            elif ".moe_delta_" not in name:
                 self.saved[name] = key
+        for parts in self.routers.values():  # `weight`, then the rows of groups that were added, in their order
+            parts.sort(key=lambda key: int(key.rpartition("grown_")[2]) if "grown_" in key else -1)
 
     def plan(self, num_layers: int) -> ExpertPlan:
         """The experts of each layer that has any, checked against what the file holds.

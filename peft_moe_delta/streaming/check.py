@@ -75,10 +75,11 @@ def _in_fp32(sources: Sources, destination: StockTarget) -> PreTrainedModel:
     """The export before its last rounding."""
     adapter = AdapterFile(sources.adapter.folder)
     adapter.reader = _Wide(adapter.reader.path)
-    wide = Sources(
-        _Wide(sources.base.path), _Wide(sources.post_trained.path), adapter, sources.config, sources.plan,
-        sources.scale, sources.expert_scales, dry=False,
+    wide = Sources.open(
+        _Wide(sources.base_files.path), _Wide(sources.post_trained.path), adapter, sources.config,
+        sources.scale, sources.expert_scales, sources.vocabulary,
     )  # fmt: skip
+    wide.dry = False
     weights = dataclasses.replace(wide.upcycled(), group=destination.weights.group)
     return build_model(weights, destination.layout)
 

@@ -40,10 +40,11 @@ from ..checkpoint import (
 )
 from ..delta import Scale
 from ..errors import CheckpointError, GraftError
-from ..tuner.grafting import GraftReport, check_same_kind, check_tokenizers
+from ..tuner.grafting import GraftReport, check_has_delta, check_same_kind
+from ..tuner.vocabulary import match_tokenizers
 from .adapter import CONFIG_FILE, AdapterFile
 from .targets import AdapterTarget, StockTarget, Target
-from .weights import Sources
+from .weights import Sources, num_rows
 
 SIDE_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
@@ -65,6 +66,7 @@ def graft_checkpoint(
     expert_scale: float | Mapping[str, float] = 1.0,
     target: str = "stock",
     language: str | None = None,
+    replicate_dense_layers: bool = False,
     shard_size: int | str = "5GB",
     check: bool = False,
     overwrite: bool = False,
@@ -84,6 +86,7 @@ def graft_checkpoint(
         target: `"stock"` for a stand-alone checkpoint in a stock architecture; `"adapter"` for an adapter over the
             post-trained model (scale 1).
         language: for routing by language, what that language runs on.
+        replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert.
         shard_size: most bytes of a weights file; a number, or such as `"5GB"`.
         check: build both models in fp32 and compare their logits before the folder appears; needs their memory.
         overwrite: whether to replace an output folder that holds files.
@@ -99,19 +102,25 @@ def graft_checkpoint(
     """
     inputs = _Inputs.open(base, post_trained, adapter)
     sources = inputs.sources(Scale(scale), expert_scale)
-    destination = _destination(target, sources, language, str(post_trained))
+    destination = _destination(target, sources, language, replicate_dense_layers, str(post_trained))
     shards = plan_shards(destination.tensors(), _bytes_of(shard_size), destination.single_file)
     request: dict[str, Any] = {
         "base": str(base), "post_trained": str(post_trained), "adapter": str(adapter), "target": target,
         "scale": dict(scale) if isinstance(scale, Mapping) else scale, "expert_scale": sources.expert_scales,
-        "language": language, "shard_size": _bytes_of(shard_size), "check": check,
+        "language": language,
+        "replicate_dense_layers": replicate_dense_layers, "shard_size": _bytes_of(shard_size), "check": check,
     }  # fmt: skip
     record: dict[str, Any] = {
         "command": "graft_checkpoint", "request": request, "layout": destination.name,
         "versions": {package: version(package) for package in _VERSIONS},
     }  # fmt: skip
     report = GraftReport(
-        str(post_trained), request["scale"], sources.expert_scales, layout=destination.name, language=language
+        str(post_trained),
+        request["scale"],
+        sources.expert_scales,
+        layout=destination.name,
+        language=language,
+        replicated_bytes=destination.replicated_bytes,
     )
     output = Path(output).expanduser().resolve()
     if not overwrite and _is_done(output, record, inputs):
@@ -162,12 +171,18 @@ class _Inputs:
         }
         before, config = (_config(folders[role]) for role in ("base", "post_trained"))
         check_same_kind(before.model_type, config.model_type)
-        check_tokenizers(str(folders["base"]), str(folders["post_trained"]))
         readers = {role: CheckpointReader(folders[role]) for role in ("base", "post_trained")}
         return cls(folders, **readers, adapter=AdapterFile(folders["adapter"]), config=config)
 
     def sources(self, scale: Scale, expert_scale: float | Mapping[str, float]) -> Sources:
-        return Sources.open(self.base, self.post_trained, self.adapter, self.config, scale, expert_scale)
+        check_has_delta(self.adapter.config)
+        vocabulary = match_tokenizers(
+            str(self.folders["base"]),
+            str(self.folders["post_trained"]),
+            base_rows=num_rows(self.base),
+            post_trained_rows=num_rows(self.post_trained),
+        )
+        return Sources.open(self.base, self.post_trained, self.adapter, self.config, scale, expert_scale, vocabulary)
 
     @property
     def files(self) -> dict[str, list[Path]]:
@@ -204,11 +219,13 @@ class _Inputs:
         return {role: {file.name: hashes[file] for file in files} for role, files in self.files.items()}
 
 
-def _destination(target: str, sources: Sources, language: str | None, post_trained: str) -> Target:
+def _destination(
+    target: str, sources: Sources, language: str | None, replicate_dense_layers: bool, post_trained: str
+) -> Target:
     if target == "adapter":
         return AdapterTarget(sources, language, post_trained)
     if target == "stock":
-        return StockTarget(sources, language)
+        return StockTarget(sources, language, replicate_dense_layers)
     raise GraftError(f"Unknown target {target!r}; expected one of: stock, adapter.")
 
 

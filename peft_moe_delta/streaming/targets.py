@@ -10,15 +10,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ..checkpoint import SINGLE_FILE
 from ..delta import Scale
 from ..errors import GraftError
-from ..export import choose_layout
+from ..export import ReplicatedLayout, choose_layout
 from ..tuner.grafting import GraftReport, exported_share
 from .adapter import WEIGHTS_FILE
 from .weights import Sources
@@ -31,6 +30,8 @@ class Target(ABC):
     """Name of the weights' file, where one is enough."""
     name: str | None
     """Of the architecture; None for an adapter."""
+    replicated_bytes = 0
+    """What copies of the experts of dense layers add."""
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -46,20 +47,22 @@ class StockTarget(Target):
 
     single_file = SINGLE_FILE
 
-    def __init__(self, sources: Sources, language: str | None) -> None:
+    def __init__(self, sources: Sources, language: str | None, replicate_dense_layers: bool) -> None:
         self.weights = exported_share(sources.upcycled(), sources.adapter.config, language)
-        self.layout = choose_layout(self.weights)
+        self.layout = choose_layout(self.weights, replicate_dense_layers=replicate_dense_layers)
         self.config = self.layout.config(self.weights)
         self.name = self.config.model_type
+        if isinstance(self.layout, ReplicatedLayout):
+            self.replicated_bytes = self.weights.replicated_bytes
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return self.layout.tensors(self.weights)
 
     def write_config(self, folder: Path) -> None:
         config = copy.deepcopy(self.config)
-        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            config.architectures = [model_class.__name__]
+        # By name: looking the class up would import its modelling code.
+        if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
 
 

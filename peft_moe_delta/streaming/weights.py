@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from transformers import PretrainedConfig
 
 from ..architectures import TRANSPOSED_MLP, mlp_module_name
 from ..checkpoint import CheckpointReader, first_few
-from ..delta import PostTrainingDelta, Scale, graft_tensor, low_rank_weight, scale_of_groups
+from ..delta import PostTrainingDelta, Scale, all_finite, graft_tensor, low_rank_weight, scale_of_groups
+from ..delta.vocabulary import VocabularyMap, is_embedding
 from ..errors import CheckpointError, GraftError
 from ..export import LazyTensors, UpcycledWeights
 from ..plan import ExpertPlan
@@ -34,7 +36,8 @@ class Sources:
     """What a graft reads, and how much of it counts.
 
     Attributes:
-        base, post_trained: the dense checkpoints.
+        base_files, post_trained: the dense checkpoints.
+        base: the base's weights, embeddings in the post-trained model's rows.
         adapter: the adapter.
         config: of the post-trained model.
         plan: the adapter's experts.
@@ -43,7 +46,8 @@ class Sources:
         dry: whether tensors come without content.
     """
 
-    base: CheckpointReader
+    base_files: CheckpointReader
+    base: Mapping[str, Tensor]
     post_trained: CheckpointReader
     adapter: AdapterFile
     config: PretrainedConfig
@@ -55,7 +59,7 @@ class Sources:
     @classmethod
     def open(
         cls, base: CheckpointReader, post_trained: CheckpointReader, adapter: AdapterFile, config: PretrainedConfig,
-        scale: Scale, expert_scale: float | Mapping[str, float],
+        scale: Scale, expert_scale: float | Mapping[str, float], vocabulary: VocabularyMap | None,
     ) -> Sources:  # fmt: skip
         """Check that the three belong together.
 
@@ -63,19 +67,24 @@ class Sources:
             GraftError: base and post-trained model have other names or shapes.
             CheckpointError: the adapter belongs to another base.
         """
-        PostTrainingDelta.from_checkpoints(base, post_trained)
+        if adapter.config.new_tokens:
+            raise GraftError(
+                f"The adapter brings {len(adapter.config.new_tokens)} new tokens, which are not grafted from file to "
+                "file yet. Load it as a model, and use graft or merge_and_graft."
+            )
+        aligned = PostTrainingDelta.from_checkpoints(base, post_trained, vocabulary).base
         plan = adapter.plan(config.num_hidden_layers)
         scales = scale_of_groups(plan.groups[1:], expert_scale)
-        sources = cls(base, post_trained, adapter, config, plan, scale, scales)
+        sources = cls(base, aligned, post_trained, adapter, config, plan, scale, scales)
         for layer, module in adapter.modules.items():
             if module.rpartition(".")[2] != mlp_module_name(config.model_type):
                 raise GraftError(f"The experts of layer {layer} stand for {module}, which is not the MLP.")
-        sources.sampled_matrix = sources._check_base()
+        sources.sampled_matrix, sources.vocabulary = sources._check_base(), vocabulary
         return sources
 
     def __post_init__(self) -> None:
         self.mlp_names = self.upcycled().mlp_names
-        self.sampled_matrix = ""
+        self.sampled_matrix, self.vocabulary = "", cast("VocabularyMap | None", None)
 
     def upcycled(self) -> UpcycledWeights:
         """The grafted model, for layouts."""
@@ -87,7 +96,7 @@ class Sources:
             experts=lambda layer, expert: LazyTensors(
                 self.mlp_names[layer], lambda matrix: self.expert(layer, expert, matrix)
             ),
-            routers=lambda layer: self.stored(self.adapter.routers[layer]),
+            routers=lambda layer: torch.cat([self.stored(key) for key in self.adapter.routers[layer]]),
         )
 
     def stored(self, key: str) -> Tensor:
@@ -169,18 +178,18 @@ class Sources:
         """
         saved = self.adapter.config.base_fingerprint
         layer = self.plan.layers[0]
-        matrices = [m for m, name in self.mlp_names[layer].items() if len(self.base.shapes[name]) >= 2]
+        matrices = [m for m, name in self.mlp_names[layer].items() if len(self.base_files.shapes[name]) >= 2]
         matrices.sort(key=lambda m: [first in m for first in _FIRST_MATRICES], reverse=True)
         if saved is None:
             return matrices[0]
         error: CheckpointError | None = None
         for matrix in matrices:
             try:
-                check_fingerprint(saved, self._fingerprint(self.base, matrix), verify_weights=True)
+                check_fingerprint(saved, self._fingerprint(self.base_files, matrix), verify_weights=True)
                 return matrix
             except CheckpointError as found:
                 error = error or found
-        raise error or CheckpointError(f"No matrices in the MLPs of {self.base.path}.")
+        raise error or CheckpointError(f"No matrices in the MLPs of {self.base_files.path}.")
 
     def _fingerprint(self, reader: CheckpointReader, matrix: str) -> dict[str, object]:
         layers = self.adapter.config.wanted_layers or sorted(self.mlp_names)
@@ -189,6 +198,11 @@ class Sources:
         shapes = [{m: list(reader.shapes[name]) for m, name in self.mlp_names[layer].items()} for layer in layers]
         sampled = [reader[self.mlp_names[layers[index]][matrix]] for index in sampled_blocks(len(layers))]
         return fingerprint_of(shapes, sampled)
+
+
+def num_rows(reader: CheckpointReader) -> int:
+    """Rows of the embeddings in a checkpoint."""
+    return next((shape[0] for name, shape in reader.shapes.items() if is_embedding(name)), 0)
 
 
 class GraftedDense(Mapping[str, Tensor]):
@@ -218,8 +232,7 @@ class GraftedDense(Mapping[str, Tensor]):
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:
-    """Pass a tensor on if its sum is a number, or at least each of its values is."""
-    wide = tensor.is_floating_point() and tensor.element_size() > 1
-    if wide and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+    """Pass a tensor on if all its values are numbers."""
+    if not all_finite(tensor):
         raise GraftError(f"{name} holds values that are not finite. The checkpoint is damaged; fetch it again.")
     return tensor

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from peft_moe_delta.delta import graft_tensor
+from peft_moe_delta.delta import all_finite, arithmetic, graft_tensor, low_rank_weight
 from peft_moe_delta.errors import GraftError
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -118,3 +118,26 @@ def test_refusals_name_the_tensor_and_the_reason(change, message):
     given = {"base": torch.zeros(2, 2), "post_trained": torch.zeros(2, 2), "expert": torch.full((2, 2), 1e4)}
     with pytest.raises(GraftError, match=message):
         graft_tensor(**{**given, **change}, name="q_proj")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_bad_value_anywhere_is_found(dtype, bad):
+    generator = torch.Generator().manual_seed(0)
+    for place in (*range(70), 999):
+        tensor = torch.randn(1000, generator=generator).to(dtype)
+        assert all_finite(tensor)
+        tensor[place] = bad
+        assert not all_finite(tensor)
+    assert all_finite(torch.empty(0, dtype=dtype))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_low_rank_weight_by_hand_in_blocks_and_rounded_once(monkeypatch, transposed):
+    monkeypatch.setattr(arithmetic, "BLOCK", 10)
+    generator = torch.Generator().manual_seed(0)
+    base, A, B = (torch.randn(shape, generator=generator) for shape in ((5, 7), (2, 7), (5, 2)))
+    base = base.bfloat16()
+    expected = (base.double() + B.double() @ A.double()).bfloat16()
+    found = low_rank_weight(base.T if transposed else base, A, B, transposed=transposed)
+    assert torch.equal(found.T if transposed else found, expected)
