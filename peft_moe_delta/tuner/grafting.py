@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +27,7 @@ from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
-from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout
+from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose, explain_choice
 from ..routing import ClassifierRouting
 from .config import MoeDeltaConfig
 from .experts import LowRankLinear
@@ -56,6 +56,7 @@ class GraftReport:
         layout: name of the stock architecture; None for an adapter.
         language: the language a dense export was made for; None otherwise.
         max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
+        choice: why that architecture, in one line; None for an adapter.
         replicated_bytes: what copies of the experts of dense layers added to the export.
         new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
         first_new_token_id: id of the first of them; None without any.
@@ -68,6 +69,7 @@ class GraftReport:
     layout: str | None = None
     language: str | None = None
     max_logit_difference: float | None = None
+    choice: str | None = None
     replicated_bytes: int = 0
     new_tokens: tuple[str, ...] = ()
     first_new_token_id: int | None = None
@@ -112,6 +114,7 @@ def merge_and_graft(
     validation: Validation | None = None,
     language: str | None = None,
     replicate_dense_layers: bool = False,
+    remote_code: bool = False,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
@@ -123,6 +126,9 @@ def merge_and_graft(
             expert a layer, else a stock mixture of its group's experts.
         replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert; the report
             says what that costs.
+        remote_code: where no stock architecture is exact (unequal experts a layer, other families, routing by language
+            for all languages, which then takes `language_ids`), use the dense architecture with a small modelling
+            file of its own, which is saved along and loads with `trust_remote_code=True`, without this package.
         tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
 
     Returns:
@@ -134,26 +140,38 @@ def merge_and_graft(
     if isinstance(post_trained, PreTrainedModel):
         post_trained = copy.deepcopy(post_trained)
     grafted = _Graft(tuner, post_trained, Scale(scale)).run(expert_scale, validation)
-    return to_stock(grafted, language=language, replicate_dense_layers=replicate_dense_layers, tolerance=tolerance)
+    return to_stock(
+        grafted,
+        language=language,
+        replicate_dense_layers=replicate_dense_layers,
+        remote_code=remote_code,
+        tolerance=tolerance,
+    )
 
 
 def to_stock(
-    model: PeftModel, *, language: str | None = None, replicate_dense_layers: bool = False, tolerance: float = 1e-4
+    model: PeftModel,
+    *,
+    language: str | None = None,
+    replicate_dense_layers: bool = False,
+    remote_code: bool = False,
+    tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """An upcycled model, grafted or not, as a stand-alone stock model; see `merge_and_graft`.
 
     The export is built and compared with the adapter in fp32, and then built in the dense model's own dtype.
     """
     tuner = _tuner(model)
-    weights = _weights(tuner, language)
-    layout = choose_layout(weights, replicate_dense_layers=replicate_dense_layers)
+    weights = _weights(tuner, language, remote_code)
+    chosen = choose(weights, replicate_dense_layers=replicate_dense_layers, remote_code=remote_code)
     in_fp32 = weights.dtype == torch.float32
     exact = model if in_fp32 else copy.deepcopy(model).float()
-    exported = build_model(_weights(_tuner(exact), language), layout)
+    exported = build_model(_weights(_tuner(exact), language, remote_code), chosen.layout)
+    languages = None if weights.languages is None else len(weights.languages.codes)
     with _tuner(exact).in_language(language):
-        difference = check_equal_logits(exact, exported, tolerance=tolerance)
+        difference = check_equal_logits(exact, exported, languages=languages, tolerance=tolerance)
     if not in_fp32:
-        exported = build_model(weights, layout)
+        exported = build_model(weights, chosen.layout)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     config = tuner.active_config
     report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **_new_tokens(config)))
@@ -161,13 +179,14 @@ def to_stock(
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
-        "replicated_bytes": weights.replicated_bytes if isinstance(layout, ReplicatedLayout) else 0,
+        "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
+        "choice": explain_choice(weights, chosen),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as in `_Graft.run`
     return exported.eval()
 
 
-def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
+def _weights(tuner: MoeDeltaModel, language: str | None, remote_code: bool) -> UpcycledWeights:
     """What is exported: everything under learned routing, one group's share under routing by language."""
     name, config, layers = tuner.active_adapters[0], tuner.active_config, tuner.layers()
     weights = UpcycledWeights(
@@ -191,10 +210,12 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
             "say. Train the new groups' rows first: start_review(), then a short training on all languages."
         )
     if config.routing_rule.needs_language and language is None:
+        if remote_code:
+            return replace(weights, languages=table)
         raise GraftError(
             f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "
             f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs "
-            "on, or use graft() and share the adapter."
+            "on, remote_code=True for a model with its own modelling file, or use graft() and share the adapter."
         )
     if not config.routing_rule.needs_language and language is not None:
         raise GraftError(
