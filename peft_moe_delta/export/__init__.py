@@ -1,7 +1,7 @@
 """Stock architectures: an upcycled model as a checkpoint that loads anywhere, without this package."""
 
 from .build import build_model
-from .choice import Fit, choose, choose_layout, explain_choice, stock_fits
+from .choice import Fit, choose, choose_layout, every_fit, explain_choice, stock_fits
 from .gate import check_equal_logits
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .remote_code import RemoteCodeLayout
@@ -19,6 +19,7 @@ __all__ = [
     "check_equal_logits",
     "choose",
     "choose_layout",
+    "every_fit",
     "explain_choice",
     "stock_fits",
 ]

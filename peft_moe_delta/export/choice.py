@@ -71,6 +71,24 @@ def stock_fits(weights: UpcycledWeights) -> list[Fit]:
     return found
 
 
+def every_fit(weights: UpcycledWeights) -> list[Fit]:
+    """Every form of the whole model: the family's own stock forms, the other families', remote code."""
+    own = stock_fits(weights)
+    if not weights.moe_layers:
+        return own
+    held: dict[str, list[str]] = {}
+    for layout in MOE_LAYOUTS:
+        held.setdefault(layout.name, []).extend(layout.dense_types)
+    kind = weights.config.model_type
+    dense = Fit(f"dense {kind}", Layout(), (f"the layers {list(weights.moe_layers)} have more than one expert",))
+    others = [
+        Fit(layout.name, layout, (f"it holds mixtures of {', '.join(held[layout.name])} models",))
+        for layout in {layout.name: layout for layout in MOE_LAYOUTS}.values()
+        if kind not in held[layout.name]
+    ]
+    return [dense, *own, *others, Fit(f"{RemoteCodeLayout.name} (trust_remote_code=True)", RemoteCodeLayout())]
+
+
 def choose(weights: UpcycledWeights, *, replicate_dense_layers: bool = False, remote_code: bool = False) -> Fit:
     """The first form that holds the weights exactly: the dense model if no layer has more than one expert.
 

@@ -80,12 +80,12 @@ def random_batch(model: PreTrainedModel, *, languages: int | None = None, seed: 
 
 def _logits(model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
     """Logits in evaluation mode, (batch, sequence, vocabulary)."""
-    with _evaluating(model):
+    with evaluating(model):
         return model(**batch).logits
 
 
 @contextmanager
-def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
+def evaluating(model: Callable[..., Any]) -> Iterator[None]:
     """Switch a module's dropout off, and its modules back to what they were."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     try:

@@ -28,7 +28,9 @@ from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
 from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose, explain_choice
+from ..export.gate import random_batch
 from ..routing import ClassifierRouting
+from .agreement import route_agreement
 from .config import MoeDeltaConfig
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
@@ -56,6 +58,8 @@ class GraftReport:
         layout: name of the stock architecture; None for an adapter.
         language: the language a dense export was made for; None otherwise.
         max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
+        route_agreement: layer -> share of random tokens that a 16-bit export of all languages sends to the same experts
+            as the adapter; None for others.
         choice: why that architecture, in one line; None for an adapter.
         replicated_bytes: what copies of the experts of dense layers added to the export.
         new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
@@ -69,6 +73,7 @@ class GraftReport:
     layout: str | None = None
     language: str | None = None
     max_logit_difference: float | None = None
+    route_agreement: Mapping[int, float] | None = None
     choice: str | None = None
     replicated_bytes: int = 0
     new_tokens: tuple[str, ...] = ()
@@ -175,11 +180,15 @@ def to_stock(
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     config = tuner.active_config
     report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **_new_tokens(config)))
+    agreement = None
+    if not in_fp32 and weights.moe_layers and language is None:
+        agreement = route_agreement(model, exported, [random_batch(exported, languages=languages)])
     found = {
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
         "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
+        "route_agreement": agreement,
         "choice": explain_choice(weights, chosen),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as in `_Graft.run`
@@ -198,17 +207,8 @@ def _weights(tuner: MoeDeltaModel, language: str | None, remote_code: bool) -> U
         routers=lambda layer: layers[layer].router(name).rows.detach(),
     )
     table = config.language_table
-    if isinstance(config.routing_rule, ClassifierRouting):
-        raise GraftError(
-            "Routing 'classifier' cannot be encoded in a stock architecture, whose routers have no gate before them. "
-            'Use graft() and share the adapter, or review it under routing="learned" and export that.'
-        )
-    if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
-        closed = [g for g, step in zip(table.groups, config.steps, strict=True) if step > config.open_steps]
-        raise GraftError(
-            f"The experts of {', '.join(closed)} are not open to every language yet, which no stock architecture can "
-            "say. Train the new groups' rows first: start_review(), then a short training on all languages."
-        )
+    if reason := why_not_encodable(config):
+        raise GraftError(f"{reason} Or use graft() and share the adapter.")
     if config.routing_rule.needs_language and language is None:
         if remote_code:
             return replace(weights, languages=table)
@@ -223,6 +223,23 @@ def _weights(tuner: MoeDeltaModel, language: str | None, remote_code: bool) -> U
             f"{config.routing!r}: every language uses all experts. Leave `language` out."
         )
     return weights if language is None else weights.for_group(table.groups[table.group_of[table.id_of(language)]])
+
+
+def why_not_encodable(config: MoeDeltaConfig) -> str | None:
+    """Why no stand-alone form can say what an adapter's routing does, and what to do; None where one may."""
+    if isinstance(config.routing_rule, ClassifierRouting):
+        return (
+            "Routing 'classifier' cannot be encoded in a stand-alone model, whose routers have no gate before them. "
+            'Review it under routing="learned" and export that.'
+        )
+    if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
+        groups = zip(config.language_table.groups, config.steps, strict=True)
+        closed = [group for group, step in groups if step > config.open_steps]
+        return (
+            f"The experts of {', '.join(closed)} are not open to every language yet, which no stand-alone model can "
+            "say. Train the new groups' rows first: start_review(), then a short training on all languages."
+        )
+    return None
 
 
 class _Graft:
