@@ -85,6 +85,12 @@ def perturbed(model: nn.Module, seed: int = 10, scale: float = 0.2) -> Any:
     return randomise(copy.deepcopy(model), seed, scale)
 
 
+def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
+    """As loading in bf16 does it: buffers such as rotary frequencies stay fp32, which `.bfloat16()` would round."""
+    kind: Any = type(model)
+    return kind.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16)
+
+
 def moe_config(**changes: Any) -> MoeDeltaConfig:
     """A configuration with the languages above, learned routing and top-2, but for `changes`."""
     return MoeDeltaConfig(**{"languages": dict(LANGUAGES), "experts": dict(EXPERTS), **changes})

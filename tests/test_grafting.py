@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from builders import logits, moe_layers, perturbed, pico, token_batch, upcycle
+from builders import in_bf16, logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.errors import CheckpointError, GraftError
 from peft_moe_delta.tuner.grafting import to_stock
 
@@ -24,11 +24,6 @@ TOKENS = token_batch()
 
 def state_of(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def in_bf16(model):
-    """As loading in bf16 does it: buffers such as rotary frequencies stay fp32, which `.bfloat16()` would round."""
-    return type(model).from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16)
 
 
 def assert_same_state(model, state):

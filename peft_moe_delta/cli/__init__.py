@@ -11,13 +11,14 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import graft, mix, pipeline, publish
+from . import explain, graft, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
     *mix.COMMANDS,
     *graft.COMMANDS,
+    *explain.COMMANDS,
     *publish.COMMANDS,
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import GraftError
 from .layout import Layout
@@ -22,7 +22,7 @@ def build_model(weights: UpcycledWeights, layout: Layout) -> PreTrainedModel:
         GraftError: the architecture lacks a tensor of the layout, or wants one that the layout does not write.
     """
     config = layout.config(weights)
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = layout.model_class(weights)
     model: PreTrainedModel
     model, loading_info = model_class.from_pretrained(
         None,

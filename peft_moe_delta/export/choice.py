@@ -14,6 +14,7 @@ from .granite_moe import GemmaGraniteMoeLayout, GraniteMoeLayout
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .mixtral import MixtralLayout, Phi3MixtralLayout
 from .qwen_moe import Qwen2MoeLayout, Qwen3MoeLayout
+from .remote_code import RemoteCodeLayout
 from .weights import UpcycledWeights
 
 MOE_LAYOUTS: tuple[MoeLayout, ...] = (
@@ -54,14 +55,15 @@ def stock_fits(weights: UpcycledWeights) -> list[Fit]:
     if not weights.moe_layers:
         return [Fit(kind, Layout())]
     layouts = [layout for layout in MOE_LAYOUTS if kind in layout.dense_types]
-    found = [Fit(layout.name, layout, tuple(layout.misfits(weights))) for layout in layouts]
+    routed = () if weights.languages is None else ("it has no input for a token's language",)
+    found = [Fit(layout.name, layout, (*routed, *layout.misfits(weights))) for layout in layouts]
     if weights.dense_layers:
         replicated = weights.with_dense_layers_replicated()
         found += [
             Fit(
                 f"{layout.name} with replicated dense layers ({weights.replicated_bytes:,} bytes more)",
                 ReplicatedLayout(layout),
-                tuple(layout.misfits(replicated)),
+                (*routed, *layout.misfits(replicated)),
             )
             for layout in layouts
             if not layout.keeps_dense_layers
@@ -69,12 +71,31 @@ def stock_fits(weights: UpcycledWeights) -> list[Fit]:
     return found
 
 
-def choose_layout(weights: UpcycledWeights, *, replicate_dense_layers: bool = False) -> Layout:
-    """The first architecture that holds the weights exactly: the dense one if no layer has more than one expert.
+def every_fit(weights: UpcycledWeights) -> list[Fit]:
+    """Every form of the whole model: the family's own stock forms, the other families', remote code."""
+    own = stock_fits(weights)
+    if not weights.moe_layers:
+        return own
+    held: dict[str, list[str]] = {}
+    for layout in MOE_LAYOUTS:
+        held.setdefault(layout.name, []).extend(layout.dense_types)
+    kind = weights.config.model_type
+    dense = Fit(f"dense {kind}", Layout(), (f"the layers {list(weights.moe_layers)} have more than one expert",))
+    others = [
+        Fit(layout.name, layout, (f"it holds mixtures of {', '.join(held[layout.name])} models",))
+        for layout in {layout.name: layout for layout in MOE_LAYOUTS}.values()
+        if kind not in held[layout.name]
+    ]
+    return [dense, *own, *others, Fit(f"{RemoteCodeLayout.name} (trust_remote_code=True)", RemoteCodeLayout())]
+
+
+def choose(weights: UpcycledWeights, *, replicate_dense_layers: bool = False, remote_code: bool = False) -> Fit:
+    """The first form that holds the weights exactly: the dense model if no layer has more than one expert.
 
     Args:
         weights: what is exported.
         replicate_dense_layers: allow copies of a layer's one expert where no architecture keeps the layer dense.
+        remote_code: allow a modelling file of its own where no stock architecture is exact.
 
     Raises:
         GraftError: none does. The message gives each candidate's reasons and what to do instead.
@@ -84,13 +105,34 @@ def choose_layout(weights: UpcycledWeights, *, replicate_dense_layers: bool = Fa
     ]
     for fit in found:
         if not fit.misfits:
-            return fit.layout
+            return fit
+    if remote_code:
+        return Fit(RemoteCodeLayout.name, RemoteCodeLayout())
+    raise GraftError(
+        f"{_why_not(weights, found)} Pass remote_code=True for a model with its own small modelling file. {_KEEP}."
+    )
+
+
+def choose_layout(
+    weights: UpcycledWeights, *, replicate_dense_layers: bool = False, remote_code: bool = False
+) -> Layout:
+    """The layout of `choose`."""
+    return choose(weights, replicate_dense_layers=replicate_dense_layers, remote_code=remote_code).layout
+
+
+def explain_choice(weights: UpcycledWeights, chosen: Fit) -> str:
+    """The choice in one line."""
+    if isinstance(chosen.layout, RemoteCodeLayout):
+        rejected = [fit for fit in stock_fits(weights) if fit.misfits]
+        return f"{chosen.target}, as it holds every plan. {_why_not(weights, rejected)}"
+    return f"{chosen.target}, which holds this {weights.config.model_type!r} model exactly."
+
+
+def _why_not(weights: UpcycledWeights, found: list[Fit]) -> str:
     kind = weights.config.model_type
-    if not found:
-        known = sorted({dense for layout in MOE_LAYOUTS for dense in layout.dense_types})
-        raise GraftError(
-            f"No stock MoE architecture is known to hold a {kind!r} model exactly; known are those for "
-            f"{', '.join(known)}. {_KEEP}."
-        )
-    reasons = ". ".join(map(str, found))
-    raise GraftError(f"No stock architecture can hold this {kind!r} model exactly. {reasons}. {_KEEP}.")
+    if found:
+        return f"No stock architecture can hold this {kind!r} model exactly. {'. '.join(map(str, found))}."
+    known = sorted({dense for layout in MOE_LAYOUTS for dense in layout.dense_types})
+    return (
+        f"No stock MoE architecture is known to hold a {kind!r} model exactly; known are those for {', '.join(known)}."
+    )

@@ -22,7 +22,12 @@ SEQUENCES, LENGTH, PADDING = 4, 24, 7
 
 @torch.no_grad()
 def check_equal_logits(
-    reference: Callable[..., Any], exported: PreTrainedModel, *, tolerance: float = 1e-4, seed: int = 0
+    reference: Callable[..., Any],
+    exported: PreTrainedModel,
+    *,
+    languages: int | None = None,
+    tolerance: float = 1e-4,
+    seed: int = 0,
 ) -> float:
     """Compare logits over random token ids, with left padding in one sequence.
 
@@ -30,6 +35,7 @@ def check_equal_logits(
         reference: the original model, or any callable that takes `input_ids` and `attention_mask`, both LongTensor
             (batch, sequence), and returns an output with fp32 `.logits` (batch, sequence, vocabulary).
         exported: the exported model, in fp32.
+        languages: for models that take `language_ids`, how many there are: they take turns, token by token.
         tolerance: largest absolute difference allowed.
         seed: of the token ids.
 
@@ -39,7 +45,7 @@ def check_equal_logits(
     Raises:
         GraftError: a model is not in fp32, the logits' shapes differ, or they differ by more than `tolerance`.
     """
-    batch = random_batch(exported, seed)
+    batch = random_batch(exported, languages=languages, seed=seed)
     expected, actual = _logits(reference, batch), _logits(exported, batch)
     if expected.dtype != torch.float32 or actual.dtype != torch.float32:
         raise GraftError(
@@ -60,23 +66,26 @@ def check_equal_logits(
     return difference
 
 
-def random_batch(model: PreTrainedModel, seed: int = 0) -> dict[str, Tensor]:
-    """Random token ids and their mask, both (batch, sequence), on the model's device; one sequence is left-padded."""
+def random_batch(model: PreTrainedModel, *, languages: int | None = None, seed: int = 0) -> dict[str, Tensor]:
+    """What is compared: random `input_ids` on the model's device and an `attention_mask` with left padding."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (SEQUENCES, LENGTH), generator=generator)
     mask = torch.ones_like(ids)
     mask[-1, :PADDING] = 0
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if languages is not None:
+        batch["language_ids"] = (torch.arange(SEQUENCES * LENGTH) % languages).view(SEQUENCES, LENGTH)
+    return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _logits(model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
     """Logits in evaluation mode, (batch, sequence, vocabulary)."""
-    with _evaluating(model):
+    with evaluating(model):
         return model(**batch).logits
 
 
 @contextmanager
-def _evaluating(model: Callable[..., Any]) -> Iterator[None]:
+def evaluating(model: Callable[..., Any]) -> Iterator[None]:
     """Switch a module's dropout off, and its modules back to what they were."""
     training = [module for module in model.modules() if module.training] if isinstance(model, nn.Module) else []
     try:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
 from .weights import UpcycledWeights
 
@@ -46,6 +46,16 @@ _HEAD = "lm_head.weight"
 
 class Layout:
     """The dense architecture itself, for weights without MoE layers; what the others add is in `MoeLayout`."""
+
+    def model_class(self, weights: UpcycledWeights) -> type[PreTrainedModel]:
+        """The exported model's class."""
+        found: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.config(weights))]
+        model_class: type[PreTrainedModel] = found
+        return model_class
+
+    def files(self, weights: UpcycledWeights) -> Mapping[str, str]:
+        """Name -> text of what lies beside config and weights."""
+        return {}
 
     def config(self, weights: UpcycledWeights) -> PretrainedConfig:
         """The exported model's config."""

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 
 from ..architectures import mlp_module_name
 from ..errors import GraftError
+from ..languages import LanguageTable
 from ..plan import ExpertPlan
 
 
@@ -51,7 +52,7 @@ class LazyTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class UpcycledWeights:
-    """An upcycled model as tensors; every token may use every expert that is exported.
+    """An upcycled model as tensors; every token may use every expert that is exported, unless `languages` are given.
 
     Attributes:
         config: of the dense (post-trained) model.
@@ -61,6 +62,7 @@ class UpcycledWeights:
         experts: (layer, expert >= 1) -> the expert's tensors, named as inside the dense MLP (`gate_proj.weight`).
         routers: layer -> router weight (E, d), rows in the plan's order, for layers with more than one expert.
         group: None for the whole model under learned routing; else the one group that is exported (`for_group`).
+        languages: for the whole model under routing by language, its languages and groups; None otherwise.
         replicated: whether a layer with one expert is exported as equal copies of it (`with_dense_layers_replicated`).
     """
 
@@ -71,6 +73,7 @@ class UpcycledWeights:
     experts: Callable[[int, int], Mapping[str, Tensor]]
     routers: Callable[[int], Tensor]
     group: str | None = None
+    languages: LanguageTable | None = None
     replicated: bool = False
 
     def for_group(self, group: str) -> UpcycledWeights:
@@ -83,7 +86,7 @@ class UpcycledWeights:
         """
         if group not in self.plan.groups:
             raise GraftError(f"Cannot export group {group!r}: the plan has {', '.join(self.plan.groups)}. Choose one.")
-        return dataclasses.replace(self, group=group)
+        return dataclasses.replace(self, group=group, languages=None)
 
     def with_dense_layers_replicated(self) -> UpcycledWeights:
         """The same model for an architecture whose layers are all MoE: equal experts give equal outputs, so a layer

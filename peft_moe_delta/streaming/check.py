@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..export import build_model, check_equal_logits
 from ..tuner import MoeDeltaModel
-from ..tuner.grafting import GraftReport, grafted_adapter, route_agreement
+from ..tuner.grafting import GraftReport, grafted_adapter, mean_route_agreement
 from .adapter import AdapterFile
 from .targets import StockTarget, Target
 from .weights import Sources
@@ -45,7 +45,8 @@ def check_output(
     tuner = cast("MoeDeltaModel", exact.base_model)
     with tuner.in_language(report.language):
         difference = check_equal_logits(exact, found)
-    agreement = route_agreement(exact, _load(folder, "auto"), report.language) if wide else None
+    routes = wide and report.language is None and bool(destination.weights.moe_layers)
+    agreement = mean_route_agreement(exact, _load(folder, "auto")) if routes else None
     return dataclasses.replace(report, max_logit_difference=difference, route_agreement=agreement)
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -27,8 +28,10 @@ from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
-from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose_layout, random_batch
+from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose, explain_choice
+from ..export.gate import random_batch
 from ..routing import ClassifierRouting
+from .agreement import route_agreement
 from .config import MoeDeltaConfig
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
@@ -56,6 +59,7 @@ class GraftReport:
         layout: name of the stock architecture; None for an adapter.
         language: the language a dense export was made for; None otherwise.
         max_logit_difference: largest fp32 logit difference between export and grafted adapter; None for an adapter.
+        choice: why that architecture, in one line; None for an adapter.
         replicated_bytes: what copies of the experts of dense layers added to the export.
         route_agreement: share of routes on which a 16-bit export and the adapter agree; None where not measured.
         new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
@@ -69,6 +73,7 @@ class GraftReport:
     layout: str | None = None
     language: str | None = None
     max_logit_difference: float | None = None
+    choice: str | None = None
     replicated_bytes: int = 0
     route_agreement: float | None = None
     new_tokens: tuple[str, ...] = ()
@@ -114,6 +119,7 @@ def merge_and_graft(
     validation: Validation | None = None,
     language: str | None = None,
     replicate_dense_layers: bool = False,
+    remote_code: bool = False,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
@@ -125,6 +131,9 @@ def merge_and_graft(
             expert a layer, else a stock mixture of its group's experts.
         replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert; the report
             says what that costs.
+        remote_code: where no stock architecture is exact (unequal experts a layer, other families, routing by language
+            for all languages, which then takes `language_ids`), use the dense architecture with a small modelling
+            file of its own, which is saved along and loads with `trust_remote_code=True`, without this package.
         tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
 
     Returns:
@@ -136,7 +145,13 @@ def merge_and_graft(
     if isinstance(post_trained, PreTrainedModel):
         post_trained = copy.deepcopy(post_trained)
     grafted = grafted_adapter(tuner, post_trained, Scale(scale), expert_scale, validation)
-    return to_stock(grafted, language=language, replicate_dense_layers=replicate_dense_layers, tolerance=tolerance)
+    return to_stock(
+        grafted,
+        language=language,
+        replicate_dense_layers=replicate_dense_layers,
+        remote_code=remote_code,
+        tolerance=tolerance,
+    )
 
 
 def grafted_adapter(
@@ -151,73 +166,52 @@ def grafted_adapter(
 
 
 def to_stock(
-    model: PeftModel, *, language: str | None = None, replicate_dense_layers: bool = False, tolerance: float = 1e-4
+    model: PeftModel,
+    *,
+    language: str | None = None,
+    replicate_dense_layers: bool = False,
+    remote_code: bool = False,
+    tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """An upcycled model, grafted or not, as a stand-alone stock model; see `merge_and_graft`.
 
     The export is built and compared with the adapter in fp32, and then built in the dense model's own dtype.
     """
     tuner = _tuner(model)
-    weights = _weights(tuner, language)
-    layout = choose_layout(weights, replicate_dense_layers=replicate_dense_layers)
+    weights = _weights(tuner, language, remote_code)
+    chosen = choose(weights, replicate_dense_layers=replicate_dense_layers, remote_code=remote_code)
     in_fp32 = weights.dtype == torch.float32
     exact = model if in_fp32 else copy.deepcopy(model).float()
-    exported = build_model(_weights(_tuner(exact), language), layout)
+    exported = build_model(_weights(_tuner(exact), language, remote_code), chosen.layout)
+    languages = None if weights.languages is None else len(weights.languages.codes)
     with _tuner(exact).in_language(language):
-        difference = check_equal_logits(exact, exported, tolerance=tolerance)
-    agreement = None
+        difference = check_equal_logits(exact, exported, languages=languages, tolerance=tolerance)
     if not in_fp32:
-        exported = build_model(weights, layout)
-        agreement = route_agreement(exact, exported, language)
+        exported = build_model(weights, chosen.layout)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     config = tuner.active_config
     report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **_new_tokens(config)))
+    agreement = None
+    if not in_fp32 and weights.moe_layers and language is None:
+        agreement = mean_route_agreement(model, exported, languages)
     found = {
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
-        "replicated_bytes": weights.replicated_bytes if isinstance(layout, ReplicatedLayout) else 0,
+        "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
         "route_agreement": agreement,
+        "choice": explain_choice(weights, chosen),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as in `_Graft.run`
     return exported.eval()
 
 
-@torch.no_grad()
-def route_agreement(adapter: PeftModel, exported: PreTrainedModel, language: str | None = None) -> float | None:
-    """Share of (token, MoE layer) of a random batch for which both choose the same experts; None without a router.
-
-    In 16 bits stock architectures round the router and its input, so that near-ties fall otherwise.
-
-    Args:
-        adapter: the upcycled model, in fp32; put into evaluation mode.
-        exported: the stock model, in its own dtype.
-        language: under routing by language, the one that was exported.
-    """
-    tuner, batch = _tuner(adapter), random_batch(exported)
-    name, expected = tuner.active_adapters[0], []
-    routers = [layer.moe_delta_router[name] for layer in tuner.layers().values()]
-    hooks = [router.register_forward_hook(lambda *call: expected.append(call[-1])) for router in routers]
-    try:
-        with tuner.in_language(language):
-            adapter.eval()(**batch)
-        found = getattr(exported(**batch, output_router_logits=True), "router_logits", None)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    counted = batch["attention_mask"].bool().reshape(-1)
-    # under routing by language a layer's router knows more experts than those that were exported
-    if not found or any(ours.shape != theirs.shape for ours, theirs in zip(expected, found, strict=True)):
-        return None
-    k = tuner.active_config.experts_per_token
-    same = [
-        (ours.topk(k).indices.sort().values == theirs.float().topk(k).indices.sort().values).all(-1)[counted]
-        for ours, theirs in zip(expected, found, strict=True)
-    ]
-    return float(torch.cat(same).double().mean())
+def mean_route_agreement(adapter: PeftModel, exported: PreTrainedModel, languages: int | None = None) -> float:
+    """Share of random tokens that an export of all languages sends to the adapter's experts, averaged over layers."""
+    return fmean(route_agreement(adapter, exported, [random_batch(exported, languages=languages)]).values())
 
 
-def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
+def _weights(tuner: MoeDeltaModel, language: str | None, remote_code: bool) -> UpcycledWeights:
     """What is exported of a model in memory."""
     name, config, layers = tuner.active_adapters[0], tuner.active_config, tuner.layers()
     weights = UpcycledWeights(
@@ -228,10 +222,12 @@ def _weights(tuner: MoeDeltaModel, language: str | None) -> UpcycledWeights:
         experts=lambda layer, expert: layers[layer].expert_weights(name, expert),
         routers=lambda layer: layers[layer].router(name).rows.detach(),
     )
-    return exported_share(weights, config, language)
+    return exported_share(weights, config, language, remote_code=remote_code)
 
 
-def exported_share(weights: UpcycledWeights, config: MoeDeltaConfig, language: str | None) -> UpcycledWeights:
+def exported_share(
+    weights: UpcycledWeights, config: MoeDeltaConfig, language: str | None, *, remote_code: bool = False
+) -> UpcycledWeights:
     """What is exported: everything under learned routing, one group's share under routing by language.
 
     Raises:
@@ -239,22 +235,15 @@ def exported_share(weights: UpcycledWeights, config: MoeDeltaConfig, language: s
             routing does not ask for one.
     """
     table = config.language_table
-    if isinstance(config.routing_rule, ClassifierRouting):
-        raise GraftError(
-            "Routing 'classifier' cannot be encoded in a stock architecture, whose routers have no gate before them. "
-            'Use graft() and share the adapter, or review it under routing="learned" and export that.'
-        )
-    if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
-        closed = [g for g, step in zip(table.groups, config.steps, strict=True) if step > config.open_steps]
-        raise GraftError(
-            f"The experts of {', '.join(closed)} are not open to every language yet, which no stock architecture can "
-            "say. Train the new groups' rows first: start_review(), then a short training on all languages."
-        )
+    if reason := why_not_encodable(config):
+        raise GraftError(f"{reason} Or use graft() and share the adapter.")
     if config.routing_rule.needs_language and language is None:
+        if remote_code:
+            return replace(weights, languages=table)
         raise GraftError(
             f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "
             f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs "
-            "on, or use graft() and share the adapter."
+            "on, remote_code=True for a model with its own modelling file, or use graft() and share the adapter."
         )
     if not config.routing_rule.needs_language and language is not None:
         raise GraftError(
@@ -262,6 +251,23 @@ def exported_share(weights: UpcycledWeights, config: MoeDeltaConfig, language: s
             f"{config.routing!r}: every language uses all experts. Leave `language` out."
         )
     return weights if language is None else weights.for_group(table.groups[table.group_of[table.id_of(language)]])
+
+
+def why_not_encodable(config: MoeDeltaConfig) -> str | None:
+    """Why no stand-alone form can say what an adapter's routing does, and what to do; None where one may."""
+    if isinstance(config.routing_rule, ClassifierRouting):
+        return (
+            "Routing 'classifier' cannot be encoded in a stand-alone model, whose routers have no gate before them. "
+            'Review it under routing="learned" and export that.'
+        )
+    if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
+        groups = zip(config.language_table.groups, config.steps, strict=True)
+        closed = [group for group, step in groups if step > config.open_steps]
+        return (
+            f"The experts of {', '.join(closed)} are not open to every language yet, which no stand-alone model can "
+            "say. Train the new groups' rows first: start_review(), then a short training on all languages."
+        )
+    return None
 
 
 class _Graft:

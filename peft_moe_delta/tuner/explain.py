@@ -1,0 +1,95 @@
+"""What an adapter can be shipped as, and why, from configs alone: no weight is read.
+
+In: an adapter's folder or Hub id. Out: one `Fit` for every form: stock architectures, what one language runs on, remote
+code, the adapter itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ..architectures import layer_index
+from ..errors import CheckpointError, GraftError
+from ..export import Fit, Layout, UpcycledWeights, choose, every_fit
+from .config import MoeDeltaConfig
+from .grafting import why_not_encodable
+
+
+def explain(adapter: str | Path, post_trained: str | Path | None = None) -> list[Fit]:
+    """Every form the adapter could be shipped in, with the reasons why it does not fit.
+
+    Args:
+        adapter: folder or Hub id; its config is read.
+        post_trained: the model it is to be grafted onto, whose config counts; None for the adapter's own base model.
+
+    Raises:
+        CheckpointError: no such adapter, another method's, or no such model.
+    """
+    config = _adapter_config(adapter)
+    weights = _weights(config, str(post_trained or config.base_model_name_or_path))
+    fits = every_fit(weights)
+    if weights.languages is None:
+        one = "every token may use every expert, whatever its language"
+        fits.append(Fit("one language alone", Layout(), (one,)))
+    else:
+        table = weights.languages
+        for group in table.groups:
+            name = f'language="{" or ".join(table.members(group))}"' if table.members(group) else group
+            try:
+                chosen = choose(weights.for_group(group))
+                fits.append(dataclasses.replace(chosen, target=f"{name}: {chosen.target}"))
+            except GraftError as error:
+                fits.append(Fit(name, Layout(), (str(error),)))
+    if reason := why_not_encodable(config):
+        fits = [dataclasses.replace(fit, misfits=(reason,)) for fit in fits]
+    return [*fits, Fit("adapter over the post-trained model (graft)", Layout())]
+
+
+def _adapter_config(adapter: str | Path) -> MoeDeltaConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(adapter))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{str(adapter)!r} is no adapter: {error}. Pass the folder that save_pretrained wrote."
+        ) from error
+    if not isinstance(config, MoeDeltaConfig):
+        raise CheckpointError(f"{str(adapter)!r} is an adapter of {config.peft_type}, not of this package.")
+    return config
+
+
+def _weights(config: MoeDeltaConfig, name: str) -> UpcycledWeights:
+    """The upcycled model as names and shapes."""
+    try:
+        base = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"The config of the model {name!r} cannot be read: {error}. Name a model with --post-trained."
+        ) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base, dtype=base.dtype or torch.float32)
+    targets = [module for module, _ in model.named_modules() if _is_target(config, module)]
+    return UpcycledWeights(
+        config=base,
+        plan=config.plan(sorted(map(layer_index, targets))),
+        top_k=config.experts_per_token,
+        dense=model.state_dict(),
+        experts=_no_weights,
+        routers=_no_weights,
+        languages=config.language_table if config.routing_rule.needs_language else None,
+    )
+
+
+def _is_target(config: MoeDeltaConfig, name: str) -> bool:
+    matched = check_target_module_exists(config, name)
+    return bool(matched) and not isinstance(matched, _ExcludedModule)
+
+
+def _no_weights(*_: int) -> NoReturn:
+    raise AssertionError("explaining reads configs only")

@@ -1,0 +1,137 @@
+"""Remote code: what no stock architecture holds, exact, and usable where this package is not installed."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from builders import FAMILIES, GATED, LANGUAGES, in_bf16, logits, moe_layers, perturbed, pico, token_batch, upcycle
+from peft_moe_delta.errors import GraftError
+from peft_moe_delta.export.remote_code import modelling_source
+from peft_moe_delta.routing import Routes, choose_experts
+from peft_moe_delta.tuner.grafting import to_stock
+
+TOKENS = token_batch()
+UNEQUAL = {"uralic": [2, 1], "turkic": [1, 0]}
+SIZES = {**FAMILIES, "olmo": GATED, "olmo3": GATED}
+REFUSED_BY_STOCK = [
+    "llama", "gemma2", "gemma3_text", "olmo", "olmo3", "smollm3", "stablelm", "cohere", "gpt2", "gpt_neox", "falcon",
+    "bloom", "mpt",
+]  # fmt: skip
+
+
+def adapter(family="llama", **changes):
+    config = SIZES[family] if family not in FAMILIES else {}
+    return upcycle(pico(family, **config), trained=True, **{"experts": UNEQUAL, **changes})
+
+
+@pytest.mark.parametrize("family", REFUSED_BY_STOCK)
+def test_remote_code_holds_what_no_stock_architecture_does(family):
+    model = adapter(family)
+    with pytest.raises(GraftError, match="remote_code=True"):
+        to_stock(model)
+    exported = to_stock(model, remote_code=True)
+    assert exported.graft_report.layout == f"moe_delta_{family}"
+    assert exported.graft_report.choice.startswith("remote code, as it holds every plan. No stock")
+    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
+
+
+def test_a_stock_architecture_comes_first():
+    exported = to_stock(adapter(experts={"uralic": 1, "turkic": 1}), remote_code=True)
+    assert exported.graft_report.layout == "mixtral"
+    assert exported.graft_report.choice == "mixtral, which holds this 'llama' model exactly."
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_routing_by_language_takes_language_ids(family):
+    model = adapter(family, routing="language", experts={"uralic": [2, 1], "turkic": 1})
+    with pytest.raises(GraftError, match=r"language=.*remote_code=True"):
+        to_stock(model)
+    exported = to_stock(model, remote_code=True)
+    assert exported.config.moe_delta["languages"] == list(LANGUAGES)
+    by_row, by_token = torch.tensor([0, 1, 3]), torch.arange(TOKENS.numel()).view(TOKENS.shape) % 4
+    for ids in (by_row, by_token):
+        torch.testing.assert_close(
+            logits(exported, TOKENS, language_ids=ids), logits(model, TOKENS, language_ids=ids), atol=1e-5, rtol=0
+        )
+    with pytest.raises(ValueError, match=r"Pass language_ids.*\['hu', 'en', 'fi', 'az'\]"):
+        exported(TOKENS)
+
+
+def test_grafting_and_remote_code_go_together():
+    model, post = adapter("gemma2"), perturbed(pico("gemma2"))
+    exported = model.merge_and_graft(post, remote_code=True)
+    torch.testing.assert_close(logits(exported, TOKENS), logits(model.graft(post), TOKENS), atol=1e-5, rtol=0)
+
+
+def test_a_wrong_expert_is_caught_by_the_gate():
+    from peft_moe_delta.export import check_equal_logits
+
+    model = adapter()
+    exported = to_stock(model, remote_code=True)
+    with torch.no_grad():
+        exported.model.layers[0].mlp.experts[1].down_proj.weight *= 1.05
+    with pytest.raises(GraftError, match="not exact"):
+        check_equal_logits(model, exported)
+
+
+def test_the_file_has_this_packages_own_routing_and_imports_nothing_of_it():
+    source = modelling_source("Gemma2Config", "Gemma2ForCausalLM")
+    for part in (Routes, choose_experts):
+        assert inspect.getsource(part) in source
+    imported = {
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    assert {name.split(".")[0] for name in imported} <= {
+        "__future__", "copy", "inspect", "dataclasses", "typing", "torch", "transformers",
+    }  # fmt: skip
+    assert "Gemma2Config as HostConfig" in source
+    assert len(source.splitlines()) < 250
+
+
+@pytest.fixture(scope="module")
+def reloaded(tmp_path_factory):
+    """Exports used in one process without this package: name -> (adapter, folder, batch, proof)."""
+    models = {
+        "llama": (adapter(), {}),
+        "llama tied, bf16": (upcycle(in_bf16(pico(tie_word_embeddings=True)), trained=True, experts=UNEQUAL), {}),
+        "gemma3_text": (adapter("gemma3_text"), {}),
+        "gpt2": (adapter("gpt2"), {}),
+        "by language": (adapter(routing="language"), {"language_ids": torch.tensor([0, 1, 3])}),
+    }
+    root = tmp_path_factory.mktemp("remote")
+    for name, (model, arguments) in models.items():
+        to_stock(model, remote_code=True).save_pretrained(root / name)
+        save_file({"input_ids": TOKENS, **arguments}, root / name / "batch.safetensors")
+    script = Path(__file__).with_name("reload_remote.py")
+    environment = {**os.environ, "HF_MODULES_CACHE": str(root / "modules"), "HF_HUB_OFFLINE": "1"}
+    folders = [str(root / name) for name in models]
+    subprocess.run([sys.executable, str(script), *folders], check=True, env=environment, capture_output=True)
+    return {
+        name: (model, root / name, arguments, load_file(root / name / "proof.safetensors"))
+        for name, (model, arguments) in models.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["llama", "llama tied, bf16", "gemma3_text", "gpt2", "by language"])
+def test_it_generates_and_trains_with_plain_transformers(reloaded, name):
+    model, folder, arguments, proof = reloaded[name]
+    tolerance = 0.05 if "bf16" in name else 1e-4  # the adapter's experts are fp32
+    expected = logits(model, TOKENS, **arguments)
+    torch.testing.assert_close(proof["logits"], expected, atol=tolerance, rtol=tolerance)
+    assert torch.equal(proof["again"], proof["logits"]), "what it saves itself is the same model"
+    assert proof["cached"].shape == (3, TOKENS.shape[1] + 4)
+    assert torch.equal(proof["cached"], proof["uncached"])
+    assert (proof["gradients"] > 0).all()
+    assert torch.equal(proof["router"], moe_layers(model)[0].moe_delta_router["default"].weight), "fp32 throughout"
+    assert (folder / "modeling_moe_delta.py").is_file()
+    assert (folder / "again" / "modeling_moe_delta.py").is_file()
