@@ -52,16 +52,17 @@ def routing_by_language(
     *,
     name: str,
     language: str,
-    spoken: bool,
+    spoken: str | None = None,
     experts: Sequence[str] | None = None,
 ) -> Routing | None:
     """Shares and entropy of every layer over the texts' tokens; None for a model without routers.
 
     Args:
-        spoken: hand `language` to the model, which adapters that route by language need.
+        language: of the texts.
+        spoken: the language to name in the call, which adapters that route by language need.
         experts: names of the experts, expert 0 first; None to take them from the adapter, or to number them.
     """
-    routes, names = _routes(model, tokenizer, texts, language if spoken else None)
+    routes, names = _routes(model, tokenizer, texts, spoken)
     if not routes:
         return None
     width = max(r.probabilities_TE.shape[1] for r in routes.values())
@@ -90,11 +91,11 @@ def route_agreement(
     *,
     names: tuple[str, str],
     language: str,
-    spoken: tuple[bool, bool],
+    spoken: tuple[str | None, str | None] = (None, None),
 ) -> Agreement | None:
     """How often two models of one plan send a token to the same expert first; None where they route no common layer."""
-    ours, _ = _routes(model, tokenizer, texts, language if spoken[0] else None)
-    theirs, _ = _routes(reference, tokenizer, texts, language if spoken[1] else None)
+    ours, _ = _routes(model, tokenizer, texts, spoken[0])
+    theirs, _ = _routes(reference, tokenizer, texts, spoken[1])
     layers = [
         index
         for index in ours
@@ -113,13 +114,13 @@ def token_view(
     *,
     name: str,
     language: str,
-    spoken: bool,
+    spoken: str | None = None,
     experts: Sequence[str] | None = None,
     longest: int = 60,
 ) -> TokenView | None:
     """Router probabilities of every token of a short text; None for a model without routers."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
-    routes, names = _routes_of_rows(model, [ids], language if spoken else None)
+    routes, names = _routes_of_rows(model, [ids], spoken)
     if not routes:
         return None
     width = max(r.probabilities_TE.shape[1] for r in routes.values())
