@@ -51,10 +51,9 @@ def generate(
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
     if chat:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-        )
-        return list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
     beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return beginning + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 

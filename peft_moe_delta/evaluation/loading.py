@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError
 from ..languages import ORIGINAL_GROUP
@@ -75,7 +75,8 @@ def load(source: Source) -> Measured:
             f"Cannot load a model with its tokenizer from {str(source)!r}: {error}. Give a folder that save_pretrained "
             "wrote, or a Hub id."
         ) from error
-    return Measured(model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, str(source))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Measured(model.to(device), tokenizer, str(source))  # type: ignore[arg-type]  # `to` loses its self
 
 
 def _with_tokenizer(source: str) -> str:

@@ -101,7 +101,7 @@ def evaluate_languages(
     check_references(models, [*references, *(trained or ()), *(name for pair in agreement for name in pair)])
     if trained and not references:
         raise DataError("trained: a transfer matrix needs a reference to gain on. Name one in `references`.")
-    options = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
+    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     rows, items, routing, tokens = [], {}, [], []
     answers: dict[str, dict[str, list[str]]] = {}
     groups = dict(languages or {})

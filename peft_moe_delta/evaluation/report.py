@@ -277,7 +277,7 @@ class EvalReport:
                 "Update peft-moe-delta."
             )
         try:
-            rows = {name: [kind(**row) for row in data.pop(name, [])] for name, kind in _ROWS.items()}
+            rows: dict[str, Any] = {name: [kind(**row) for row in data.pop(name, [])] for name, kind in _ROWS.items()}
             return cls(**rows, **data)
         except (TypeError, AttributeError) as error:
             raise DataError(f"{path} is no whole report: {error}. `peft-moe-delta evaluate` writes it anew.") from error

@@ -142,7 +142,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]
     token, and the tokens before it are empty."""
     pieces, before = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = str(tokenizer.decode(list(ids[:end])))
         whole = text.rstrip("\ufffd") if end < len(ids) else text
         pieces.append(whole[len(before) :])
         before = max(before, whole, key=len)
