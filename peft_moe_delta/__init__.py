@@ -31,10 +31,10 @@ __all__ = [
     "RoutingCallback",
     "TaskSet",
     "allocate_experts",
+    "evaluate_languages",
     "extend_vocabulary",
     "fit_routers",
     "group_languages",
     "mix",
     "propose_tokens",
-    "evaluate_languages",
 ]

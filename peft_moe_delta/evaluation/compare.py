@@ -73,30 +73,30 @@ def status_of(language: str | None, groups: Mapping[str, str]) -> Status | None:
 
 
 def compare(
-    items: Mapping[str, Sequence[Items]], groups: Mapping[str, str], references: Sequence[str]
+    items: Mapping[str, Sequence[Items]], groups: Mapping[str, str], pairs: Sequence[tuple[str, str]]
 ) -> tuple[list[Score], list[Difference]]:
-    """Rows of every model, and of every model against every reference.
+    """Rows of every model, and of every pair `(model, reference)`.
 
     Args:
         items: model -> its measures.
         groups: language -> group, `"original"` or another; a language without one is unseen.
-        references: names of models.
-
-    Raises:
-        DataError: a reference is none of the models.
+        pairs: names of models.
     """
-    check_references(items, references)
     scores = [_score(model, one, groups) for model, measured in items.items() for one in measured]
     differences = [
         _difference(model, reference, one, other, groups)
-        for reference in references
-        for model, measured in items.items()
-        if model != reference
-        for one in measured
+        for model, reference in pairs
+        for one in items[model]
         for other in items[reference]
         if one.paired and (one.task, one.metric, one.language) == (other.task, other.metric, other.language)
     ]
     return scores, differences
+
+
+def all_pairs(models: Iterable[str], references: Sequence[str]) -> list[tuple[str, str]]:
+    """Every model with every reference that it is not itself."""
+    models = list(models)
+    return [(model, reference) for reference in references for model in models if model != reference]
 
 
 def check_references(models: Iterable[str], references: Sequence[str]) -> None:

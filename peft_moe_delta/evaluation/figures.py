@@ -19,10 +19,12 @@ INK = "#1f2430"
 COLOURS = ("#3b82c4", "#d9822b", "#3f9f6b", "#c2557a", "#8a6fc8", "#5f9ea8", "#a8895f")
 """Of models, in order; legible on light and dark."""
 
+_PIXELS_AN_INCH = 120
+
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 """Of languages, in order."""
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -82,7 +84,8 @@ def as_svg(figure: Any) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    return text[text.index("<svg") :].replace(INK, "currentColor")
+    width = f'style="max-width: {figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px" '
+    return text[text.index("<svg") :].replace(INK, "currentColor").replace("<svg ", f"<svg {width}", 1)
 
 
 def heading(column: Score | Difference) -> str:

@@ -18,14 +18,25 @@ import torch
 
 from ..errors import DataError
 from .bits_per_byte import bits_per_byte
-from .compare import Items, check_references, compare, confusion_items, status_of, task_items, text_items, transfer
+from .compare import (
+    Items,
+    all_pairs,
+    check_references,
+    compare,
+    confusion_items,
+    status_of,
+    task_items,
+    text_items,
+    transfer,
+)
 from .confusion import language_confusion
 from .exact_match import exact_match
+from .fertility import fertility
 from .forward import Progress
 from .generation import generate
 from .identification import wrong_language
 from .loading import Measured, Source, load
-from .report import Agreement, EvalReport, Generation, Model, Routing, TokenView
+from .report import Agreement, EvalReport, Fertility, Generation, Model, Routing, TokenView
 from .routes import route_agreement, routing_by_language, token_view
 
 PROMPTS = "answers"
@@ -102,7 +113,7 @@ def evaluate_languages(
     if trained and not references:
         raise DataError("trained: a transfer matrix needs a reference to gain on. Name one in `references`.")
     options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
-    rows, items, routing, tokens = [], {}, [], []
+    rows, items, routing, tokens, fertile = [], {}, [], [], []
     answers: dict[str, dict[str, list[str]]] = {}
     groups = dict(languages or {})
     for name, source in models.items():
@@ -123,10 +134,11 @@ def evaluate_languages(
             )
             answers.setdefault(code, {})[name] = written
             items[name] += confusion_items(PROMPTS, code, language_confusion(written, code))
+        fertile += fertility_rows(measured, name, material.texts)
         routed, viewed = look_at_routing(measured, name, material.texts)
         routing += routed
         tokens += viewed
-    scores, differences = compare(items, groups, references)
+    scores, differences = compare(items, groups, all_pairs(models, references))
     return EvalReport(
         models=rows,
         languages={code: status_of(code, groups) or "unseen" for code in (*material.texts, *material.prompts)},
@@ -138,8 +150,9 @@ def evaluate_languages(
         tokens=tokens,
         generations=side_by_side(material.prompts, answers),
         transfer=transfer(items, trained, references[0]) if trained else [],
+        fertility=fertile,
         warnings=doubts(material),
-        command=list(sys.argv),
+        command=command(),
         versions=versions(),
     )
 
@@ -195,6 +208,15 @@ def look_at_routing(
     return shares, views
 
 
+def fertility_rows(measured: Measured, name: str, texts: Mapping[str, Sequence[str]]) -> list[Fertility]:
+    """What a model's tokenizer makes of each language."""
+    counts = {code: fertility(documents, measured.tokenizer) for code, documents in texts.items()}
+    return [
+        Fertility(model=name, language=code, tokens_per_word=c.tokens_per_word, bytes_per_token=c.bytes_per_token)
+        for code, c in counts.items()
+    ]
+
+
 def _agreements(
     pair: tuple[str, str], models: Mapping[str, Source], texts: Mapping[str, Sequence[str]]
 ) -> list[Agreement]:
@@ -233,6 +255,11 @@ def doubts(material: Material) -> list[str]:
     if few:
         found.append(f"One document alone has no interval: {', '.join(few)}. Bring more documents.")
     return [doubt for doubt in found if doubt is not None]
+
+
+def command() -> list[str]:
+    """The command line, its program by name: where it is installed is nobody's business."""
+    return [Path(sys.argv[0]).name, *sys.argv[1:]]
 
 
 def versions() -> dict[str, str]:

@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ..routing import Routes, choose_experts
 from ..tuner import MoeDeltaLayer
-from ..tuner.context import constant
 from .forward import batches_by_length, evaluating, logits_at
 from .report import Agreement, Routing, TokenView
 
@@ -197,14 +196,9 @@ def _of_adapter(recorder: RouteRecorder, index: int) -> Callable[..., None]:
         name = next((a for a in layer.active_adapters if a in layer.settings), None)
         if name is None or layer.disable_adapters:
             return
-        settings, x_TD = layer.settings[name], inputs[0].reshape(-1, inputs[0].shape[-1])
-        groups = layer.context.state(len(x_TD), False).groups(settings.table, x_TD.device)
-        group_T = torch.zeros(len(x_TD), dtype=torch.int64, device=x_TD.device) if groups is None else groups[0]
-        allowed_TE = constant(settings.allowed, x_TD.device)[group_T] if settings.restricted else None
-        logits_TE = layer.moe_delta_router[name](x_TD)
-        recorder.layers.setdefault(index, []).append(
-            choose_experts(logits_TE, settings.config.experts_per_token, allowed_TE)
-        )
+        routes = layer.routes(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
+        recorder.layers.setdefault(index, []).append(routes)
+        settings = layer.settings[name]
         if len(recorder.experts) < sum(settings.counts):
             numbered = zip(settings.table.groups[1:], settings.counts[1:], strict=True)
             own = [f"{group} {n}" if count > 1 else group for group, count in numbered for n in range(1, count + 1)]

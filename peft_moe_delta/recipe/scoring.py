@@ -32,7 +32,7 @@ score_tasks = partial(exact_match, batch_size=128)
 
 def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     """Score a checkpoint in a stock architecture."""
-    model, tokenizer = _ready(load_model(checkpoint), recipe), AutoTokenizer.from_pretrained(checkpoint)
+    model, tokenizer = ready(load_model(checkpoint), recipe), AutoTokenizer.from_pretrained(checkpoint)
     scores: dict[str, Any] = {"text": {}, "tasks": {}}
     with arithmetic(recipe):
         for code, language in recipe.languages.items():
@@ -45,7 +45,7 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(scores), encoding="utf-8")
 
 
-def _ready(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
+def ready(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
     """Experts as fast as they go on a CPU, with the same arithmetic.
 
     transformers runs an expert at a time ("eager") faster than all in one grouped product there; and of an expert's

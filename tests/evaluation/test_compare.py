@@ -7,7 +7,16 @@ import pytest
 
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation.bits_per_byte import TextScore
-from peft_moe_delta.evaluation.compare import compare, confusion_items, status_of, task_items, text_items, transfer
+from peft_moe_delta.evaluation.compare import (
+    all_pairs,
+    check_references,
+    compare,
+    confusion_items,
+    status_of,
+    task_items,
+    text_items,
+    transfer,
+)
 from peft_moe_delta.evaluation.confusion import ConfusionScore
 from peft_moe_delta.evaluation.exact_match import TaskScore
 
@@ -24,7 +33,7 @@ def items(bits, correct):
 
 def test_scores_and_differences_are_those_of_the_items():
     measured = {"before": items([8.0, 24.0], [1.0, 0.0]), "after": items([4.0, 12.0], [1.0, 1.0])}
-    scores, differences = compare(measured, GROUPS, ["before"])
+    scores, differences = compare(measured, GROUPS, all_pairs(measured, ["before"]))
     assert [(s.model, s.task, s.status, s.value, s.items) for s in scores] == [
         ("before", "held-out text", "expanded", 2.0, 2),
         ("before", "sorting", "original", 0.5, 2),
@@ -59,4 +68,4 @@ def test_a_language_is_original_expanded_or_unseen():
 
 def test_a_missing_reference_is_named():
     with pytest.raises(DataError, match=r"\['base'\], which are none of the models \['a'\]"):
-        compare({"a": items([1.0, 1.0], [0.0, 0.0])}, GROUPS, ["base"])
+        check_references(["a"], ["base"])
