@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-quick test test-slow bench cards lint wheel-test clean
+.PHONY: help demo demo-quick test test-slow test-browser bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -47,6 +47,11 @@ cards: $(INSTALLED)  ## the finished model cards again, with the figures of the 
 	  done; \
 	done
 	$(BIN)/peft-moe-delta card model_cards/*/
+
+test-browser: $(INSTALLED)  ## the report's page in a headless browser; installs Debian's chromium where there is none
+	@command -v chromium chromedriver >/dev/null || \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium chromium-driver >/dev/null; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: $(INSTALLED)  ## ruff's rules and formatting, and types
 	$(BIN)/ruff check .
