@@ -40,16 +40,18 @@ bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(RUN) $(BIN)/python $$script; done
 
-cards: $(INSTALLED)  ## the finished model cards again, with the figures of the demo's run where there is one
+cards: $(INSTALLED)  ## the finished model cards and the README's picture again, from the demo's run where there is one
 	@for card in model_cards/*/; do \
 	  for file in card.json report.json; do \
 	    made=build/demo/run/cards/$$(basename $$card)/$$file; if test -f $$made; then cp $$made $$card; fi; \
 	  done; \
+	  figure=build/demo/run/report/figures/retention_against_expansion.png; \
+	  if test -f $$figure; then cp $$figure $$card; fi; \
 	done
 	$(BIN)/peft-moe-delta card model_cards/*/
 
 test-browser: $(INSTALLED)  ## the report's page in a headless browser; installs Debian's chromium where there is none
-	@command -v chromium chromedriver >/dev/null || \
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium chromium-driver >/dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
