@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ def look(recipe: Recipe, models: Mapping[str, Path | str], base: Path | str, ada
         measured = Measured(model, AutoTokenizer.from_pretrained(checkpoint), str(checkpoint))
         size = sum(p.numel() for p in model.parameters())
         seen.models.append(Model(name=name, source=str(checkpoint), parameters=size))
-        seen.fertility.extend(fertility_rows(measured, name, texts))
+        if not seen.fertility:  # all models of a recipe have one tokenizer
+            seen.fertility.extend(fertility_rows(measured, name, texts))
         with arithmetic(recipe):
+            everything = [
+                prompt for asked in prompts.values() for prompt in asked
+            ]  # one batch: none is told its language
+            written = iter(generate(model, measured.tokenizer, everything, max_new_tokens=_WRITTEN))
             for code, asked in prompts.items():
-                answers[code][name] = generate(model, measured.tokenizer, asked, max_new_tokens=_WRITTEN)
+                answers[code][name] = [next(written) for _ in asked]
             if name == OURS:
                 _look_at_routes(recipe, measured, base, adapter, texts, seen)
     seen.generations.extend(side_by_side(prompts, answers))
@@ -67,7 +73,7 @@ def report(recipe: Recipe, scores: Mapping[str, Path], looked: Path) -> EvalRepo
     texts = {code: read_texts(language.test, _LOOKED_AT_BYTES) for code, language in recipe.languages.items()}
     seen = EvalReport.load(looked)
     return EvalReport(
-        models=seen.models,
+        models=[replace(row, tokens_per_second=_tokens_per_second(scores[row.name])) for row in seen.models],
         languages={code: status for code in groups if (status := status_of(code, groups))},
         references=references,
         scores=values,
@@ -91,6 +97,11 @@ def _items(recipe: Recipe, folder: Path) -> list[Items]:
     return [text_items(code, score) for code, score in text.items()] + [
         task_items(name, recipe.tasks[name].language, score) for name, score in tasks.items()
     ]
+
+
+def _tokens_per_second(folder: Path) -> float | None:
+    speed: float | None = json.loads((folder / FILE).read_text(encoding="utf-8")).get("tokens_per_second")
+    return speed
 
 
 def _prompts(recipe: Recipe, texts: Mapping[str, list[str]]) -> dict[str, list[str]]:
