@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from ..errors import DataError
 from ..evaluation import TaskSet, evaluate_languages
+from ..evaluation.figures import check_installed
 from ..evaluation.page import write_report
 from ..evaluation.table import markdown
 from ..recipe.data import read_tasks, read_texts
@@ -37,6 +38,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 
 def _evaluate(arguments: Namespace) -> str:
+    check_installed()
     models = _pairs("--model", arguments.model)
     texts = _pairs("--text", arguments.text)
     if not models or not texts:

@@ -5,6 +5,7 @@ In: `EvalReport`. Out: figures by name. Nothing is computed here: every point is
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -49,12 +50,9 @@ def figures(report: EvalReport) -> dict[str, Any]:
     Raises:
         DataError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise DataError(
-            'Drawing a report needs matplotlib, which is not installed. pip install "peft-moe-delta[eval]"'
-        ) from error
+    check_installed()
+    import matplotlib
+
     drawn: dict[str, Callable[[EvalReport], Any]] = {
         "scores": _scores,
         "retention_against_expansion": _retention_against_expansion,
@@ -64,6 +62,16 @@ def figures(report: EvalReport) -> dict[str, Any]:
     with matplotlib.rc_context(_STYLE):
         made = {name: draw(report) for name, draw in drawn.items()}
     return {name: figure for name, figure in made.items() if figure is not None}
+
+
+def check_installed() -> None:
+    """Ask before long work whether its report can be drawn.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DataError('Drawing a report needs matplotlib, which is not installed. pip install "peft-moe-delta[eval]"')
 
 
 def save_pngs(report: EvalReport, folder: Path) -> list[Path]:

@@ -112,6 +112,7 @@ def evaluate_languages(
     check_references(models, [*references, *(trained or ()), *(name for pair in agreement for name in pair)])
     if trained and not references:
         raise DataError("trained: a transfer matrix needs a reference to gain on. Name one in `references`.")
+    warnings = doubts(material)  # first: they need an extra that may be missing
     options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     rows, items, routing, tokens, fertile = [], {}, [], [], []
     answers: dict[str, dict[str, list[str]]] = {}
@@ -151,7 +152,7 @@ def evaluate_languages(
         generations=side_by_side(material.prompts, answers),
         transfer=transfer(items, trained, references[0]) if trained else [],
         fertility=fertile,
-        warnings=doubts(material),
+        warnings=warnings,
         command=command(),
         versions=versions(),
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation import EvalReport
+from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
 from . import cards, grafting, reporting, scoring, stages
 from .fields import Graft, Recipe, read_recipe
@@ -99,6 +100,7 @@ class Run:
 
     def report(self) -> EvalReport:
         """Every model, scored and looked at; written beside the steps as page, JSON and pictures."""
+        check_installed()
         models: dict[str, tuple[str, Path | str, Step]] = {
             BASE: ("base", self.base_model, self.base()),
             POST_TRAINED: ("post_trained", self.post_trained_model, self.post_trained()),

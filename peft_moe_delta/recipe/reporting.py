@@ -39,9 +39,10 @@ _WRITTEN = 24  # tokens of each continuation
 def look(recipe: Recipe, models: Mapping[str, Path | str], base: Path | str, adapter: Path, folder: Path) -> None:
     """Load every model once: what it writes, its size and its tokenizer, and where the grafted one's tokens go."""
     texts = {code: read_texts(language.test, _LOOKED_AT_BYTES) for code, language in recipe.languages.items()}
+    warnings = doubts(Material(texts=texts))
     prompts = _prompts(recipe, texts)
     answers: dict[str, dict[str, list[str]]] = {code: {} for code in prompts}
-    seen = EvalReport(models=[], languages={})
+    seen = EvalReport(models=[], languages={}, warnings=warnings)
     for name, checkpoint in models.items():
         model = ready(load_model(checkpoint), recipe)
         measured = Measured(model, AutoTokenizer.from_pretrained(checkpoint), str(checkpoint))
@@ -70,7 +71,6 @@ def report(recipe: Recipe, scores: Mapping[str, Path], looked: Path) -> EvalRepo
     pairs = [(name, POST_TRAINED) for name in items if name != POST_TRAINED]
     pairs += [(OURS, reference) for reference in references[1:]]
     values, differences = compare(items, groups, pairs)
-    texts = {code: read_texts(language.test, _LOOKED_AT_BYTES) for code, language in recipe.languages.items()}
     seen = EvalReport.load(looked)
     return EvalReport(
         models=[replace(row, tokens_per_second=_tokens_per_second(scores[row.name])) for row in seen.models],
@@ -83,7 +83,7 @@ def report(recipe: Recipe, scores: Mapping[str, Path], looked: Path) -> EvalRepo
         tokens=seen.tokens,
         generations=seen.generations,
         fertility=seen.fertility,
-        warnings=doubts(Material(texts=texts)),
+        warnings=seen.warnings,
         command=command(),
         versions=versions(),
     )
