@@ -45,8 +45,8 @@ cards: $(INSTALLED)  ## the finished model cards and the README's picture again,
 	  for file in card.json report.json; do \
 	    made=build/demo/run/cards/$$(basename $$card)/$$file; if test -f $$made; then cp $$made $$card; fi; \
 	  done; \
-	  figure=build/demo/run/report/figures/retention_against_expansion.png; \
-	  if test -f $$figure; then cp $$figure $$card; fi; \
+	  figure=build/demo/run/report/figures/scores.png; \
+	  if test -f $$figure && test -f $$card/scores.png; then cp $$figure $$card; fi; \
 	done
 	$(BIN)/peft-moe-delta card model_cards/*/
 
