@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-quick test test-slow bench cards lint wheel-test clean
+.PHONY: help demo demo-quick test test-slow test-browser bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,13 +40,20 @@ bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(RUN) $(BIN)/python $$script; done
 
-cards: $(INSTALLED)  ## the finished model cards again, with the figures of the demo's run where there is one
+cards: $(INSTALLED)  ## the finished model cards and the README's picture again, from the demo's run where there is one
 	@for card in model_cards/*/; do \
 	  for file in card.json report.json; do \
 	    made=build/demo/run/cards/$$(basename $$card)/$$file; if test -f $$made; then cp $$made $$card; fi; \
 	  done; \
+	  figure=build/demo/run/report/figures/scores.png; \
+	  if test -f $$figure && test -f $$card/scores.png; then cp $$figure $$card; fi; \
 	done
 	$(BIN)/peft-moe-delta card model_cards/*/
+
+test-browser: $(INSTALLED)  ## the report's page in a headless browser; installs Debian's chromium where there is none
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium chromium-driver >/dev/null; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
 
 lint: $(INSTALLED)  ## ruff's rules and formatting, and types
 	$(BIN)/ruff check .

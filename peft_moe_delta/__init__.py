@@ -6,6 +6,7 @@ Importing this package registers its tuner with PEFT: `get_peft_model(model, Moe
 from .allocation import allocate_experts, group_languages
 from .delta import PostTrainingDelta
 from .errors import PeftMoeDeltaError
+from .evaluation import EvalReport, TaskSet, evaluate_languages
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
 from .plan import ExpertPlan
@@ -19,6 +20,7 @@ register()
 __version__ = "0.1.0"
 __all__ = [
     "AuxiliaryLossMixin",
+    "EvalReport",
     "ExpertPlan",
     "LanguageCollator",
     "LanguageTable",
@@ -28,7 +30,9 @@ __all__ = [
     "PostTrainingDelta",
     "RouterStatistics",
     "RoutingCallback",
+    "TaskSet",
     "allocate_experts",
+    "evaluate_languages",
     "extend_vocabulary",
     "fit_routers",
     "group_languages",

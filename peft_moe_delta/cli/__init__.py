@@ -11,7 +11,7 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import explain, graft, mix, pipeline, publish
+from . import evaluate, explain, graft, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -19,6 +19,7 @@ COMMANDS: tuple[Command, ...] = (
     *mix.COMMANDS,
     *graft.COMMANDS,
     *explain.COMMANDS,
+    *evaluate.COMMANDS,
     *publish.COMMANDS,
 )
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from ..evaluation.table import markdown
 from ..hub import push_to_hub
 from ..hub.card import CARD_FILE
-from ..recipe import Run, read_recipe
+from ..recipe import OURS, Run, read_recipe
 from .command import Command
 from .publish import card_files
 
@@ -18,14 +19,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _run(arguments: Namespace) -> str:
     run = Run(read_recipe(arguments.recipe, quick=arguments.quick))
-    table = run.table()
-    cards = run.cards(table)
-    lines = [table.text(), ""]
+    report = run.report()
+    cards = run.cards(report)
+    lines = [markdown(report, OURS), ""]
     if run.recipe.push is not None:
         files = card_files(cards[0]) if cards else None
         address = push_to_hub(run.grafted().folder, run.recipe.push, extra_files=files)
         lines.append(f"The stock checkpoint went to {address}.")
     lines += [f"A model card: {folder / CARD_FILE}" for folder in cards]
+    lines.append(f"The report with its pictures: {run.page}")
     lines.append(f"Everything is in {run.recipe.output}; the stock checkpoint is {run.grafted().folder}.")
     return "\n".join(lines)
 
@@ -36,6 +38,6 @@ def _train(arguments: Namespace) -> str:
 
 
 COMMANDS = (
-    Command("run", "the whole job: train, graft, score, and print the table", _add_arguments, _run),
+    Command("run", "the whole job: train, graft, score, and write the report", _add_arguments, _run),
     Command("train", "the adapter alone: expansion and, where the recipe has one, review", _add_arguments, _train),
 )

@@ -2,18 +2,26 @@
 
 from .bits_per_byte import TextScore, bits_per_byte
 from .bootstrap import Interval, bootstrap_interval, paired_difference
+from .confusion import ConfusionScore, language_confusion
 from .exact_match import TaskScore, encode_task, exact_match
 from .fertility import Fertility, fertility
+from .measure import TaskSet, evaluate_languages
+from .report import EvalReport
 
 __all__ = [
+    "ConfusionScore",
+    "EvalReport",
     "Fertility",
     "Interval",
     "TaskScore",
+    "TaskSet",
     "TextScore",
     "bits_per_byte",
     "bootstrap_interval",
     "encode_task",
+    "evaluate_languages",
     "exact_match",
     "fertility",
+    "language_confusion",
     "paired_difference",
 ]

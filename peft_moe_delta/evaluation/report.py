@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -167,7 +168,7 @@ class TokenView:
 class Generation:
     """What models wrote, greedily, after the same prompt: model -> text."""
 
-    language: str
+    language: str | None
     prompt: str
     answers: dict[str, str]
 
@@ -250,7 +251,7 @@ class EvalReport:
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {"format": FORMAT, **asdict(self)}
-        path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        path.write_text("{\n" + ",\n".join(map(_as_text, data.items())) + "\n}\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -277,7 +278,7 @@ class EvalReport:
                 "Update peft-moe-delta."
             )
         try:
-            rows = {name: [kind(**row) for row in data.pop(name, [])] for name, kind in _ROWS.items()}
+            rows: dict[str, Any] = {name: [kind(**row) for row in data.pop(name, [])] for name, kind in _ROWS.items()}
             return cls(**rows, **data)
         except (TypeError, AttributeError) as error:
             raise DataError(f"{path} is no whole report: {error}. `peft-moe-delta evaluate` writes it anew.") from error
@@ -294,6 +295,15 @@ _ROWS: dict[str, Any] = {
     "transfer": Transfer,
     "fertility": Fertility,
 }
+
+
+def _as_text(item: tuple[str, Any]) -> str:
+    """A field of the file, a row a line: readable, and a change shows where it is."""
+    key, value = item
+    write = partial(json.dumps, ensure_ascii=False, allow_nan=False)
+    if key in _ROWS and value:
+        return f"{write(key)}: [\n " + ",\n ".join(map(write, value)) + "\n]"
+    return f"{write(key)}: {write(value)}"
 
 
 def _key(row: Score | Difference) -> tuple[str, str, str | None]:

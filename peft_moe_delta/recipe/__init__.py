@@ -1,7 +1,7 @@
-"""A pipeline from a file: base model, text and tasks in; a grafted stock checkpoint and a table of what it gained out.
+"""A pipeline from a file: base model, text and tasks in; a grafted stock checkpoint and a report of what it gained out.
 
 - `fields`: what the file says; `workspace`: steps whose results are kept; `data`: texts and tasks
-- `stages`: the steps that train; `grafting`: the graft, tried out; `scoring`, `table`: what came of it
+- `stages`: the steps that train; `grafting`: the graft, tried out; `scoring`, `reporting`: what came of it
 - `cards`: what to tell others about it
 """
 
@@ -11,12 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from . import cards, grafting, scoring, stages
+from ..evaluation import EvalReport
+from ..evaluation.figures import check_installed
+from ..evaluation.page import PAGE, write_report
+from . import cards, grafting, reporting, scoring, stages
 from .fields import Graft, Recipe, read_recipe
-from .table import BASE, DENSE, OURS, OURS_WHOLE, POST_TRAINED, Table
+from .reporting import BASE, DENSE, OURS, OURS_WHOLE, POST_TRAINED
 from .workspace import Step, Workspace, file_hash, model_identity
 
-__all__ = ["Recipe", "Run", "Table", "read_recipe"]
+__all__ = ["OURS", "Recipe", "Run", "read_recipe"]
 
 
 class Run:
@@ -95,8 +98,9 @@ class Run:
             ),
         )
 
-    def table(self) -> Table:
-        """Every model of the table, scored; saved beside the steps."""
+    def report(self) -> EvalReport:
+        """Every model, scored and looked at; written beside the steps as page, JSON and pictures."""
+        check_installed()
         models: dict[str, tuple[str, Path | str, Step]] = {
             BASE: ("base", self.base_model, self.base()),
             POST_TRAINED: ("post_trained", self.post_trained_model, self.post_trained()),
@@ -109,11 +113,17 @@ class Run:
             whole = self.grafted("grafted_whole", replace(self.recipe.graft, expert_scale=1.0))
             models[OURS_WHOLE] = ("grafted_whole", whole.folder, whole)
         models[OURS] = ("grafted", ours.folder, ours)
-        table = Table({row: self._scores(*model).folder for row, model in models.items()})
-        table.save(self.workspace.output)
-        return table
+        scores = {row: self._scores(*model).folder for row, model in models.items()}
+        report = reporting.report(self.recipe, scores, self._looked(models).folder)
+        write_report(report, self.page.parent)
+        return report
 
-    def cards(self, table: Table) -> list[Path]:
+    @property
+    def page(self) -> Path:
+        """Where the report is to be read."""
+        return self.workspace.output / "report" / PAGE
+
+    def cards(self, report: EvalReport) -> list[Path]:
         """The folders of the model cards, the stock checkpoint's first; none where the recipe has no `card`."""
         if self.recipe.card is None:
             return []
@@ -128,7 +138,7 @@ class Run:
                 "expansion": self.expanded(),
                 "review": self.adapter(),
             },
-            report=table.report({code: language.group for code, language in self.recipe.languages.items()}),
+            report=replace(report, routing=[], agreement=[], tokens=[], generations=[]),  # what a card has no room for
         )
 
     @property
@@ -145,6 +155,16 @@ class Run:
         recipe = self.recipe
         depends_on = {"model": step, "text": self._text(), "tasks": self._task_files(), "limits": recipe.limits}
         return self._step(f"scores/{name}", depends_on, lambda folder: scoring.score(recipe, checkpoint, folder))
+
+    def _looked(self, models: dict[str, tuple[str, Path | str, Step]]) -> Step:
+        recipe, adapter = self.recipe, self.adapter()
+        places = {row: place for row, (_, place, _) in models.items()}
+        depends_on = {"models": {row: step for row, (_, _, step) in models.items()}, "adapter": adapter}
+        return self._step(
+            "looked",
+            depends_on | {"text": self._text(), "tasks": self._task_files()},
+            lambda folder: reporting.look(recipe, places, self.base_model, adapter.folder, folder),
+        )
 
     def _text(self) -> dict[str, Any]:
         """Languages with the hashes of their files."""

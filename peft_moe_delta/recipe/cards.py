@@ -15,8 +15,8 @@ from ..evaluation.report import EvalReport
 from ..hub import CardFacts, licence_of, write_card
 from ..hub.card import public_name
 from .fields import Card, Recipe, Training, Tuning
+from .reporting import OURS
 from .stages import LOG_FILE
-from .table import OURS
 from .workspace import RECORD, Step
 
 

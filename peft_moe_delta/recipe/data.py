@@ -58,7 +58,7 @@ def existing(path: str | Path) -> Path:
 
 def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Numbered objects of a jsonl file, at least one."""
-    number = 0
+    number, found = 0, False
     try:
         with existing(path).open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
@@ -66,8 +66,9 @@ def _lines(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     line = json.loads(text)
                     if not isinstance(line, dict):
                         raise DataError(f"{path}, line {number}: expected an object; got {type(line).__name__}.")
+                    found = True
                     yield number, line
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path}, after line {number}: not a jsonl file in UTF-8: {error}") from error
-    if number == 0:
+    if not found:
         raise DataError(f"{path} is empty.")

@@ -31,10 +31,11 @@ class Language:
 
 @dataclass(frozen=True)
 class Tasks:
-    """A set of tasks with exact answers: jsonl files with `prompt` and `answer`."""
+    """A set of tasks with exact answers: jsonl files with `prompt` and `answer`; and the language they are about."""
 
     test: str
     validation: str | None = None
+    language: str | None = None
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,14 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
         return dict(expert_weights(self.experts(adapter_name)[expert], self.base_layer))
 
+    def routes(self, adapter_name: str, x_TD: Tensor) -> Routes:
+        """Where tokens go, of all the adapter's experts; the forward pass under way knows their languages."""
+        settings = self.settings[adapter_name]
+        groups = self.context.state(len(x_TD), False).groups(settings.table, x_TD.device)
+        sets_T, allowed = self._sets(settings, groups, x_TD, adapter_name)
+        allowed_TE = None if sets_T is None else constant(allowed, x_TD.device)[sets_T]
+        return choose_experts(self.router(adapter_name)(x_TD), settings.config.experts_per_token, allowed_TE)
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         name = next((a for a in self.active_adapters if a in self.settings), None)
         if self.disable_adapters or name is None:

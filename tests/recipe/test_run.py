@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
-from peft_moe_delta.recipe import Run, read_recipe
+from peft_moe_delta.evaluation import EvalReport
+from peft_moe_delta.recipe import OURS, Run, read_recipe
 
 
 def test_the_whole_job(recipe_fields, write_recipe, capsys):
@@ -21,11 +22,20 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     for row in ("base", "post-trained", "dense continual", "ours, experts as trained", "ours, grafted"):
         assert f"| {row}" in printed
     output = Path(recipe_fields["output"])
-    table = json.loads((output / "table.json").read_text())
-    figure = table["figures"]["ours, grafted"]["hu bits/byte"]
-    assert figure["low"] <= figure["value"] <= figure["high"]
-    assert "ours, grafted - post-trained" in table["differences"]
-    assert (output / "table.md").read_text() in printed + "\n"
+    report = EvalReport.load(output / "report")
+    hungarian = next(c for c in report.columns() if c.language == "hu")
+    score = report.score(OURS, hungarian)
+    assert score.low <= score.value <= score.high
+    kept_scores = json.loads((output / "scores/grafted/scores.json").read_text())["text"]["hu"]
+    assert score.value == sum(kept_scores["bits"]) / sum(kept_scores["bytes"])  # nothing is scored twice
+    assert f"{score.value:.3f} [{score.low:.3f}" in printed
+    assert report.difference(OURS, "post-trained", hungarian) is not None
+    assert {row.language for row in report.routing} == {"en", "hu", "el"}
+    assert report.routing[0].experts == ["expert 0", "hu_group", "el_group"]
+    assert [row.reference for row in report.agreement] == ["its adapter before the graft"] * 3
+    assert all(list(row.answers) == [model.name for model in report.models] for row in report.generations)
+    assert (output / "report/report.html").is_file()
+    assert (output / "report/figures/retention_against_expansion.png").is_file()
 
     stock = AutoModelForCausalLM.from_pretrained(output / "grafted")
     assert stock.config.model_type == "mixtral"
@@ -39,10 +49,7 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     metadata = ModelCard.load(card).data
     assert (metadata.license, metadata.base_model, metadata.language) == ("mit", ["org/base"], ["en", "hu", "el"])
     rows = {row.dataset_config or row.dataset_name: row.metric_value for row in metadata.eval_results}
-    assert rows == {
-        **{code: table["figures"]["ours, grafted"][f"{code} bits/byte"]["value"] for code in ("en", "hu", "el")},
-        "saying": table["figures"]["ours, grafted"]["saying"]["value"],
-    }
+    assert rows == {(column.language or column.task): report.score(OURS, column).value for column in report.columns()}
     facts = json.loads((output / "cards/pico/card.json").read_text())
     assert [row["stage"] for row in facts["training"]] == ["post-training", "expansion", "review"]
     assert all("last_loss" in row for row in facts["training"])

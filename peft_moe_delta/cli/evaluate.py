@@ -1,0 +1,85 @@
+"""`evaluate`: any number of models on the same held-out material, into a report with pictures."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..errors import DataError
+from ..evaluation import TaskSet, evaluate_languages
+from ..evaluation.figures import check_installed
+from ..evaluation.page import write_report
+from ..evaluation.table import markdown
+from ..recipe.data import read_tasks, read_texts
+from .command import Command
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    add = partial(parser.add_argument, action="append", default=[])
+    add("--model", metavar="NAME=MODEL", help="a folder or Hub id of a model or adapter; the last one is yours")
+    add("--text", metavar="LANGUAGE=FILE", help="held-out text: jsonl with `text`")
+    add("--group", metavar="LANGUAGE=GROUP", help="`original` or another (default: as the adapters say)")
+    add("--tasks", metavar="NAME=FILE", help="tasks with exact answers: jsonl with `prompt` and `answer`")
+    add("--task-language", metavar="NAME=LANGUAGE", help="the language that tasks are about")
+    add("--prompts", metavar="LANGUAGE=FILE", help="jsonl with `text`: prompts whose answers should be in it")
+    add("--reference", metavar="NAME", help="a model to compare with, the one for retention first")
+    add("--trained", metavar="NAME=LANGUAGES", help="what a model was trained on (hu,el): adds the transfer matrix")
+    add("--agreement", metavar="NAME=NAME", help="two models of one plan whose routes to compare")
+    parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
+    parser.add_argument("--limit-bytes", type=int, help="of each language's text (default: all)")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens a window of text (default: 512)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: 8)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: 64)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for report.json, report.html and figures")
+
+
+def _evaluate(arguments: Namespace) -> str:
+    check_installed()
+    models = _pairs("--model", arguments.model)
+    texts = _pairs("--text", arguments.text)
+    if not models or not texts:
+        raise DataError("evaluate needs at least one --model NAME=MODEL and one --text LANGUAGE=FILE.")
+    about = _pairs("--task-language", arguments.task_language)
+    tasks = {name: TaskSet(read_tasks(f), about.get(name)) for name, f in _pairs("--tasks", arguments.tasks).items()}
+    report = evaluate_languages(
+        models,
+        {code: read_texts(file, arguments.limit_bytes) for code, file in texts.items()},
+        languages=_pairs("--group", arguments.group) or None,
+        references=arguments.reference,
+        tasks=tasks,
+        prompts={code: read_texts(file) for code, file in _pairs("--prompts", arguments.prompts).items()},
+        trained={name: codes.split(",") for name, codes in _pairs("--trained", arguments.trained).items()},
+        agreement=list(_pairs("--agreement", arguments.agreement).items()),
+        chat=arguments.chat,
+        max_length=arguments.max_length,
+        batch_size=arguments.batch_size,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=partial(tqdm, leave=False),
+    )
+    page = write_report(report, arguments.output)
+    doubts = [f"warning: {warning}" for warning in report.warnings]
+    return "\n".join([markdown(report, report.models[-1].name), "", *doubts, f"The report: {page}"])
+
+
+def _pairs(option: str, values: Iterable[str]) -> dict[str, str]:
+    """`NAME=VALUE` arguments, in order.
+
+    Raises:
+        DataError: one has another form, or a name comes twice.
+    """
+    pairs: dict[str, str] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value) or name in pairs:
+            raise DataError(f"{option} takes NAME=VALUE, each name once; got {text!r}.")
+        pairs[name] = value
+    return pairs
+
+
+COMMANDS = (
+    Command("evaluate", "models side by side: a report of what they gained and lost", _add_arguments, _evaluate),
+)

@@ -1,0 +1,84 @@
+"""What a model writes: greedy continuations of prompts.
+
+In: prompts, as they are or through the tokenizer's chat template. Out: one text a prompt, without the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ..errors import DataError
+from .forward import Progress, batches_by_length, evaluating
+
+
+def generate(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    language: str | None = None,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[str]:
+    """Continue every prompt greedily until the model ends it or `max_new_tokens` are written.
+
+    `language` is handed to the model when given; `chat` puts prompts through the tokenizer's chat template.
+
+    Raises:
+        DataError: `chat`, and the tokenizer has no chat template; or no prompts.
+    """
+    if isinstance(prompts, str) or len(prompts) == 0:
+        raise DataError("prompts: expected a list with at least one text. Pass what the model is to continue.")
+    if chat and tokenizer.chat_template is None:
+        raise DataError("The tokenizer has no chat template. Set tokenizer.chat_template, or pass chat=False.")
+    rows = [_encode(tokenizer, prompt, chat) for prompt in prompts]
+    written = [""] * len(rows)
+    with evaluating(model):
+        batches = batches_by_length([len(row) for row in rows], batch_size)
+        for batch in progress(batches) if progress else batches:
+            texts = _continue(model, tokenizer, [rows[index] for index in batch], language, max_new_tokens)
+            for index, text in zip(batch, texts, strict=True):
+                written[index] = text
+    return written
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return beginning + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def _continue(
+    model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], language: str | None, max_new_tokens: int
+) -> list[str]:
+    """One batch, padded on the left; the padding's id does not matter, as it is masked."""
+    longest = max(len(row) for row in rows)
+    padding = tokenizer.eos_token_id or 0
+    input_ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    device = next(model.parameters()).device
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=_ends(model, tokenizer), pad_token_id=padding
+    )
+    options = {} if language is None else {"language": language}
+    output = model.generate(
+        input_ids=input_ids.to(device), attention_mask=mask.to(device), generation_config=config, **options
+    )
+    return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
+
+
+def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end a text: the model's own, as chat models have several, and the tokenizer's."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [own]
+    return sorted({end for end in (*listed, tokenizer.eos_token_id) if end is not None})

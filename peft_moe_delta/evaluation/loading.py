@@ -1,0 +1,99 @@
+"""A model to be measured, from whatever a user has: a folder, a Hub id, an adapter, or a model in memory.
+
+In: one of these. Out: the model, its tokenizer, and which language to name when it is called.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from ..errors import CheckpointError
+from ..languages import ORIGINAL_GROUP
+from ..tuner import MoeDeltaLayer
+
+ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
+
+Source = str | Path | tuple[Any, PreTrainedTokenizerBase]
+"""A folder or Hub id of a model or adapter; or a model in memory with its tokenizer."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model that is ready to be measured.
+
+    Attributes:
+        model: in whatever form; its weights are not changed.
+        tokenizer: its own.
+        source: where it came from, None for one in memory.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    source: str | None
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Language -> group of an adapter of this package; empty for other models."""
+        table = self._table()
+        return {} if table is None else {c: table.groups[g] for c, g in zip(table.codes, table.group_of, strict=True)}
+
+    def spoken(self, language: str) -> str | None:
+        """The language to name in a call: itself where the routing needs it and knows it, an original one (expert 0)
+        where the routing needs one and does not know it, None where it needs none."""
+        table = self._table()
+        if table is None or not _settings(self.model).config.routing_rule.needs_language:
+            return None
+        if language in table.codes:
+            return language
+        return next(iter(table.members(ORIGINAL_GROUP)), table.codes[0])
+
+    def _table(self) -> Any:
+        settings = _settings(self.model)
+        return None if settings is None else settings.table
+
+
+def load(source: Source) -> Measured:
+    """A model with its tokenizer, in the dtype it is stored in; on the first GPU where there is one.
+
+    Raises:
+        CheckpointError: no such folder or repository, or no tokenizer with it.
+    """
+    if isinstance(source, tuple):
+        return Measured(*source, source=None)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(str(source)))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"Cannot load a model with its tokenizer from {str(source)!r}: {error}. Give a folder that save_pretrained "
+            "wrote, or a Hub id."
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Measured(model.to(device), tokenizer, str(source))  # type: ignore[arg-type]  # `to` loses its self
+
+
+def _with_tokenizer(source: str) -> str:
+    """The folder or id itself, or the base model of an adapter that was saved without a tokenizer."""
+    if cached_file(source, TOKENIZER_CONFIG, _raise_exceptions_for_missing_entries=False) is not None:
+        return source
+    config = cached_file(source, ADAPTER_CONFIG, _raise_exceptions_for_missing_entries=False)
+    if config is None:
+        return source
+    base: str = json.loads(Path(config).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    return base
+
+
+def _settings(model: Any) -> Any:
+    """The settings of an adapter's first layer; None for other models."""
+    for module in model.modules():
+        if isinstance(module, MoeDeltaLayer) and not module.disable_adapters:
+            name = next((a for a in module.active_adapters if a in module.settings), None)
+            return None if name is None else module.settings[name]
+    return None

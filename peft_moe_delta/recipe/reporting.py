@@ -1,0 +1,143 @@
+"""The report that a recipe ends with, from the scores its steps have kept: nothing is scored twice.
+
+In: the scores of each model, and a short look at each model (routing, tokens, what it writes). Out: `EvalReport`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from ..evaluation import EvalReport, TaskScore, TextScore
+from ..evaluation.compare import Items, compare, status_of, task_items, text_items
+from ..evaluation.generation import generate
+from ..evaluation.loading import Measured
+from ..evaluation.measure import Material, command, doubts, fertility_rows, look_at_routing, side_by_side, versions
+from ..evaluation.report import Model
+from ..evaluation.routes import route_agreement
+from .data import read_tasks, read_texts
+from .fields import Recipe
+from .scoring import FILE, arithmetic, ready
+from .stages import load_model
+
+BASE, POST_TRAINED, DENSE = "base", "post-trained", "dense continual pre-training + delta"
+OURS_WHOLE, OURS = "ours, experts as trained", "ours, grafted"
+
+_LOOKED_AT_BYTES = 1500  # of each language's text, for routing
+_PROMPTS = 2  # of each set of tasks
+_BEGINNING = 60  # characters of a document that models continue
+_WRITTEN = 24  # tokens of each continuation
+
+
+def look(recipe: Recipe, models: Mapping[str, Path | str], base: Path | str, adapter: Path, folder: Path) -> None:
+    """Load every model once: what it writes, its size and its tokenizer, and where the grafted one's tokens go."""
+    texts = {code: read_texts(language.test, _LOOKED_AT_BYTES) for code, language in recipe.languages.items()}
+    warnings = doubts(Material(texts=texts))
+    prompts = _prompts(recipe, texts)
+    answers: dict[str, dict[str, list[str]]] = {code: {} for code in prompts}
+    seen = EvalReport(models=[], languages={}, warnings=warnings)
+    for name, checkpoint in models.items():
+        model = ready(load_model(checkpoint), recipe)
+        measured = Measured(model, AutoTokenizer.from_pretrained(checkpoint), str(checkpoint))
+        size = sum(p.numel() for p in model.parameters())
+        seen.models.append(Model(name=name, source=str(checkpoint), parameters=size))
+        if not seen.fertility:  # all models of a recipe have one tokenizer
+            seen.fertility.extend(fertility_rows(measured, name, texts))
+        with arithmetic(recipe):
+            everything = [
+                prompt for asked in prompts.values() for prompt in asked
+            ]  # one batch: none is told its language
+            written = iter(generate(model, measured.tokenizer, everything, max_new_tokens=_WRITTEN))
+            for code, asked in prompts.items():
+                answers[code][name] = [next(written) for _ in asked]
+            if name == OURS:
+                _look_at_routes(recipe, measured, base, adapter, texts, seen)
+    seen.generations.extend(side_by_side(prompts, answers))
+    seen.save(folder)
+
+
+def report(recipe: Recipe, scores: Mapping[str, Path], looked: Path) -> EvalReport:
+    """Everything about the models, in the order of `scores`: model -> folder of its scores."""
+    groups = {code: language.group for code, language in recipe.languages.items()}
+    items = {name: _items(recipe, folder) for name, folder in scores.items()}
+    references = [name for name in (POST_TRAINED, BASE, DENSE, OURS_WHOLE) if name in items]
+    pairs = [(name, POST_TRAINED) for name in items if name != POST_TRAINED]
+    pairs += [(OURS, reference) for reference in references[1:]]
+    values, differences = compare(items, groups, pairs)
+    seen = EvalReport.load(looked)
+    return EvalReport(
+        models=[replace(row, tokens_per_second=_tokens_per_second(scores[row.name])) for row in seen.models],
+        languages={code: status for code in groups if (status := status_of(code, groups))},
+        references=references,
+        scores=values,
+        differences=differences,
+        routing=seen.routing,
+        agreement=seen.agreement,
+        tokens=seen.tokens,
+        generations=seen.generations,
+        fertility=seen.fertility,
+        warnings=seen.warnings,
+        command=command(),
+        versions=versions(),
+    )
+
+
+def _items(recipe: Recipe, folder: Path) -> list[Items]:
+    """The kept scores of one model."""
+    kept: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    text = {code: TextScore(np.array(s["bits"]), np.array(s["bytes"])) for code, s in kept["text"].items()}
+    tasks = {name: TaskScore(np.array(correct)) for name, correct in kept["tasks"].items()}
+    return [text_items(code, score) for code, score in text.items()] + [
+        task_items(name, recipe.tasks[name].language, score) for name, score in tasks.items()
+    ]
+
+
+def _tokens_per_second(folder: Path) -> float | None:
+    speed: float | None = json.loads((folder / FILE).read_text(encoding="utf-8")).get("tokens_per_second")
+    return speed
+
+
+def _prompts(recipe: Recipe, texts: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """By language: beginnings of held-out documents, and prompts of tasks that are in a language."""
+    prompts: dict[str, list[str]] = {}
+    for code, documents in texts.items():
+        longest = max(documents, key=len)
+        prompts[code] = [longest[:_BEGINNING].rsplit(" ", 1)[0]]
+    for tasks in recipe.tasks.values():
+        if tasks.language in prompts:
+            prompts[tasks.language] += [task["prompt"] for task in read_tasks(tasks.test, _PROMPTS)]
+    return prompts
+
+
+def _look_at_routes(
+    recipe: Recipe, ours: Measured, base: Path | str, adapter: Path, texts: Mapping[str, list[str]], seen: EvalReport
+) -> None:
+    """Routing of the grafted model, and how often it agrees with the adapter before the graft."""
+    before = PeftModel.from_pretrained(load_model(base), adapter)
+    numbered = {
+        group: count if isinstance(count, int) else max(count) for group, count in recipe.adapter.experts.items()
+    }
+    names = [f"{g} {n}" if count > 1 else g for g, count in numbered.items() for n in range(1, count + 1)]
+    routing, views = look_at_routing(ours, OURS, texts, ["expert 0", *names])
+    seen.routing.extend(routing)
+    seen.tokens.extend(views)
+    speaking = Measured(before, ours.tokenizer, None)
+    for code, documents in texts.items():
+        agreement = route_agreement(
+            ours.model,
+            before,
+            ours.tokenizer,
+            documents,
+            names=(OURS, "its adapter before the graft"),
+            language=code,
+            spoken=(None, speaking.spoken(code)),
+        )
+        if agreement is not None:
+            seen.agreement.append(agreement)

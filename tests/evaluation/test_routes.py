@@ -1,0 +1,78 @@
+"""Routing shares of adapters and stock models, against hand-made routers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from builders import moe_layers, perturbed, pico, upcycle
+from peft_moe_delta.evaluation.routes import route_agreement, routing_by_language, token_view
+
+TEXTS = ["the thing", "thin"]
+
+
+@pytest.fixture
+def model(byte_tokenizer):
+    return upcycle(pico(vocab_size=len(byte_tokenizer)), trained=True)
+
+
+def test_a_model_without_routers_gives_no_rows(byte_tokenizer):
+    dense = pico(vocab_size=len(byte_tokenizer))
+    options = {"name": "dense", "language": "en"}
+    assert routing_by_language(dense, byte_tokenizer, TEXTS, **options) is None
+    assert token_view(dense, byte_tokenizer, "thin", **options) is None
+
+
+def test_routing_by_language_sends_a_group_to_its_own_experts(byte_tokenizer):
+    model = upcycle(pico(vocab_size=len(byte_tokenizer)), trained=True, routing="language", top_k=2)
+    options = {"name": "ours"}
+    row = routing_by_language(model, byte_tokenizer, TEXTS, language="hu", spoken="hu", **options)
+    assert row.experts == ["expert 0", "uralic 1", "uralic 2", "turkic"]
+    assert row.shares == [[0.0, 0.5, 0.5, 0.0]] * 2  # top 2 of the group's two
+    assert row.tokens == len("the thing") + len("thin") - 3  # "th" is one token
+    row = routing_by_language(model, byte_tokenizer, TEXTS, language="en", spoken="en", **options)
+    assert row.shares == [[1.0, 0.0, 0.0, 0.0]] * 2
+    assert row.entropy == [0.0, 0.0]
+
+
+def test_an_undecided_router_has_the_entropy_of_a_fair_die(model, byte_tokenizer):
+    for layer in moe_layers(model):
+        layer.moe_delta_router["default"].weight.data.zero_()
+    row = routing_by_language(model, byte_tokenizer, TEXTS, name="ours", language="hu")
+    assert row.entropy == pytest.approx([2.0, 2.0])  # four experts
+
+
+def test_padding_is_not_counted(model, byte_tokenizer):
+    options = {"name": "ours", "language": "hu"}
+    both = routing_by_language(model, byte_tokenizer, TEXTS, **options)
+    alone = [routing_by_language(model, byte_tokenizer, [text], **options) for text in TEXTS]
+    for index in range(2):
+        expected = sum(torch.tensor(row.shares[index]) * row.tokens for row in alone) / both.tokens
+        assert both.shares[index] == pytest.approx(expected.tolist())
+
+
+def test_an_export_routes_as_its_adapter_does(model, byte_tokenizer):
+    post_trained = perturbed(pico(vocab_size=len(byte_tokenizer)))
+    stock, model = model.merge_and_graft(copy.deepcopy(post_trained)), model.graft(post_trained)
+    options = {"language": "hu"}
+    ours = routing_by_language(model, byte_tokenizer, TEXTS, name="a", **options)
+    theirs = routing_by_language(stock, byte_tokenizer, TEXTS, name="a", experts=ours.experts, **options)
+    assert theirs.shares == ours.shares
+    assert theirs.entropy == pytest.approx(ours.entropy, abs=1e-5)
+    arguments = {"names": ("a", "b"), "language": "hu"}
+    assert route_agreement(stock, model, byte_tokenizer, TEXTS, **arguments).shares == [1.0, 1.0]
+    other = copy.deepcopy(model)
+    for layer in moe_layers(other):
+        layer.moe_delta_router["default"].weight.data.neg_()
+    assert max(route_agreement(other, model, byte_tokenizer, TEXTS, **arguments).shares) < 1.0
+
+
+def test_the_token_view_is_the_text_with_its_probabilities(model, byte_tokenizer):
+    view = token_view(model, byte_tokenizer, "thé end", name="ours", language="hu")
+    assert "".join(view.tokens) == "thé end"
+    assert view.tokens[:3] == ["th", "", "é"]  # two bytes: the first cannot be shown
+    assert len(view.probabilities) == 2
+    for layer in view.probabilities:
+        assert [sum(token) for token in layer] == pytest.approx([1.0] * len(view.tokens), abs=1e-3)
