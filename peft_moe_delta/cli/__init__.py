@@ -11,7 +11,7 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import evaluate, mix, pipeline, publish
+from . import evaluate, harness, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -19,6 +19,7 @@ COMMANDS: tuple[Command, ...] = (
     *mix.COMMANDS,
     *evaluate.COMMANDS,
     *publish.COMMANDS,
+    *harness.COMMANDS,
 )
 
 
