@@ -10,14 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from builders import perturbed, randomise_experts, upcycle
 from evaluation.sample_report import sample_report
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError, LanguageError
-from peft_moe_delta.evaluation import bits_per_byte
+from peft_moe_delta.evaluation import bits_per_byte, encode_task, exact_match
 from peft_moe_delta.evaluation.harness_files import with_harness_results, write_harness_tasks
 from peft_moe_delta.languages import LanguageTable
 from recipe.pico_recipe import SENTENCES, pico_model, pico_recipe, pico_tokenizer, write_lines
@@ -26,6 +27,7 @@ pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 from lm_eval.evaluator import simple_evaluate  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from peft_moe_delta.evaluation.harness import MoeDeltaLM, language_of_task  # noqa: E402
@@ -133,6 +135,18 @@ def test_the_adapters_own_spelling_of_a_code_is_kept():
     assert language_of_task("saying_mine", table, {"*_mine": "mine"}) == "mine"
 
 
+def test_adapter_and_export_give_equal_results(folder):
+    """The grafted adapter, and the stock model as any `lm_eval` runs it."""
+    tasks = ["moe_delta_text_hu", "moe_delta_text_el", "saying"]
+    adapter = evaluate(adapter_lm(folder, "grafted"), folder, tasks)
+    options = {"dtype": "float32", "device": "cpu", "max_length": WINDOW, "batch_size": 2}
+    stock = evaluate(HFLM(pretrained=str(folder / "stock"), **options), folder, tasks)
+    for task in tasks[:2]:
+        assert math.isclose(adapter[task]["bits_per_byte,none"], stock[task]["bits_per_byte,none"], rel_tol=1e-5)
+    assert adapter["saying"] == stock["saying"]
+
+
+@pytest.mark.slow  # lm_eval's command line reads all its thousands of tasks at each start
 def test_the_command_line_gives_equal_results_for_adapter_and_export(folder, tmp_path):
     """`lm_eval`'s own command line in a process of its own, once over the adapter and once over the stock model."""
     tasks = "moe_delta_text_hu,saying"
@@ -216,12 +230,19 @@ def test_the_commands_write_tasks_of_a_recipe_and_read_results(tmp_path, capsys)
     assert "arc_hu" in (tmp_path / "report/report.json").read_text()
 
 
-def test_exact_match_is_what_greedy_decoding_writes(folder):
-    """On tasks a model answers: its own greedy answers, found with plain generation."""
-    from peft_moe_delta.evaluation import exact_match
-
-    model, tokenizer = load(folder / "stock"), AutoTokenizer.from_pretrained(folder / "stock")
-    wrong = [{"prompt": f"say {n}:", "answer": f" {n}"} for n in range(3)]
-    assert exact_match(model, tokenizer, wrong).value == 0
-    lm = MoeDeltaLM(pretrained=str(folder / "stock"), dtype="float32", device="cpu", batch_size=2)
-    assert evaluate(lm, folder, ["saying"])["saying"]["exact_match,none"] == 0
+def test_exact_match_agrees_with_ours(folder, tmp_path):
+    """On a model that was taught some of the answers."""
+    questions = [{"prompt": f"say {n}:", "answer": f" {n}"} for n in range(4)]
+    model, tokenizer = load(folder / "base"), pico_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rows = [encode_task(tokenizer, q["prompt"], q["answer"]) for q in questions[:2]]  # of one length
+    input_ids, labels = (torch.tensor(column) for column in zip(*rows, strict=True))
+    for _ in range(60):
+        model(input_ids=input_ids, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ours = exact_match(model, tokenizer, questions)
+    assert 0 < ours.value < 1
+    write_harness_tasks(tmp_path / "tasks", {}, {"Saying": write_lines(tmp_path / "tasks.jsonl", questions)})
+    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    assert evaluate(lm, tmp_path, ["saying"])["saying"]["exact_match,none"] == ours.value
