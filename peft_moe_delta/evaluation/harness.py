@@ -1,0 +1,136 @@
+"""lm-evaluation-harness runs adapters: its own Hugging Face model, with a language for every task.
+
+In: requests of `lm_eval`, each of which knows its task. Out: what `lm_eval`'s `hf` model answers, computed with the
+experts of the task's language. Importing this module registers the model as `moe_delta`; needs the extra `lm-eval`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from fnmatch import fnmatch
+from typing import Any
+
+import langcodes
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+from ..errors import DataError
+from ..languages import LanguageTable
+from ..tuner import MoeDeltaModel
+
+_CODE = re.compile(r"[a-z]{2,3}")
+
+
+@register_model("moe_delta")
+class MoeDeltaLM(HFLM):
+    """`lm_eval`'s `hf` model for adapters of this package, and for any other model `hf` runs.
+
+    A task's language is, in this order: what `task_languages` says, a language in the task's name (`belebele_hun_Latn`,
+    `arc_hu`, `global_mmlu_el`; of a translation the target, `flores_en-hu`), `language`. It chooses experts under
+    routing by language and is not needed under learned routing.
+
+    Args:
+        pretrained, peft, ...: as for `hf`.
+        language: of the tasks that name none.
+        task_languages: task name or pattern -> code; on a command line `"pattern:code;pattern:code"`.
+
+    Raises:
+        LanguageError: a code that the adapter does not know.
+        DataError: routing by language, and a task without a language.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        language: str | None = None,
+        task_languages: Mapping[str, str] | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        tuner = getattr(self.model, "base_model", None)
+        self._tuner = tuner if isinstance(tuner, MoeDeltaModel) else None
+        self._language = language
+        self._task_languages = _read_map(task_languages)
+        if self._tuner is not None:
+            for code in [*self._task_languages.values(), *([language] if language else [])]:
+                self._tuner.active_config.language_table.id_of(code)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        return self._by_language(super().loglikelihood, requests, disable_tqdm)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        return self._by_language(super().loglikelihood_rolling, requests, disable_tqdm)
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        return self._by_language(super().generate_until, requests, disable_tqdm)
+
+    def language_of(self, task: str) -> str | None:
+        """The language whose experts a task runs on; None where it has none and needs none.
+
+        Raises:
+            DataError: see above.
+        """
+        if self._tuner is None:
+            return None
+        config = self._tuner.active_config
+        language = language_of_task(task, config.language_table, self._task_languages) or self._language
+        if language is None and config.routing_rule.needs_language:
+            raise DataError(
+                f"The task {task!r} names none of the adapter's languages ({', '.join(config.language_table.codes)}), "
+                "and this adapter routes by language. Pass task_languages=PATTERN:CODE;... or language=CODE among the "
+                "model's arguments."
+            )
+        return language
+
+    def _by_language(
+        self, answer: Callable[[list[Instance], bool], list[Any]], requests: list[Instance], disable_tqdm: bool
+    ) -> list[Any]:
+        """Requests answered language by language, in the order they came in."""
+        groups: dict[str | None, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(self.language_of(request.task_name or ""), []).append(index)
+        answers: list[Any] = [None] * len(requests)
+        for language, indices in groups.items():
+            with nullcontext() if self._tuner is None else self._tuner.in_language(language):
+                found = answer([requests[index] for index in indices], disable_tqdm)
+            for index, value in zip(indices, found, strict=True):
+                answers[index] = value
+        return answers
+
+
+def language_of_task(task: str, table: LanguageTable, task_languages: Mapping[str, str] | None = None) -> str | None:
+    """The language of a task, one of the table's codes: as `task_languages` says, else by the task's name.
+
+    A name is read from its end, and only languages of the table count: `hun_Latn` and `hu` are one language.
+    """
+    for pattern, code in (task_languages or {}).items():
+        if fnmatch(task, pattern):
+            return code
+    known = {_language(code): code for code in reversed(table.codes)}
+    parts = (part for part in reversed(re.split(r"[_-]", task)) if _CODE.fullmatch(part))
+    return next((known[language] for part in parts if (language := _language(part)) in known), None)
+
+
+def _language(code: str) -> str:
+    """The language of a code or tag, without script and region: `hun_Latn`, `hu-HU`, `hu` -> `hu`."""
+    try:
+        return langcodes.get(code.replace("_", "-")).language or code
+    except ValueError:  # a code of the user's own
+        return code
+
+
+def _read_map(given: Mapping[str, str] | str | None) -> dict[str, str]:
+    """`task_languages` in either of its forms.
+
+    Raises:
+        DataError: a part that is not `pattern:code`.
+    """
+    if not isinstance(given, str):
+        return dict(given or {})
+    pairs = [part.rpartition(":") for part in given.split(";") if part]
+    if not all(pattern and code for pattern, _, code in pairs):
+        raise DataError(f"task_languages: got {given!r}, expected PATTERN:CODE;PATTERN:CODE, such as belebele_*:hu.")
+    return {pattern: code for pattern, _, code in pairs}

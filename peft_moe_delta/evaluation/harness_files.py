@@ -1,0 +1,161 @@
+"""The files that lm-evaluation-harness reads and writes: our held-out text and tasks as its tasks, its results as ours.
+
+In: jsonl files with `text`, or with `prompt` and `answer`. Out: task files for `lm_eval --include_path`. In: the
+`results_*.json` that `lm_eval --output_path` wrote. Out: rows of an `EvalReport`. Needs no `lm_eval`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import DataError
+from .report import TEXT, EvalReport, Model, Score
+
+TEXT_TASK = "moe_delta_text"
+"""What the names of the tasks on held-out text begin with; the language's code follows."""
+
+_OURS = {"bits_per_byte": TEXT}
+_NORMAL_95 = 1.96
+
+
+def write_harness_tasks(
+    folder: str | Path, texts: Mapping[str, str | Path], tasks: Mapping[str, str | Path]
+) -> list[str]:
+    """Write one task file for each language's text and each set of tasks.
+
+    Args:
+        folder: for `lm_eval --include_path`; made if need be.
+        texts: language -> jsonl with `text`: bits per byte by rolling log-likelihood.
+        tasks: name -> jsonl with `prompt` and `answer`: exact match of a greedy answer. The name may end in a language.
+
+    Returns:
+        The tasks' names, for `lm_eval --tasks`.
+
+    Raises:
+        DataError: a file that is not there.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {f"{TEXT_TASK}_{code}": _text_task(path) for code, path in texts.items()}
+    written |= {_task_name(name): _exact_task(path) for name, path in tasks.items()}
+    for name, task in written.items():
+        fields = {"task": name, **task, "metadata": {"version": 1.0}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    return list(written)
+
+
+def _text_task(path: str | Path) -> dict[str, Any]:
+    return {
+        **_data(path),
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+
+
+def _exact_task(path: str | Path) -> dict[str, Any]:
+    return {
+        **_data(path),
+        "output_type": "generate_until",
+        "doc_to_text": "{{prompt}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 32},
+        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def _data(path: str | Path) -> dict[str, Any]:
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise DataError(f"No file {path} to make a task of. Check the path.")
+    return {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+    }
+
+
+def _task_name(name: str) -> str:
+    return re.sub(r"\W+", "_", name.strip().lower())
+
+
+def with_harness_results(
+    report: EvalReport, path: str | Path, *, model: str, languages: Mapping[str, str] | None = None
+) -> EvalReport:
+    """A report with the scores of a `results_*.json` added.
+
+    Args:
+        report: what to add to.
+        path: the file, or a folder with exactly one such file below it.
+        model: what the report calls the model that was run; a new name becomes a new row.
+        languages: task -> language; None to read it from the tasks' names, where it is one of the report's.
+
+    Raises:
+        DataError: no such file, or not what lm_eval writes.
+    """
+    file = _results_file(Path(path))
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        results: dict[str, dict[str, Any]] = data["results"]
+        rows = [row for task in results for row in _scores(data, task, model, report, languages or {})]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{file} is no result of lm_eval: {error!r}. Pass what --output_path wrote.") from error
+    known = [named.name for named in report.models]
+    models = report.models if model in known else [*report.models, Model(name=model)]
+    versions = {**report.versions, "lm_eval": str(data["lm_eval_version"])} if "lm_eval_version" in data else None
+    return replace(report, models=models, scores=[*report.scores, *rows], versions=versions or report.versions)
+
+
+def _results_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(path.rglob("results_*.json"))
+    if len(found) != 1:
+        raise DataError(f"{path} holds {len(found)} files results_*.json, expected one. Pass the file itself.")
+    return found[0]
+
+
+def _scores(
+    data: Mapping[str, Any], task: str, model: str, report: EvalReport, languages: Mapping[str, str]
+) -> list[Score]:
+    """The rows of one task: every number that is a metric, with its interval where lm_eval gives a standard error."""
+    measured: dict[str, Any] = data["results"][task]
+    language = languages.get(task) or _language_in(task, report)
+    rows = []
+    for key, value in measured.items():
+        metric, comma, filtered = key.partition(",")
+        if not comma or metric.endswith("_stderr") or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        error = measured.get(f"{metric}_stderr,{filtered}")
+        spread = _NORMAL_95 * error if isinstance(error, int | float) else None
+        own = task.startswith(TEXT_TASK) and metric in _OURS
+        rows.append(
+            Score(
+                model=model,
+                task=f"{_OURS[metric]} (lm_eval)" if own else task,
+                metric=metric if filtered == "none" else f"{metric} ({filtered})",
+                language=language,
+                status=report.languages.get(language) if language else None,
+                value=float(value),
+                low=None if spread is None else value - spread,
+                high=None if spread is None else value + spread,
+                items=data.get("n-samples", {}).get(task, {}).get("effective"),
+                higher_is_better=bool(data.get("higher_is_better", {}).get(task, {}).get(metric, True)),
+            )
+        )
+    return rows
+
+
+def _language_in(task: str, report: EvalReport) -> str | None:
+    """The last part of a task's name that is one of the report's languages."""
+    parts = [part for part in re.split(r"[_-]", task) if part in report.languages]
+    return parts[-1] if parts else None
