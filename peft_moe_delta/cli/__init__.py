@@ -11,11 +11,12 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import evaluate, explain, graft, mix, pipeline, publish
+from . import allocation, evaluate, explain, graft, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
+    *allocation.COMMANDS,
     *mix.COMMANDS,
     *graft.COMMANDS,
     *explain.COMMANDS,

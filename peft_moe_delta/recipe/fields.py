@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from ..errors import RecipeError
+from ..plan import ExpertPlan
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Tuning(Training):
 
 @dataclass(frozen=True)
 class Adapter:
-    """`MoeDeltaConfig`, as far as a recipe sets it."""
+    """`MoeDeltaConfig`, as far as a recipe sets it. `experts` may be the file of a plan, which `allocate` wrote."""
 
-    experts: dict[str, Any]
+    experts: dict[str, Any] | str
     routing: str = "learned"
     top_k: int | None = None
     expert_rank: int | None = None
@@ -186,7 +187,20 @@ def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
         raise RecipeError(f"{path} must have either `post_trained` (a model) or `tune` (how to make one), not both.")
     if recipe.precision not in ("bf16", "fp32"):
         raise RecipeError(f'{path}: `precision` must be "bf16" or "fp32"; got {recipe.precision!r}.')
-    return recipe
+    return dataclasses.replace(recipe, adapter=_with_plan(recipe.adapter, str(path)))
+
+
+def _with_plan(adapter: Adapter, where: str) -> Adapter:
+    """A plan's file replaced by what it says, so that a step's record shows it and changes with it."""
+    if not isinstance(adapter.experts, str):
+        return adapter
+    if adapter.layers_to_transform is not None:
+        raise RecipeError(f"{where}: `experts` names a plan, which knows its layers. Remove `layers_to_transform`.")
+    try:
+        text = Path(adapter.experts).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{where}: `experts` must be a section, or the file of a plan: {error}") from error
+    return dataclasses.replace(adapter, **ExpertPlan.from_json(text).config_fields())
 
 
 def _laid_over(data: Any, changes: Any) -> Any:

@@ -108,14 +108,12 @@ def test_a_mapping_names_its_languages_and_a_list_picks_some():
 
 
 def test_groups_become_the_languages_of_a_config(tmp_path):
-    found = group_languages(cosines(4), ["hu", "el", "tr", "az"], num_groups=2)
-    languages = found.as_languages(original=["en"])
+    found = group_languages(cosines(4), ["hu", "el", "tr", "az"], num_groups=2, original=["en"])
+    languages = found.as_languages()
     assert LanguageTable.build(languages).groups == ("original", "expanded_1", "expanded_2")
-    with pytest.raises(LanguageError, match="'hu'\\] are in a group"):
-        found.as_languages(original=["hu"])
     found.save(tmp_path / "groups.json")
     again = LanguageGroups.load(tmp_path / "groups.json")
-    assert again.as_languages(["en"]) == languages and again.table() == found.table()
+    assert again.as_languages() == languages and again.table() == found.table()
     np.testing.assert_array_equal(again.similarity, found.similarity)
     with pytest.raises(DataError, match="Not language groups"):
         LanguageGroups.from_json('{"groups": []}')
@@ -134,6 +132,7 @@ LOPSIDED = np.array([[1, 0.2, 0], [0.3, 1, 0], [0, 0, 1]])
         (np.eye(2), {"num_groups": 1, "languages": ["hu", "hu"]}, LanguageError, "each once"),
         (np.eye(3), {"num_groups": 2, "languages": None}, DataError, "without names"),
         ({"hu": {"hu": 1.0}, "el": {"el": 1.0}}, {"num_groups": 2, "languages": None}, DataError, "every pair"),
+        (np.eye(3), {"num_groups": 1, "original": ["l1"]}, LanguageError, "'l1'\\] are to be grouped"),
         (np.eye(3), {}, LanguageError, "Say how to group"),
         (np.eye(3), {"num_groups": 4}, LanguageError, "expected 1 to 3"),
         (np.eye(3), {"sizes": (2, 2)}, LanguageError, "cannot be cut into groups of 2 to 2"),

@@ -1,6 +1,8 @@
 """The demo's inputs: what is dropped as a repetition, what is held out, and whether the tasks' answers are right."""
 
+import json
 import re
+import zipfile
 from collections import Counter
 
 import pytest
@@ -157,3 +159,19 @@ def test_a_step_appears_whole_or_not_at_all(tmp_path):
     demo_inputs.once(result, lambda folder: (folder / "whole").touch())
     demo_inputs.once(result, fail)  # skipped
     assert [path.name for path in result.iterdir()] == ["whole"]
+
+
+def test_more_languages_are_read_by_their_file_s_name(tmp_path):
+    wheel = tmp_path / "homeassistant.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name in held_out("train", 2):
+            for language, file in (("en", "en"), ("zh", "zh-Hans"), ("hu", "hu")):
+                strings = dict(enumerate(paragraph(name, language)))
+                archive.writestr(f"homeassistant/components/{name}/translations/{file}.json", json.dumps(strings))
+    assert set(demo_inputs.read_interface(wheel, ["zh", "en"])) == {"zh", "en"}
+    demo_inputs.write_more_text(wheel, "zh", tmp_path)
+    lines = demo_inputs.read_lines(tmp_path / "train.jsonl")
+    assert [line["source"] for line in lines] == held_out("train", 2)
+    assert all(line["language"] == "zh" and line["text"].startswith("zh") for line in lines)
+    with pytest.raises(DataError, match="no text in 'xx'"):
+        demo_inputs.write_more_text(wheel, "xx", tmp_path)

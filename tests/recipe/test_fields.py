@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from peft_moe_delta import ExpertPlan
 from peft_moe_delta.errors import RecipeError
 from peft_moe_delta.recipe import read_recipe
 
@@ -36,6 +37,20 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
 def test_a_bad_field_is_named(recipe_fields, write_recipe, change, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(write_recipe({**recipe_fields, **change}))
+
+
+def test_experts_may_be_the_file_of_a_plan(recipe_fields, write_recipe, tmp_path):
+    plan = ExpertPlan.build((0, 1), ("original", "hu_group", "el_group"), {"hu_group": [2, 0], "el_group": 1})
+    (tmp_path / "plan.json").write_text(plan.to_json())
+    recipe_fields["adapter"]["experts"] = str(tmp_path / "plan.json")
+    adapter = read_recipe(write_recipe(recipe_fields)).adapter
+    assert adapter.experts == {"hu_group": [2, 0], "el_group": [1, 1]} and adapter.layers_to_transform is None
+    recipe_fields["adapter"]["layers_to_transform"] = [0]
+    with pytest.raises(RecipeError, match="knows its layers"):
+        read_recipe(write_recipe(recipe_fields))
+    recipe_fields["adapter"] = {"experts": "nowhere.json"}
+    with pytest.raises(RecipeError, match="or the file of a plan"):
+        read_recipe(write_recipe(recipe_fields))
 
 
 def test_quick_needs_its_section(recipe_fields, write_recipe):

@@ -1,0 +1,94 @@
+"""Options that come from flags, from a YAML file with the same names, or both: what is typed wins."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import RecipeError
+
+
+class Options:
+    """A command's options, declared once: `add` them, then `read` what was given.
+
+    An option may be `required`, and a `pairs` option takes NAME=VALUE any number of times (a mapping in the file).
+    """
+
+    def __init__(self) -> None:
+        self._declared: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, *, default: Any = None, required: bool = False, pairs: bool = False, **flag: Any) -> None:
+        """Declare an option; `flag` is what argparse's `add_argument` takes."""
+        self._declared[name] = {"default": default, "required": required, "pairs": pairs, "flag": flag}
+
+    def add_arguments(self, parser: ArgumentParser) -> None:
+        """Declare them all to argparse, and `--config`."""
+        parser.add_argument("--config", metavar="FILE", help="a YAML file with any of the following; flags win")
+        for name, option in self._declared.items():
+            many: dict[str, Any] = {"action": "append"} if option["pairs"] else {}
+            parser.add_argument(f"--{name.replace('_', '-')}", dest=name, default=SUPPRESS, **many, **option["flag"])
+
+    def read(self, arguments: Namespace) -> dict[str, Any]:
+        """Every option's value.
+
+        Raises:
+            RecipeError: an unreadable file, an unknown field, a required option that is missing, or a malformed pair.
+        """
+        file = {} if arguments.config is None else _fields(arguments.config)
+        unknown = sorted(set(file) - set(self._declared))
+        if unknown:
+            raise RecipeError(f"{arguments.config}: unknown fields {unknown}. Known: {', '.join(self._declared)}.")
+        typed = {name: value for name, value in vars(arguments).items() if name in self._declared}
+        values = {}
+        for name, option in self._declared.items():
+            value = typed.get(name, file.get(name, option["default"]))
+            if value is None and option["required"]:
+                raise RecipeError(f"{name} is missing. Give --{name.replace('_', '-')}, or {name} in a --config file.")
+            values[name] = pairs_of(value or {}, name) if option["pairs"] else _checked(name, value, option["flag"])
+        return values
+
+
+def pairs_of(given: Mapping[str, str] | Sequence[str], name: str) -> dict[str, str]:
+    """`["a=1", "b=2"]`, or a mapping, as a mapping.
+
+    Raises:
+        RecipeError: something that is no NAME=VALUE.
+    """
+    if isinstance(given, Mapping):
+        return {str(key): str(value) for key, value in given.items()}
+    pairs = [str(text).partition("=") for text in given]
+    if isinstance(given, str) or any(not key or not equals or not value for key, equals, value in pairs):
+        raise RecipeError(f"{name} takes NAME=VALUE; got {given!r}.")
+    return {key: value for key, _, value in pairs}
+
+
+def _checked(name: str, value: Any, flag: Mapping[str, Any]) -> Any:
+    """A value of the kind the flag takes: a file may say 5, "5" or 1e-5 (which YAML takes for text)."""
+    if value is None or flag.get("action") == "store_true":
+        return value
+    if "nargs" in flag and (not isinstance(value, Sequence) or isinstance(value, str)):
+        value = [value]
+    kind, choices = flag.get("type", str), flag.get("choices")
+    try:
+        read = [kind(item) for item in value] if "nargs" in flag else kind(value)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{name} must be {kind.__name__}; got {value!r}.") from error
+    wrong = [item for item in (read if "nargs" in flag else [read]) if choices and item not in choices]
+    if wrong:
+        raise RecipeError(f"{name}: got {wrong}, expected some of: {', '.join(choices or ())}.")
+    return read
+
+
+def _fields(path: str) -> dict[str, Any]:
+    """The fields of a YAML file."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"Cannot read {path}: {error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{path} must hold fields, one a line; got {type(data).__name__}.")
+    return data
