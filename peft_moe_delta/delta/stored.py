@@ -24,6 +24,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader
 from ..checkpoint.header import Entry, encode_header
 from ..errors import CheckpointError, GraftError
+from .report import DeltaReport
 from .vocabulary import AlignedWeights, VocabularyMap, is_embedding
 
 if TYPE_CHECKING:
@@ -48,7 +49,8 @@ class StoredTensor:
         shape: its shape.
         base_sha256: hash of the base's weight, see `sha256_of`.
         weight, delta, error: `||W_0||^2`, `||Delta||^2`, and `||stored - Delta||^2`.
-        differing: elements of the post-trained weight that come back different.
+        differing: elements of the post-trained weight that come back different; None for a combination, which has no
+            post-trained weight.
         corrected: elements that are stored themselves.
         rank: of a low-rank form; None for a full one.
     """
@@ -59,7 +61,7 @@ class StoredTensor:
     weight: float
     delta: float
     error: float = 0.0
-    differing: int = 0
+    differing: int | None = 0
     corrected: int = 0
     rank: int | None = None
 
@@ -112,6 +114,11 @@ class DeltaFile:
         if missing:
             raise CheckpointError(f"{path} is damaged: it lacks {missing[0]}. Fetch it again.")
         return cls(Path(path), tensors, vocabulary, reader)
+
+    def report(self) -> DeltaReport:
+        """Sizes and errors by part of the model, from the header alone."""
+        squares = ((name, stored.delta, stored.weight) for name, stored in self.tensors.items())
+        return DeltaReport.of(squares, {name: stored.error for name, stored in self.tensors.items()})
 
     def delta(self, name: str) -> Tensor:
         """The stored delta of one tensor, in fp32 or the dtype it was stored in; low rank is multiplied out."""
@@ -201,7 +208,7 @@ def combine_deltas(parts: Sequence[tuple[str | Path, float]], output: str | Path
             file.put(name, rounded)
             error, size = _square(rounded.double() - total), _square(total)
             file.tensors[name] = StoredTensor(
-                stored.dtype, stored.shape, stored.base_sha256, stored.weight, size, error
+                stored.dtype, stored.shape, stored.base_sha256, stored.weight, size, error, None
             )
 
 
