@@ -7,8 +7,6 @@ back does not give the post-trained weight bit for bit; grafting copies it inste
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointReader, first_few, resolve, write_safetensors
-from ..errors import CheckpointError, GraftError
+from ..checkpoint import CheckpointReader, first_few, resolve
+from ..errors import GraftError
 from .report import DeltaReport, family_of
+from .stored import DeltaFile, write_delta
 from .vocabulary import AlignedWeights, VocabularyMap, is_embedding
 
-FORMAT = "peft-moe-delta post-training delta"
-VERSION = 1
 _HEAD, _EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
@@ -101,19 +98,15 @@ class PostTrainingDelta:
         """`||Delta||` against `||W_0||` for attention, MLPs, norms and embeddings; reads every tensor once."""
         return DeltaReport.of((name, _square(self.tensor(name)), _square(self.base[name])) for name in self.names)
 
-    def save(self, path: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write the deltas alone to one safetensors file, with the hash of every base tensor they belong to.
+    def save(self, path: str | Path, dtype: torch.dtype = torch.float32, *, rank: int | None = None) -> None:
+        """Write the deltas alone to one safetensors file, one tensor at a time; see `stored` for its exactness.
 
-        Loading gives `base + Delta`, rounded: close to the post-trained weights, but only its checkpoint is exact. In
-        fp32 some weights differ in their last bits; in bf16 3% to 19% do.
+        Args:
+            path: the file; it appears whole or not at all.
+            dtype: fp32, from which the post-trained weights come back bit for bit, or a 16-bit one.
+            rank: of the matrices, by SVD; None for full ones.
         """
-        header = {
-            "version": VERSION,
-            "dtypes": {name: str(self.post_trained[name].dtype).removeprefix("torch.") for name in self.names},
-            "base_sha256": {name: _sha256(self.base[name]) for name in self.names},
-        }
-        deltas = {name: self.tensor(name).to(dtype) for name in self.names}
-        write_safetensors(path, deltas, {FORMAT: json.dumps(header)})
+        write_delta(path, self, dtype, rank)
 
     @classmethod
     def load(cls, path: str | Path, base: str | Path | Mapping[str, Tensor]) -> PostTrainingDelta:
@@ -123,21 +116,8 @@ class PostTrainingDelta:
             CheckpointError: the file is missing, damaged, no delta, or of another version.
             GraftError: names or shapes differ from the base's; on use, `base` holds other values.
         """
-        deltas = CheckpointReader(path)
-        try:
-            header = json.loads(deltas.metadata[FORMAT])
-        except KeyError:
-            raise CheckpointError(
-                f"{path} is no post-training delta: its header has no {FORMAT!r}. Pass a file that "
-                "PostTrainingDelta.save wrote; two whole checkpoints go to from_checkpoints."
-            ) from None
-        if header["version"] != VERSION:
-            raise CheckpointError(
-                f"{path} is a post-training delta of version {header['version']}, this package reads version "
-                f"{VERSION}. Upgrade the package, or save the delta again."
-            )
-        base = _weights(base)
-        return cls.from_checkpoints(base, _Restored(base, deltas, header["dtypes"], header["base_sha256"]))
+        file, base = DeltaFile.open(path), _weights(base)
+        return cls.from_checkpoints(base, _Restored(base, file), file.vocabulary)
 
 
 @dataclass(frozen=True)
@@ -145,32 +125,24 @@ class _Restored(Mapping[str, Tensor]):
     """Post-trained weights made again from a base model and a saved delta, one tensor at a time."""
 
     base: Mapping[str, Tensor]
-    deltas: CheckpointReader
-    dtypes: Mapping[str, str]
-    base_sha256: Mapping[str, str]
+    file: DeltaFile
 
     def __getitem__(self, name: str) -> Tensor:
-        base = self.base[name]
-        if _sha256(base) != self.base_sha256[name]:
-            raise GraftError(
-                f"{self.deltas.path} was computed from another base model: {name} has other values. "
-                "Load it over the base it was saved with."
-            )
-        return (base.double() + self.deltas[name].double()).to(getattr(torch, self.dtypes[name]))
+        return self.file.restore(name, self.base[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.deltas)
+        return iter(self.file.tensors)
 
     def __len__(self) -> int:
-        return len(self.deltas)
+        return len(self.file.tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.deltas
+        return name in self.file.tensors
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Tensor name -> shape, without reading."""
-        return self.deltas.shapes
+        return {name: stored.shape for name, stored in self.file.tensors.items()}
 
 
 def _weights(source: str | Path | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -229,8 +201,3 @@ def _check_shapes(names: tuple[str, ...], base: Mapping[str, Tensor], post_train
 
 def _square(tensor: Tensor) -> float:
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
-
-
-def _sha256(tensor: Tensor) -> str:
-    """Hash of a tensor's values in fp32, so that the same weights loaded in a wider dtype have the same hash."""
-    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().data).hexdigest()

@@ -6,7 +6,7 @@ In: the norms of deltas and weights. Out: frozen rows that `dataclasses.asdict` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 DOUBTFUL_RATIO = 0.5
@@ -33,11 +33,13 @@ class FamilyDelta:
         family: see `family_of`.
         delta_norm: `||Delta||`, fp64.
         weight_norm: `||W_0||`, fp64.
+        error_norm: `||stored - Delta||` of a stored delta, fp64.
     """
 
     family: str
     delta_norm: float
     weight_norm: float
+    error_norm: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -45,6 +47,11 @@ class FamilyDelta:
         if self.weight_norm == 0:
             return float("inf") if self.delta_norm else 0.0
         return self.delta_norm / self.weight_norm
+
+    @property
+    def error(self) -> float:
+        """`||stored - Delta|| / ||Delta||`; 0 where nothing was changed."""
+        return self.error_norm / self.delta_norm if self.delta_norm else 0.0
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,15 @@ class DeltaReport:
     doubtful: tuple[str, ...]
 
     @classmethod
-    def of(cls, squares: Iterable[tuple[str, float, float]]) -> DeltaReport:
-        """Sum up `(tensor name, ||Delta||^2, ||W_0||^2)`."""
+    def of(cls, squares: Iterable[tuple[str, float, float]], errors: Mapping[str, float] | None = None) -> DeltaReport:
+        """Sum up `(tensor name, ||Delta||^2, ||W_0||^2)` and the `||stored - Delta||^2` of a stored one by name."""
         sums: dict[str, list[float]] = {}
         for name, delta, weight in squares:
-            row = sums.setdefault(family_of(name), [0.0, 0.0])
+            row = sums.setdefault(family_of(name), [0.0, 0.0, 0.0])
             row[0] += delta
             row[1] += weight
-        rows = tuple(FamilyDelta(family, delta**0.5, weight**0.5) for family, (delta, weight) in sums.items())
+            row[2] += (errors or {}).get(name, 0.0)
+        rows = tuple(FamilyDelta(family, *(square**0.5 for square in row)) for family, row in sums.items())
         doubtful = [
             f"{row.family}: the change is {row.ratio:.0%} of the weights' norm; unrelated models are at about 141%, so "
             "the post-trained checkpoint may not descend from this base"

@@ -31,6 +31,7 @@ from ..evaluation import encode_task
 from ..hub.card import PLAN_FILE
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
+from ..vocabulary import extend_vocabulary
 from .data import read_tasks, read_texts
 from .fields import Recipe, Review, Training, Tuning
 
@@ -47,9 +48,9 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
 
 
 def save_with_tokenizer(model: PreTrainedModel | PeftModel, tokenizer_of: str | Path, folder: Path) -> None:
-    """A checkpoint with the tokenizer, chat template included, of another one."""
+    """A checkpoint with the tokenizer, chat template included, of another one, and the model's own new tokens."""
     model.save_pretrained(str(folder))
-    AutoTokenizer.from_pretrained(tokenizer_of).save_pretrained(folder)
+    extend_vocabulary(model, AutoTokenizer.from_pretrained(tokenizer_of)).save_pretrained(folder)
 
 
 def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None:

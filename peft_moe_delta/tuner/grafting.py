@@ -286,8 +286,8 @@ class _Graft:
         self.vocabulary = match_tokenizers(
             tuner.model.name_or_path,
             self.model.name_or_path,
-            base_rows=num_rows(before),
-            post_trained_rows=num_rows(after),
+            base_rows=num_rows(_shapes(before)),
+            post_trained_rows=num_rows(_shapes(after)),
             new_tokens=tuner.active_config.new_tokens or (),
         )
         self.delta = PostTrainingDelta.from_checkpoints(before, after, self.vocabulary)
@@ -499,6 +499,10 @@ def _check_siblings(base: PreTrainedModel, post_trained: PreTrainedModel) -> Non
     check_same_kind(base.config.model_type, post_trained.config.model_type)
     if any(isinstance(module, MoeDeltaLayer) for module in post_trained.modules()):
         raise GraftError("The post-trained model is upcycled already. Pass the dense post-trained checkpoint.")
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in weights.items()}
 
 
 def _tuner(model: PeftModel) -> MoeDeltaModel:

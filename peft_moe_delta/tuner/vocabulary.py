@@ -247,9 +247,16 @@ def match_tokenizers(
     )
 
 
-def num_rows(weights: Mapping[str, Tensor]) -> int:
-    """Rows of the embeddings among a model's weights."""
-    return len(next(tensor for name, tensor in weights.items() if is_embedding(name)))
+def num_rows(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Rows of the embeddings among a model's tensors, given by name and shape.
+
+    Raises:
+        GraftError: there is none.
+    """
+    rows = next((shape[0] for name, shape in shapes.items() if is_embedding(name)), None)
+    if rows is None:
+        raise GraftError("The checkpoint has no embeddings under a known name. Pass a causal language model.")
+    return rows
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:

@@ -29,8 +29,8 @@ from peft_moe_delta import MoeDeltaConfig, extend_vocabulary, propose_tokens
 from peft_moe_delta.evaluation import bits_per_byte, fertility
 
 ROWS, LENGTH = 8, 128
-EXPERT_RATE, TOKEN_RATE = 4e-4, 2e-3
-"""Learning rates of experts and of new rows, which have further to go from their mean."""
+EXPERT_RATE = 4e-4
+"""The experts' learning rate; new rows, which have further to go from their mean, have one of their own."""
 
 
 def read(inputs: Path, name: str, limit: int | None = None) -> list[str]:
@@ -74,11 +74,13 @@ def upcycled(inputs: Path) -> PeftModel:
     return get_peft_model(base, MoeDeltaConfig(languages=languages, experts={"greek": 1}, routing="language"))
 
 
-def train(model: PeftModel, stream: Stream, steps: int, after: Callable[[int], None] = lambda step: None) -> float:
+def train(
+    model: PeftModel, stream: Stream, steps: int, token_rate: float, after: Callable[[int], None] = lambda step: None
+) -> float:
     """Expand on Greek for some steps; the seconds they took."""
     rows = [p for name, p in model.named_parameters() if p.requires_grad and "moe_delta_rows" in name]
     experts = [p for name, p in model.named_parameters() if p.requires_grad and "moe_delta_rows" not in name]
-    groups = [{"params": experts, "lr": EXPERT_RATE}, {"params": rows, "lr": TOKEN_RATE}]
+    groups = [{"params": experts, "lr": EXPERT_RATE}, {"params": rows, "lr": token_rate}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
     seconds = 0.0
@@ -135,6 +137,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, required=True, help="what examples/demo_inputs.py wrote")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1000, help="how many new tokens")
+    parser.add_argument("--token-rate", type=float, default=2e-3, help="learning rate of the new rows")
     parser.add_argument("--test-bytes", type=int, default=30_000)
     arguments = parser.parse_args()
     inputs, steps = arguments.inputs, arguments.steps
@@ -149,7 +152,7 @@ def main() -> None:
     model = upcycled(inputs)
     untrained = score(model, plain, test)
     plain_stream = Stream(texts, plain)
-    plain_seconds = train(model, plain_stream, steps)
+    plain_seconds = train(model, plain_stream, steps, arguments.token_rate)
     rows: list[list[object]] = [
         ["before training", 0, 0, "", f"{untrained:.3f}"],
         ["old tokens", steps, plain_stream.bytes, f"{plain_seconds:.0f}", f"{score(model, plain, test):.3f}"],
@@ -168,7 +171,7 @@ def main() -> None:
             bits = score(model.eval(), grown, test)
             same_bytes.append(["new tokens, same bytes", step, stream.bytes, f"{seconds:.0f}", f"{bits:.3f}"])
 
-    seconds = train(model, stream, steps, after)
+    seconds = train(model, stream, steps, arguments.token_rate, after)
     rows += same_bytes
     rows.append(["new tokens, same steps", steps, stream.bytes, f"{seconds:.0f}", f"{score(model, grown, test):.3f}"])
     held_out_english = read(inputs, "en.test")
