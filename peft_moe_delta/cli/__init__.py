@@ -11,12 +11,13 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import mix, pipeline, publish
+from . import grow, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
     *mix.COMMANDS,
+    *grow.COMMANDS,
     *publish.COMMANDS,
 )
 

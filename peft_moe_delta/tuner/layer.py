@@ -347,9 +347,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                 f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.stage!r}) needs the "
                 "language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
             )
-        loss, tokens = classifier_loss(
-            logits_T=classifier(x_TD)[:, config.newest_step], original_T=groups[0] == 0, counted_T=counted_T
-        )
+        logits_TS = classifier(x_TD)
+        logits_T = logits_TS.amin(dim=-1) if config.train_earlier_rows else logits_TS[:, config.newest_step]
+        loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups[0] == 0, counted_T=counted_T)
         self.context.record("classifier_loss", loss, tokens)
         state.losses.append((config.classifier_loss * loss, tokens))
 
@@ -378,8 +378,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             for expert, group in zip(self.experts(name), settings.owners, strict=True):
                 if not settings.trained_groups[group]:
                     expert.requires_grad_(False)
-            if not settings.config.train_earlier_rows:
-                self.router(name).freeze_all_but(settings.trained_groups)
+            if settings.config.train_earlier_rows:
+                continue
+            self.router(name).freeze_all_but(settings.trained_groups)
             if (classifier := self.classifier(name)) is not None:
                 newest = settings.config.newest_step
                 classifier.freeze_all_but([step == newest for step in range(newest + 1)])
