@@ -25,7 +25,8 @@ from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
-from .layer import MERGE_REFUSED, LayerSettings, MoeDeltaLayer
+from .layer import MERGE_REFUSED, MoeDeltaLayer
+from .settings import LayerSettings
 from .vocabulary import GrownLayer, check_can_grow, grow, grown_layers, start_from_pieces, ungrow
 
 if TYPE_CHECKING:
