@@ -42,8 +42,9 @@ def load_balancing_loss(
     """Load balancing within each set of allowed experts: `L_s = |A_s| sum_{e in A_s} f_e P_e`, 1 at balance.
 
     `f_e` is the share of the set's (token, rank) choices that went to expert e, `P_e` its mean router probability
-    (Switch / MoE-LPR; the published code sums over ranks, so that its balanced value is k). Sets with one expert have
-    nothing to balance and are left out. Only `P_e` carries a gradient.
+    (Switch / MoE-LPR; the published code sums over ranks, so that its balanced value is k). Where a token uses every
+    expert of its set, that share would be the same whatever the router says, and so would the loss: there first choices
+    alone are counted. Sets with one expert have nothing to balance and are left out. Only `P_e` carries a gradient.
 
     Args:
         probabilities_TE: softmax over the allowed experts, fp32.
@@ -56,10 +57,14 @@ def load_balancing_loss(
         `sum_s n_s L_s` and `sum_s n_s`, with n_s the counted tokens of set s: their ratio is the token-weighted mean.
     """
     num_sets, num_experts = allowed_SE.shape
-    counted_T = counted_T & (allowed_SE.sum(dim=-1) > 1)[sets_T]
+    size_T = allowed_SE.sum(dim=-1)[sets_T]
+    counted_T = counted_T & (size_T > 1)
     weight_T = counted_T.float()
     tokens_S = weight_T.new_zeros(num_sets).index_add_(0, sets_T, weight_T)
 
+    ranks_K = torch.arange(indices_TK.shape[1], device=indices_TK.device)
+    uses_all_T = size_T <= indices_TK.shape[1]
+    indices_TK = indices_TK.masked_fill(uses_all_T[:, None] & (ranks_K > 0), num_experts)
     chosen_TE = weight_T.new_zeros(len(sets_T), num_experts + 1)
     chosen_TE = chosen_TE.scatter_add_(1, indices_TK, torch.ones_like(indices_TK, dtype=torch.float32))[:, :num_experts]
     choices_SE = weight_T.new_zeros(num_sets, num_experts).index_add_(0, sets_T, chosen_TE * weight_T[:, None])

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from peft_moe_delta.losses import language_prior_loss, load_balancing_loss
+from builders import moe_layers, pico, token_batch, upcycle
+from peft_moe_delta.losses import classifier_loss, language_prior_loss, load_balancing_loss
 
 LOG3 = math.log(3.0)
 
@@ -63,21 +64,49 @@ def test_prior_loss_gradient_is_softmax_minus_softmax_within_the_target():
     torch.testing.assert_close(logits.grad, logits.detach().softmax(-1) - within)
 
 
-def test_prior_loss_teaches_a_router_to_tell_separable_languages_apart():
+def published_prior(logits, targets):
+    """MoE-LPR's code: a cross-entropy, which applies a softmax of its own, of probabilities."""
+    return nn.functional.cross_entropy(logits.softmax(-1), targets)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_prior_loss_teaches_a_router_to_tell_separable_languages_apart(published):
+    """Within 200 steps to under 0.05; the published double softmax stays above log(1 + 2/e) = 0.55 with 3 experts."""
     centre = torch.randn(16)
     x_TD = torch.randn(64, 16) * 0.5 + torch.where(torch.arange(64)[:, None] < 32, centre, -centre)
-    targets = [[1, 0, 0]] * 32 + [[0, 1, 1]] * 32
+    targets = torch.tensor([0] * 32 + [2] * 32)
     router = nn.Linear(16, 3, bias=False)
     optimiser = torch.optim.AdamW(router.parameters(), lr=0.05)
-    first = None
+    losses = []
     for _ in range(200):
-        loss, tokens = prior(router(x_TD), targets)
-        first = first or (loss / tokens).item()
+        loss, tokens = prior(router(x_TD), nn.functional.one_hot(targets, 3).tolist())
+        mean = published_prior(router(x_TD), targets) if published else loss / tokens
+        losses.append(mean.item())
         optimiser.zero_grad()
-        loss.backward()
+        mean.backward()
         optimiser.step()
-    assert first > 0.3
-    assert (loss / tokens).item() < 0.05
+    assert losses[0] > 0.3
+    assert losses[-1] > 0.55 if published else losses[-1] < 0.05
+
+
+def test_double_softmax_starves_badly_routed_tokens_of_gradient():
+    """At p_0 = 0.002 of 4 experts: 0.998 against 0.0024 (the derivative by the target's logit)."""
+    rest = math.log(0.998 / 3 / 0.002)
+    for ours, expected in ((True, 0.998), (False, 0.0024)):
+        logits = torch.tensor([[0.0, rest, rest, rest]], requires_grad=True)
+        loss = prior(logits, [[1, 0, 0, 0]])[0] if ours else published_prior(logits, torch.tensor([0]))
+        loss.backward()
+        assert -logits.grad[0, 0].item() == pytest.approx(expected, rel=0.5 if not ours else 1e-3)
+
+
+def test_classifier_loss_by_hand():
+    loss, tokens = classifier_loss(
+        logits_T=torch.tensor([LOG3, LOG3, 0.0, 50.0]),
+        original_T=torch.tensor([True, False, True, False]),
+        counted_T=torch.tensor([True, True, True, False]),
+    )
+    assert loss.item() == pytest.approx(math.log(4 / 3) + math.log(4) + math.log(2), abs=1e-5)
+    assert tokens.item() == 3
 
 
 def balance(probabilities, indices, sets=None, allowed=None, counted=None):
@@ -109,6 +138,15 @@ def test_load_balancing_by_hand():
     # f = (3/4, 1/4), P = (0.6, 0.4): L = 2 (0.45 + 0.1) = 1.1, over 4 tokens
     total, tokens = balance([[0.9, 0.1], [0.6, 0.4], [0.7, 0.3], [0.2, 0.8]], [[0], [0], [0], [1]])
     assert (total.item(), tokens.item()) == (pytest.approx(4 * 1.1), 4.0)
+
+
+def test_load_balancing_counts_first_choices_where_a_token_uses_every_expert():
+    # Top-2 of two: shares by rank would be halves whatever the router says. P = (0.7, 0.3), first choices (3/4, 1/4).
+    probabilities = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6]], requires_grad=True)
+    total, tokens = balance(probabilities, [[0, 1], [0, 1], [0, 1], [1, 0]])
+    assert (total / tokens).item() == pytest.approx(2 * (0.75 * 0.7 + 0.25 * 0.3))
+    total.backward()
+    torch.testing.assert_close(probabilities.grad, torch.tensor([[1.5, 0.5]]).expand(4, 2))
 
 
 def test_load_balancing_is_within_each_set_and_skips_sets_of_one():
@@ -146,3 +184,39 @@ def test_load_balancing_gradient_flows_through_the_probabilities_alone():
     total.backward()
     # n L = |A| sum_e f_e sum_t p_te with f = (3/4, 1/4)
     torch.testing.assert_close(probabilities.grad, torch.tensor([[1.5, 0.5]]).expand(4, 2))
+
+
+@pytest.mark.parametrize("routing", ["learned", "language", "classifier"])
+def test_load_balancing_wherever_a_token_may_choose(routing):
+    """In a whole layer: a gradient that is not zero, and less for balanced than for collapsed routing."""
+    model = upcycle(pico(), trained=True, routing=routing, experts={"uralic": 2, "turkic": 3}, classifier_layers=[0])
+    model.start_expansion(load_balancing_coef=1.0)
+    tokens, ids = token_batch(4, 12), torch.tensor([0, 2, 3, 3])
+    layers = moe_layers(model)
+
+    def figure():
+        model.train()(input_ids=tokens, language_ids=ids, labels=tokens)
+        return layers[0].context.read_statistics()["load_balancing_loss"]
+
+    for layer in layers:
+        layer.router("default").weight.data *= 0.01
+    balanced = figure()
+    for layer in layers:
+        rows = layer.router("default").weight.data
+        rows[[0, 1, 3]] = rows[[0, 1, 3]] + 30 * layer_direction(model, layer, tokens)
+    collapsed = figure()
+    assert balanced < 1.3 < collapsed
+    model.zero_grad()
+    auxiliary = model.train()(input_ids=tokens, language_ids=ids, labels=tokens).loss
+    auxiliary.backward()
+    assert all(layer.router("default").weight.grad.abs().max() > 0 for layer in layers)
+
+
+def layer_direction(model, layer, tokens):
+    """The direction that most of a layer's tokens share."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    with torch.no_grad():
+        model.eval()(input_ids=tokens, language="hu")
+    hook.remove()
+    return seen[0].flatten(0, 1).mean(0)

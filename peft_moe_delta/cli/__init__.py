@@ -11,13 +11,14 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import allocation, delta, evaluate, explain, graft, mix, pipeline, publish
+from . import allocation, delta, evaluate, explain, graft, grow, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
     *allocation.COMMANDS,
     *mix.COMMANDS,
+    *grow.COMMANDS,
     *delta.COMMANDS,
     *graft.COMMANDS,
     *explain.COMMANDS,

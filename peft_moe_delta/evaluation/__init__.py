@@ -5,6 +5,7 @@ from .bootstrap import Interval, bootstrap_interval, paired_difference
 from .confusion import ConfusionScore, language_confusion
 from .exact_match import TaskScore, encode_task, exact_match
 from .fertility import Fertility, fertility
+from .groups import closest_group, score_groups
 from .measure import TaskSet, evaluate_languages
 from .report import EvalReport
 
@@ -18,10 +19,12 @@ __all__ = [
     "TextScore",
     "bits_per_byte",
     "bootstrap_interval",
+    "closest_group",
     "encode_task",
     "evaluate_languages",
     "exact_match",
     "fertility",
     "language_confusion",
     "paired_difference",
+    "score_groups",
 ]

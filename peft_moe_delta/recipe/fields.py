@@ -182,7 +182,7 @@ def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
     changes = data.pop("quick", None)
     if quick and changes is None:
         raise RecipeError(f"{path} has no section `quick`, so --quick has nothing to change. Add one, or run without.")
-    recipe: Recipe = _read(Recipe, _laid_over(data, changes) if quick else data, str(path))
+    recipe: Recipe = read_fields(Recipe, _laid_over(data, changes) if quick else data, str(path))
     if (recipe.post_trained is None) == (recipe.tune is None):
         raise RecipeError(f"{path} must have either `post_trained` (a model) or `tune` (how to make one), not both.")
     if recipe.precision not in ("bf16", "fp32"):
@@ -210,7 +210,7 @@ def _laid_over(data: Any, changes: Any) -> Any:
     return {**data, **{key: _laid_over(data.get(key), value) for key, value in changes.items()}}
 
 
-def _read(kind: Any, data: Any, where: str) -> Any:
+def read_fields(kind: Any, data: Any, where: str) -> Any:
     """A value of the kind a field is annotated with."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
@@ -220,11 +220,11 @@ def _read(kind: Any, data: Any, where: str) -> Any:
             return None
         kinds = [k for k in arguments if k is not type(None)]
         fitting = [k for k in kinds if not dataclasses.is_dataclass(k) and _fits(k, data)]
-        return _read(fitting[0] if fitting else kinds[0], data, where)
+        return read_fields(fitting[0] if fitting else kinds[0], data, where)
     if not _fits(kind, data):
         raise RecipeError(f"{where} must be {getattr(kind, '__name__', kind)}; got {data!r}.")
     if origin is dict:
-        return {str(key): _read(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
+        return {str(key): read_fields(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
     return float(data) if kind is float else data
 
 
@@ -241,7 +241,7 @@ def _read_section(kind: Any, data: Any, where: str) -> Any:
             f"{where}: unknown fields {unknown}, missing fields {missing}. Known fields: {', '.join(fields)}."
         )
     hints = typing.get_type_hints(kind)
-    return kind(**{name: _read(hints[name], value, f"{where}: {name}") for name, value in data.items()})
+    return kind(**{name: read_fields(hints[name], value, f"{where}: {name}") for name, value in data.items()})
 
 
 def _fits(kind: Any, data: Any) -> bool:

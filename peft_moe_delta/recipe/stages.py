@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -38,6 +38,24 @@ from .fields import Recipe, Review, Training, Tuning
 LOG_FILE = "log.json"
 
 Features = list[dict[str, Any]]
+
+
+class HasText(Protocol):
+    """A language of a recipe, as far as training goes."""
+
+    @property
+    def train(self) -> str: ...
+
+
+class Job(Protocol):
+    """What a recipe says that every training needs."""
+
+    @property
+    def languages(self) -> Mapping[str, HasText]: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
 
 
 def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
@@ -81,8 +99,8 @@ def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
-    _train(recipe, model, features, recipe.expand, LanguageCollator(tokenizer, model), folder)
-    _save_adapter(model, folder)
+    train(recipe, model, features, recipe.expand, tokenizer, folder)
+    save_adapter(model, folder)
 
 
 def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path) -> None:
@@ -95,8 +113,8 @@ def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, fol
     )
     tokenizer = AutoTokenizer.from_pretrained(base)
     features = blocks(recipe, tokenizer, list(recipe.languages), fields)
-    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model), folder)
-    _save_adapter(model, folder)
+    train(recipe, model, features, fields, tokenizer, folder)
+    save_adapter(model, folder)
 
 
 def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:
@@ -111,7 +129,7 @@ def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> N
     save_with_tokenizer(model, base, folder)
 
 
-def blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequence[str], fields: Training) -> Features:
+def blocks(recipe: Job, tokenizer: PreTrainedTokenizerBase, languages: Sequence[str], fields: Training) -> Features:
     """Equally many blocks of `sequence_length` tokens of each language, enough for every step, shuffled.
 
     Raises:
@@ -139,15 +157,27 @@ def blocks(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, languages: Sequen
     return features
 
 
-def _save_adapter(model: PeftModel, folder: Path) -> None:
+def save_adapter(model: PeftModel, folder: Path) -> None:
     """The adapter, and beside it the plan of its experts."""
     model.save_pretrained(str(folder))
     tuner: Any = model.base_model
     (folder / PLAN_FILE).write_text(tuner.plan().to_json(), encoding="utf-8")
 
 
+def train(
+    recipe: Job,
+    model: PeftModel,
+    features: Features,
+    fields: Training,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Train an upcycled model on documents that know their language; the log goes to `folder`."""
+    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model), folder)
+
+
 def _train(
-    recipe: Recipe, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator, folder: Path
+    recipe: Job, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator, folder: Path
 ) -> None:
     """The plain Trainer, with cosine decay and a short warm-up; its log lies beside the step's result."""
     with tempfile.TemporaryDirectory() as scratch:

@@ -21,7 +21,8 @@ from ..errors import LanguageError, PlanError
 from ..languages import LanguageTable
 from .config import MoeDeltaConfig
 from .context import ForwardContext
-from .layer import LayerSettings, MoeDeltaLayer
+from .layer import MoeDeltaLayer
+from .settings import LayerSettings
 
 if TYPE_CHECKING:
     from .model import MoeDeltaModel

@@ -8,9 +8,7 @@ Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, G la
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,102 +16,14 @@ from torch import Tensor, nn
 
 from ..architectures import takes_residual
 from ..errors import LanguageError, PlanError
-from ..languages import LanguageTable
 from ..losses import classifier_loss, language_prior_loss, load_balancing_loss
-from ..routing import ClassifierRouting, Routes, choose_experts, within_reach
-from .config import MoeDeltaConfig
+from ..routing import Routes, choose_experts
 from .context import ForwardContext, ForwardState, constant
 from .experts import expert_weights, full_expert, low_rank_expert
 from .router import Classifier, Router
+from .settings import LayerSettings
 
 EXPERTS, ROUTER, CLASSIFIER = "moe_delta_experts", "moe_delta_router", "moe_delta_classifier"
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """How one adapter uses one layer.
-
-    Attributes:
-        config: the adapter's configuration; shared, so that a change of stage reaches every layer.
-        counts: experts each group owns here; `counts[0] == 1`, expert 0.
-        table: the adapter's languages and groups.
-        own: (G, E) booleans, the experts each group owns.
-        has_classifier: whether a gate stands before the router here.
-    """
-
-    config: MoeDeltaConfig
-    counts: tuple[int, ...]
-    table: LanguageTable
-    own: tuple[tuple[bool, ...], ...]
-    has_classifier: bool = False
-
-    @classmethod
-    def build(cls, config: MoeDeltaConfig, counts: tuple[int, ...], layer: int) -> LayerSettings:
-        starts = [sum(counts[:g]) for g in range(len(counts))]
-        own = tuple(
-            tuple(start <= e < start + n for e in range(sum(counts))) for start, n in zip(starts, counts, strict=True)
-        )
-        return cls(config, counts, config.language_table, own, layer in (config.classifier_layers or ()))
-
-    @property
-    def allowed(self) -> tuple[tuple[bool, ...], ...]:
-        """(G, E) booleans, the experts each group's tokens may use under the routing in force."""
-        allowed, config = self.config.routing_rule.allowed_experts(self.counts), self.config
-        return within_reach(allowed, self.counts, config.steps, config.open_steps) if config.growth else allowed
-
-    def usable(self, groups: frozenset[int] | None) -> list[bool]:
-        """(E,) booleans, the experts that tokens of these groups may use; None where no language is known."""
-        return [any(column) for column in zip(*(self.allowed[g] for g in groups or (0,)), strict=True)]
-
-    @property
-    def classifies(self) -> bool:
-        """Whether the gate is in use under the routing in force."""
-        return self.has_classifier and isinstance(self.config.routing_rule, ClassifierRouting)
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether a training pass needs the router's and the gate's logits even where nobody has a choice."""
-        return self.config.language_prior > 0 or (self.classifies and self.config.classifier_loss > 0)
-
-    @property
-    def owners(self) -> tuple[int, ...]:
-        """(E,) the group that owns each expert."""
-        return tuple(group for group, count in enumerate(self.counts) for _ in range(count))
-
-    @property
-    def trained_groups(self) -> tuple[bool, ...]:
-        """(G,) booleans, the groups of the newest growth step, whose experts and rows train: all before any growth."""
-        return tuple(step == self.config.newest_step for step in self.config.steps)
-
-    @property
-    def restricted(self) -> bool:
-        """Whether some group may not use every expert."""
-        return not all(all(row) for row in self.allowed)
-
-    @property
-    def uses_router(self) -> bool:
-        """Whether the rows that train matter: a choice depends on them, or the prior loss teaches them."""
-        if self.config.language_prior > 0:
-            return True
-        trained = [self.trained_groups[group] or self.config.train_earlier_rows for group in self.owners]
-        return any(sum(row) > 1 and any(map(operator.and_, row, trained)) for row in self.allowed)
-
-    @property
-    def prior_targets(self) -> tuple[tuple[bool, ...], ...]:
-        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
-
-        That is to the group's own experts; in review, a group that was there before the newest growth step is only
-        kept away from what came later, so expert 0 will do as well.
-        """
-        config = self.config
-        return tuple(
-            tuple(
-                group in config.prior_groups
-                and (own or (e == 0 and config.stage == "review" and step < config.newest_step))
-                for e, own in enumerate(row)
-            )
-            for group, step, row in zip(self.table.groups, config.steps, self.own, strict=True)
-        )
 
 
 class MoeDeltaLayer(nn.Module, BaseTunerLayer):
@@ -355,9 +265,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                 f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.stage!r}) needs the "
                 "language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
             )
-        loss, tokens = classifier_loss(
-            logits_T=classifier(x_TD)[:, config.newest_step], original_T=groups[0] == 0, counted_T=counted_T
-        )
+        logits_TS = classifier(x_TD)
+        logits_T = logits_TS.amin(dim=-1) if config.train_earlier_rows else logits_TS[:, config.newest_step]
+        loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups[0] == 0, counted_T=counted_T)
         self.context.record("classifier_loss", loss, tokens)
         state.losses.append((config.classifier_loss * loss, tokens))
 
@@ -386,8 +296,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             for expert, group in zip(self.experts(name), settings.owners, strict=True):
                 if not settings.trained_groups[group]:
                     expert.requires_grad_(False)
-            if not settings.config.train_earlier_rows:
-                self.router(name).freeze_all_but(settings.trained_groups)
+            if settings.config.train_earlier_rows:
+                continue
+            self.router(name).freeze_all_but(settings.trained_groups)
             if (classifier := self.classifier(name)) is not None:
                 newest = settings.config.newest_step
                 classifier.freeze_all_but([step == newest for step in range(newest + 1)])

@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from ..architectures import OUTSIDE_THE_TEXT_DECODER, check_low_rank, check_mlp, layer_index, mlp_module_name
 from ..errors import ArchitectureError, CheckpointError, PlanError
 from ..plan import ExpertPlan
+from ..routing import routing_named
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
-from .layer import MERGE_REFUSED, LayerSettings, MoeDeltaLayer
+from .layer import MERGE_REFUSED, MoeDeltaLayer
+from .settings import LayerSettings
 from .vocabulary import GrownLayer, check_can_grow, grow, grown_layers, start_from_pieces, ungrow
 
 if TYPE_CHECKING:
@@ -207,6 +209,20 @@ class MoeDeltaModel(BaseTuner):
         experts = next(iter(self.layers(name).values())).moe_delta_experts[name]
         start_from_pieces(self.model, name, pieces, next(experts.parameters()).dtype)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @contextmanager
+    def in_routing(self, routing: str) -> Iterator[None]:
+        """Another routing for the active adapter, for the length of a block; what trains stays as it is.
+
+        Raises:
+            PlanError: unknown routing.
+        """
+        config, before = self.active_config, self.active_config.routing
+        config.routing = routing_named(routing).name
+        try:
+            yield
+        finally:
+            config.routing = before
 
     def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
         """The same experts over the post-trained checkpoint; see `grafting.graft`."""

@@ -44,7 +44,7 @@ def balance(tokens, top_k, sets):
         own = [logits[experts].softmax(-1) for group, logits in tokens if group in groups]
         if len(experts) == 1 or not own:
             continue
-        k = min(top_k, len(experts))
+        k = top_k if top_k < len(experts) else 1  # where all are used anyway, first choices count
         chosen = [e for p in own for e in p.topk(k).indices.tolist()]
         shares = [chosen.count(e) / len(chosen) for e in range(len(experts))]
         means = torch.stack(own).mean(0).tolist()

@@ -1,0 +1,154 @@
+"""Growing an adapter from a file: an adapter and new languages in; the grown adapter out, trained where the file says.
+
+The file's fields are those of `Growth`. Languages that the adapter knows already give the text of the review.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from peft import PeftConfig, PeftModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..checkpoint import whole_folder
+from ..errors import RecipeError
+from ..evaluation import closest_group
+from ..tuner import MoeDeltaModel
+from .data import read_texts
+from .fields import Review, Training, read_fields
+from .stages import Features, blocks, load_model, save_adapter, train
+
+CLOSEST = "closest"
+_SCORED_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class GrowthLanguage:
+    """One language: its group, new or known, and a jsonl file with a `text` column."""
+
+    group: str
+    train: str
+
+
+@dataclass(frozen=True)
+class GrowthTraining(Training):
+    """Expansion; `routing` as in `MoeDeltaModel.start_expansion`."""
+
+    routing: str | None = None
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What to add to an adapter.
+
+    Attributes:
+        adapter: folder or Hub id of the adapter, which stays as it is.
+        output: folder of the grown adapter.
+        languages: code -> group and text: those to add, and for a review those the adapter knows.
+        experts: new group -> experts in each transformed layer, as in `add_languages`.
+        model: the base model; None for the one the adapter names.
+        start_from: `"closest"` for the group whose experts write the new text in the fewest bits, a group's name, one
+            a new group, or None for expert 0.
+        expand: training of the new experts on the new languages; None to leave them untrained.
+        review: training of the new router rows, on equally much text of every group; None to leave it out.
+        precision, seed: as in `Recipe`.
+    """
+
+    adapter: str
+    output: str
+    languages: dict[str, GrowthLanguage]
+    experts: dict[str, Any] = field(default_factory=dict)
+    model: str | None = None
+    start_from: str | dict[str, str] | None = None
+    expand: GrowthTraining | None = None
+    review: Review | None = None
+    precision: str = "bf16"
+    seed: int = 0
+
+
+def read_growth(path: str | Path) -> Growth:
+    """Read a growth file.
+
+    Raises:
+        RecipeError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RecipeError(f"No file at {path}. It names an adapter, an output folder and languages.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    growth: Growth = read_fields(Growth, data, str(path))
+    if growth.precision not in ("bf16", "fp32"):
+        raise RecipeError(f'{path}: `precision` must be "bf16" or "fp32"; got {growth.precision!r}.')
+    return growth
+
+
+def grow(growth: Growth) -> Path:
+    """Add the languages, train as asked, save the adapter. Returns its folder.
+
+    Raises:
+        RecipeError: the adapter names no base model, or a review lacks text of a group.
+        LanguageError, PlanError: as `MoeDeltaModel.add_languages`.
+    """
+    with whole_folder(growth.output) as folder:
+        base = growth.model or PeftConfig.from_pretrained(growth.adapter).base_model_name_or_path
+        if base is None:
+            raise RecipeError(f"The adapter {growth.adapter} names no base model. Give it as `model`.")
+        model = PeftModel.from_pretrained(load_model(base), growth.adapter, is_trainable=True)
+        tuner, tokenizer = cast("MoeDeltaModel", model.base_model), AutoTokenizer.from_pretrained(base)
+        known = set(tuner.active_config.languages)
+        new = {code: language.group for code, language in growth.languages.items() if code not in known}
+        tuner.add_languages(new, growth.experts, _start_from(growth, model, tokenizer, new))
+        if growth.expand is not None:
+            tuner.start_expansion(routing=growth.expand.routing)
+            train(growth, model, blocks(growth, tokenizer, list(new), growth.expand), growth.expand, tokenizer, folder)
+        if growth.review is not None:
+            review = growth.review
+            tuner.start_review(
+                routing=review.routing,
+                language_prior_coef=review.language_prior_coef,
+                language_prior_groups=review.language_prior_groups,
+            )
+            train(growth, model, _balanced(growth, tuner, tokenizer, review), review, tokenizer, folder)
+        save_adapter(model, folder)
+    return Path(growth.output)
+
+
+def _start_from(
+    growth: Growth, model: PeftModel, tokenizer: PreTrainedTokenizerBase, new: Mapping[str, str]
+) -> str | dict[str, str] | None:
+    """`start_from`, the closest groups looked up on the new groups' text."""
+    if growth.start_from != CLOSEST:
+        return growth.start_from
+    texts: dict[str, list[str]] = {}
+    for code, group in new.items():
+        if group in growth.experts:
+            texts.setdefault(group, []).extend(read_texts(growth.languages[code].train, _SCORED_BYTES))
+    return {group: closest_group(model, tokenizer, documents) for group, documents in texts.items()}
+
+
+def _balanced(growth: Growth, tuner: MoeDeltaModel, tokenizer: PreTrainedTokenizerBase, fields: Training) -> Features:
+    """Equally many blocks of every group, and within a group of each of its languages that the file gives.
+
+    Raises:
+        RecipeError: a group without text.
+    """
+    table = tuner.active_config.language_table
+    members = {group: [c for c in table.members(group) if c in growth.languages] for group in table.groups}
+    without = [group for group, codes in members.items() if not codes and table.members(group)]
+    if without:
+        raise RecipeError(
+            f"A review needs text of every group, and `languages` has none of {', '.join(without)}. Add one of its "
+            f"languages with its file: {', '.join(code for group in without for code in table.members(group))}."
+        )
+    groups = [codes for codes in members.values() if codes]
+    share = replace(fields, steps=-(-fields.steps // len(groups)))
+    features = [feature for codes in groups for feature in blocks(growth, tokenizer, codes, share)]
+    random.Random(growth.seed).shuffle(features)
+    return features

@@ -1,0 +1,127 @@
+"""`peft-moe-delta grow`: an adapter and a file in, a grown adapter out; and where new experts had better start."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from builders import logits, token_batch, upcycle
+from peft_moe_delta.cli import main
+from peft_moe_delta.errors import DataError
+from peft_moe_delta.evaluation import closest_group, score_groups
+from recipe.pico_recipe import SENTENCES
+
+TRAINING = {"steps": 2, "batch_size": 3, "learning_rate": 1.0e-2, "sequence_length": 16}
+
+
+@pytest.fixture
+def files(recipe_fields, tmp_path):
+    """A trained adapter for English and Hungarian on disk, and the fields of a file that adds Greek."""
+    model = upcycle(
+        AutoModelForCausalLM.from_pretrained(recipe_fields["model"]),
+        trained=True,
+        languages={"hu": "uralic", "en": "original"},
+        experts={"uralic": 1},
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    groups = {"hu": "uralic", "en": "original", "el": "greek"}
+    return {
+        "adapter": str(tmp_path / "adapter"),
+        "output": str(tmp_path / "grown"),
+        "languages": {c: {"group": g, "train": recipe_fields["languages"][c]["train"]} for c, g in groups.items()},
+        "experts": {"greek": 1},
+        "precision": "fp32",
+    }
+
+
+def run(fields, tmp_path):
+    path = tmp_path / "grow.yaml"
+    path.write_text(yaml.safe_dump(fields), encoding="utf-8")
+    main(["grow", str(path)])
+
+
+def load(recipe_fields, folder):
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(recipe_fields["model"]), folder)
+
+
+def test_an_adapter_grows_untrained(files, recipe_fields, tmp_path, capsys):
+    run(files, tmp_path)
+    assert capsys.readouterr().out == f"adapter: {files['output']}\n"
+    before, after = load(recipe_fields, files["adapter"]), load(recipe_fields, files["output"])
+    for code in ("hu", "en"):
+        assert torch.equal(logits(after, token_batch(), language=code), logits(before, token_batch(), language=code))
+    assert after.active_peft_config.language_ids == ["hu", "en", "el"]
+    assert json.loads((Path(files["adapter"]) / "adapter_config.json").read_text())["growth"] == []
+
+
+def test_an_adapter_grows_trained_and_reviewed(files, recipe_fields, tmp_path):
+    files |= {"start_from": "closest", "expand": TRAINING | {"routing": "language"}, "review": TRAINING}
+    files["review"] = TRAINING | {"routing": "learned"}
+    run(files, tmp_path)
+    before, after = load(recipe_fields, files["adapter"]), load(recipe_fields, files["output"])
+    assert after.active_peft_config.stage == "review"
+    assert after.active_peft_config.open_steps == 1
+    for old, new in zip(before.layers().values(), after.layers().values(), strict=True):
+        assert torch.equal(old.router("default").weight, new.router("default").weight)
+        for name, tensor in old.experts("default")[1].state_dict().items():
+            assert torch.equal(new.experts("default")[1].state_dict()[name], tensor)
+    after.remove_group("greek")
+    assert torch.equal(logits(after, token_batch()), logits(before, token_batch()))
+
+
+def test_a_review_needs_text_of_every_group(files, tmp_path):
+    del files["languages"]["hu"]
+    with pytest.raises(SystemExit, match="none of uralic"):
+        run(files | {"review": TRAINING}, tmp_path)
+    assert not Path(files["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": {}}, "brings the new groups"),
+        ({"experts": {"uralic": 1, "greek": 1}}, "which the adapter has already"),
+        ({"steps": 3}, "unknown fields"),
+        ({"precision": "fp8"}, "precision"),
+        ({"start_from": "slavic"}, "start_from='slavic'"),
+        ({"expand": TRAINING | {"steps": 5000}}, "Bring more text"),
+    ],
+)
+def test_bad_files_are_refused_and_leave_nothing(change, message, files, tmp_path):
+    with pytest.raises(SystemExit, match=message):
+        run(files | change, tmp_path)
+    assert not Path(files["output"]).exists()
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(SystemExit, match="No file at"):
+        main(["grow", str(tmp_path / "none.yaml")])
+
+
+def test_the_closest_group_writes_the_text_in_the_fewest_bits(recipe_fields):
+    """Hungarian's expert is tuned on Hungarian, so Hungarian text is closest to it, and its figure is its own."""
+    tokenizer = AutoTokenizer.from_pretrained(recipe_fields["model"])
+    model = upcycle(
+        AutoModelForCausalLM.from_pretrained(recipe_fields["model"]),
+        languages={"hu": "uralic", "en": "original", "el": "greek"},
+        experts={"uralic": 1, "greek": 1},
+    )
+    with model.base_model.in_routing("language"):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        batch = tokenizer([SENTENCES["hu"]], return_tensors="pt")
+        for _ in range(10):
+            optimizer.zero_grad()
+            model.train()(**batch, labels=batch["input_ids"], language="hu").loss.backward()
+            optimizer.step()
+    scores = score_groups(model.eval(), tokenizer, [SENTENCES["hu"]])
+    assert closest_group(model, tokenizer, [SENTENCES["hu"]]) == "uralic"
+    assert scores["uralic"] < scores["original"] == scores["greek"], "an untrained expert is expert 0"
+    assert model.active_peft_config.routing == "learned"
+    with pytest.raises(DataError, match="empty list"):
+        closest_group(model, tokenizer, [])
