@@ -185,9 +185,12 @@ def verdict(runs: list[dict[str, Any]], better: str, worse: str) -> dict[str, An
         statistics.mean(r["bits_per_byte"][better][c] - r["bits_per_byte"][worse][c] for c in LANGUAGES) for r in runs
     ]
     mean = statistics.mean(differences)
-    half = T_95[len(runs)] * statistics.stdev(differences) / len(runs) ** 0.5 if len(runs) > 1 else math.inf
+    claim = {"claim": f"{better} <= {worse}", "mean": mean}
+    if len(runs) == 1:
+        return {**claim, "interval": None, "verdict": "undecided"}
+    half = T_95[len(runs)] * statistics.stdev(differences) / len(runs) ** 0.5
     word = "confirmed" if mean + half <= 0 else "refuted" if mean - half > 0 else "undecided"
-    return {"claim": f"{better} <= {worse}", "mean": mean, "interval": [mean - half, mean + half], "verdict": word}
+    return {**claim, "interval": [mean - half, mean + half], "verdict": word}
 
 
 def closed_form(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -229,8 +232,8 @@ def main() -> None:
     )
     verdicts = [verdict(runs, *pair) for pair in STEPS_OF_THE_ORDER]
     for v in verdicts:
-        low, high = v["interval"]
-        print(f"- {v['claim']}: {v['mean']:+.4f} [{low:+.4f}, {high:+.4f}], {v['verdict']}")
+        interval = "one random seed" if v["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*v["interval"])
+        print(f"- {v['claim']}: {v['mean']:+.4f} {interval}, {v['verdict']}")
     fitted = closed_form(runs)
     own, worse = fitted["percent_on_own_expert"], fitted["percent_worse_than_forced"]
     print(
