@@ -47,7 +47,7 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 256, "tie_word_embeddings": True,
     "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-STEPS = {"seed": 200, "branch": 100, "mixture": 60}
+STEPS = {"seed": 120, "branch": 60, "mixture": 36}
 """Optimizer steps of BATCH x ROW tokens."""
 MIXTURES: dict[str, dict[str, Any]] = {
     "BTX": {},
