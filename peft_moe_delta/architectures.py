@@ -33,6 +33,11 @@ MLP_MODULES: Mapping[str, str] = MappingProxyType(
 TRANSPOSED_MLP = frozenset({"gpt2"})
 """`model_type` of families whose MLP keeps its matrices as (in, out)."""
 
+ATTENTION_MODULES: Mapping[str, str] = MappingProxyType(
+    dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "cohere", "granite", "olmo2", "smollm3"), "self_attn")
+)
+"""`model_type` -> name of a decoder layer's attention module, where attention experts are known to be exact."""
+
 _NO_MLP_MODULE = "its decoder layers keep the MLP's matrices side by side, so there is no MLP module to replace"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
@@ -64,6 +69,20 @@ def mlp_module_name(model_type: str) -> str:
             'Name it in the config, for example target_modules=["mlp"].'
         )
     return MLP_MODULES[model_type]
+
+
+def attention_module_name(model_type: str) -> str:
+    """The attention module's name in a family that can have attention experts.
+
+    Raises:
+        ArchitectureError: the family's attention is unknown.
+    """
+    if model_type not in ATTENTION_MODULES:
+        raise ArchitectureError(
+            f"Attention experts are not known to work in {model_type!r} models, only in: "
+            f"{', '.join(ATTENTION_MODULES)}. Leave `attention_experts` out; MLP experts work in every family."
+        )
+    return ATTENTION_MODULES[model_type]
 
 
 def layer_index(module_name: str) -> int:

@@ -89,3 +89,16 @@ def classifier_loss(*, logits_T: Tensor, original_T: Tensor, counted_T: Tensor) 
     """
     loss_T = F.binary_cross_entropy_with_logits(logits_T.float(), original_T.float(), reduction="none")
     return loss_T.where(counted_T, 0.0).sum(), counted_T.sum().float()
+
+
+def router_z_loss(*, logits_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+    """`sum_t logsumexp(logits_t)^2`, which keeps logits small (ST-MoE, arXiv 2202.08906; BAM, arXiv 2408.08274).
+
+    Args:
+        logits_TE: router logits, fp32.
+        counted_T: bool, False for padding.
+
+    Returns:
+        The sum over counted tokens and their number, both fp32 scalars.
+    """
+    return logits_TE.logsumexp(dim=-1).square().where(counted_T, 0.0).sum(), counted_T.sum().float()

@@ -10,13 +10,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from builders import perturbed, pico
+from training.common import make_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
 
 
+def snippets() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_snippet_runs(tmp_path):
-    (snippet,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+    snippet, _ = snippets()
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -42,3 +47,14 @@ def test_the_snippet_runs(tmp_path):
     exec(snippet, {"new_text": new_text, "review_text": review_text})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "chat").config.model_type == "qwen3_moe"
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_the_snippet_on_mixing_runs(tmp_path, monkeypatch):
+    base = pico("qwen3")
+    for number, name in enumerate(("base", "hu-model", "el-model", "instruct")):
+        perturbed(base, seed=number, scale=0.0 if name == "base" else 0.1).save_pretrained(tmp_path / name)
+        make_tokenizer().save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    texts = {"english_texts": ["w3 w4"], "hungarian_texts": ["w5 w6"], "greek_texts": ["w7 w8"]}
+    exec(snippets()[1], texts)
+    assert texts["chat"].config.model_type == "qwen3_moe"

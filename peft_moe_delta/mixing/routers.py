@@ -207,9 +207,10 @@ def _routed_by_language(tuner: MoeDeltaModel) -> Iterator[None]:
 
 
 def _routers(tuner: MoeDeltaModel) -> Iterator[tuple[str, Tensor]]:
-    """Module name and router weight of everything that has experts."""
+    """Module name and weight of every router, those of groups that were added later included."""
     for _, name, module in tuner.expert_layers():
-        yield name, module.moe_delta_router[tuner.active_adapters[0]].get_parameter("weight").detach()
+        for weight in module.router(tuner.active_adapters[0]).parameters():
+            yield name, weight.detach()
 
 
 @contextmanager
@@ -267,6 +268,7 @@ def _set_routers(tuner: MoeDeltaModel, fitted: RouterStatistics, ridge: float, t
     """Every expert gets the column of the groups that routing by language sends to it."""
     adapter = tuner.active_adapters[0]
     rule = routing_named("language")
+    tuner.active_config.open_steps = tuner.active_config.newest_step  # groups that were added may serve from now on
     for _, name, module in tuner.expert_layers():
         settings = module.settings[adapter]
         users: dict[int, tuple[str, ...]] = {}
@@ -274,6 +276,6 @@ def _set_routers(tuner: MoeDeltaModel, fitted: RouterStatistics, ridge: float, t
             for expert in (e for e, may in enumerate(allowed) if may):
                 users[expert] = (*users.get(expert, ()), group)
         columns = fitted.solve(name, {str(groups): groups for groups in users.values()}, ridge)
-        weight = module.moe_delta_router[adapter].get_parameter("weight")
+        rows = [row for weight in module.router(adapter).parameters() for row in weight]
         for expert, groups in users.items():
-            weight[expert] = columns[str(groups)] / temperature
+            rows[expert].copy_(columns[str(groups)] / temperature)

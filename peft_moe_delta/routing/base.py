@@ -22,13 +22,15 @@ class Routes:
     Attributes:
         indices_TK: chosen experts by falling weight, int64. E marks a slot that is not used because the token may use
             fewer than K experts.
-        weights_TK: their weights, fp32, summing to 1 over a token; 0 in unused slots.
+        weights_TK: their weights, fp32, summing to 1 over a token if `normalised`; 0 in unused slots.
         probabilities_TE: softmax over the experts the token may use, fp32; 0 for the others.
+        normalised: whether a token's weights sum to 1.
     """
 
     indices_TK: Tensor
     weights_TK: Tensor
     probabilities_TE: Tensor
+    normalised: bool = True
 
 
 class Routing(ABC):
@@ -46,7 +48,9 @@ class Routing(ABC):
         """
 
 
-def choose_experts(logits_TE: Tensor, top_k: int, allowed_TE: Tensor | None = None) -> Routes:
+def choose_experts(
+    logits_TE: Tensor, top_k: int, allowed_TE: Tensor | None = None, *, renormalise: bool = True
+) -> Routes:
     """`p_t = softmax(logits_t)` over the allowed experts, then the top k, renormalised to sum 1.
 
     Renormalising also at k = 1 makes a layer of equal experts compute exactly what one of them computes, at every k.
@@ -55,14 +59,15 @@ def choose_experts(logits_TE: Tensor, top_k: int, allowed_TE: Tensor | None = No
         logits_TE: router logits, fp32.
         top_k: experts a token; a token that may use fewer uses all of those.
         allowed_TE: bool, at least one True a row; None where every token may use every expert.
+        renormalise: False keeps the probabilities themselves as weights (BAM), whose sum is below 1.
     """
     num_experts = logits_TE.shape[-1]
     if allowed_TE is not None:
         logits_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf)
     probabilities_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
     chosen_TK, indices_TK = probabilities_TE.topk(min(top_k, num_experts), dim=-1)
-    weights_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True)
+    weights_TK = chosen_TK / chosen_TK.sum(dim=-1, keepdim=True) if renormalise else chosen_TK
     if allowed_TE is not None:
         unused_TK = ~allowed_TE.gather(1, indices_TK)
         indices_TK = indices_TK.masked_fill(unused_TK, num_experts)
-    return Routes(indices_TK, weights_TK, probabilities_TE)
+    return Routes(indices_TK, weights_TK, probabilities_TE, renormalise)

@@ -22,6 +22,7 @@ from ..delta.vocabulary import VocabularyMap, is_embedding
 from ..errors import CheckpointError, GraftError
 from ..export import LazyTensors, UpcycledWeights
 from ..plan import ExpertPlan
+from ..tuner import MoeDeltaConfig
 from ..tuner.fingerprint import check_fingerprint, fingerprint_of, sampled_blocks
 from .adapter import AdapterFile
 
@@ -67,10 +68,10 @@ class Sources:
             GraftError: base and post-trained model have other names or shapes.
             CheckpointError: the adapter belongs to another base.
         """
-        if adapter.config.new_tokens:
+        if parts := _only_in_memory(adapter.config):
             raise GraftError(
-                f"The adapter brings {len(adapter.config.new_tokens)} new tokens, which are not grafted from file to "
-                "file yet. Load it as a model, and use graft or merge_and_graft."
+                f"The adapter has {parts}, which cannot be grafted from file to file yet. Load it as a model, and use "
+                "graft or merge_and_graft."
             )
         aligned = PostTrainingDelta.from_checkpoints(base, post_trained, vocabulary).base
         plan = adapter.plan(config.num_hidden_layers)
@@ -236,3 +237,14 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     if not all_finite(tensor):
         raise GraftError(f"{name} holds values that are not finite. The checkpoint is damaged; fetch it again.")
     return tensor
+
+
+def _only_in_memory(config: MoeDeltaConfig) -> str:
+    """The parts of an adapter that this job does not know; empty where it knows all."""
+    parts = {
+        f"{len(config.new_tokens or ())} new tokens": config.new_tokens,
+        "attention experts": config.attention_experts,
+        "classifiers": config.classifier_layers,
+        "a base model of averaged weights": (config.mixed or {}).get("others", "seed") != "seed",
+    }
+    return ", ".join(name for name, present in parts.items() if present)

@@ -1,9 +1,9 @@
 """The tuner in PEFT's own parts: `config`, `layer`, `model`, `registration`.
 
 `context` carries languages in and losses out, `settings` says who may do what, `experts` makes experts from an MLP,
-`router` scores them, `growing` adds languages to a trained adapter, `fingerprint` knows the base model, `grafting` moves
-an adapter onto a post-trained model, `agreement` compares the routes of two models, `explain` says what an adapter can
-be shipped as.
+`router` scores them, `attention` mixes attention modules, `growing` adds languages to a trained adapter, `fingerprint`
+knows the base model, `grafting` moves an adapter onto a post-trained model, `agreement` compares the routes of two
+models, `explain` says what an adapter can be shipped as.
 """
 
 from .agreement import route_agreement

@@ -23,6 +23,8 @@ class MoeDeltaType(str, Enum):
 STAGES: dict[str, tuple[float, float]] = {"expansion": (0.01, 0.0), "review": (0.0, 0.1)}
 """Stage -> default coefficients (load balancing, language prior), as published by MoE-LPR (arXiv 2408.11396)."""
 
+ATTENTION_EXPERTS = ("shared_kv", "full")
+
 _RUNTIME_FIELDS = ("verify_base",)
 
 
@@ -40,6 +42,12 @@ class MoeDeltaConfig(PeftConfig):
             sends original-language tokens to expert 0 alone (LayerMoE).
         classifier_layers: decoder layers that get such a gate, of use under that routing; see `most_similar_layers`.
         expert_rank: None for full copies of the MLP; a rank r for `W_e = W_0 + B_e A_e` over the frozen MLP.
+        attention_experts: None for MLP experts alone; `"full"` or `"shared_kv"` grow as many experts beside each
+            layer's attention, mixed softly (BAM): with everything their own, keys, values and so a cache included, or
+            with keys and values shared.
+        norm_topk_prob: whether a token's weights are renormalised after top-k, which preserves the model's function;
+            False keeps the probabilities as they are (BAM, with `top_k=1`).
+        router_z_loss_coef: weight of the z-loss on all routers, soft ones included.
         target_modules: the MLP blocks, as in PEFT; None finds them by the model's type.
         exclude_modules: module names to leave out, as in PEFT.
         layers_to_transform: decoder layers to transform; None for all.
@@ -79,6 +87,9 @@ class MoeDeltaConfig(PeftConfig):
     routing: str = "learned"
     classifier_layers: list[int] | None = None
     expert_rank: int | None = None
+    attention_experts: str | None = None
+    norm_topk_prob: bool = True
+    router_z_loss_coef: float = 0.0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
@@ -116,6 +127,11 @@ class MoeDeltaConfig(PeftConfig):
             )
         if self.stage not in STAGES:
             raise PlanError(f"Unknown stage {self.stage!r}; expected one of: {', '.join(STAGES)}.")
+        if self.attention_experts not in (None, *ATTENTION_EXPERTS):
+            raise PlanError(
+                f"Unknown attention_experts={self.attention_experts!r}; expected None or one of: "
+                f"{', '.join(ATTENTION_EXPERTS)}."
+            )
         unknown = set(self.language_prior_groups or ()) - set(table.groups)
         if unknown:
             raise LanguageError(

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_module
@@ -17,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..architectures import linear_maps
 from ..delta import low_rank_weight
+
+_NOTHING: Mapping[int, Any] = MappingProxyType({})
 
 
 class LowRankLinear(nn.Module):
@@ -60,20 +64,26 @@ class LowRankLinear(nn.Module):
         return (result + change).to(result.dtype)
 
 
-def full_expert(mlp: nn.Module) -> nn.Module:
-    """A trainable copy of an MLP, without the hooks that anyone attached to the original."""
+def full_expert(mlp: nn.Module, keep: Mapping[int, Any] = _NOTHING) -> nn.Module:
+    """A trainable copy of an MLP, without the hooks that anyone attached to the original.
+
+    `keep` maps the `id` of a part to what stands in its place, as `copy.deepcopy` takes it.
+    """
     on_meta = _building_on_meta()
     memo = {
         id(p): nn.Parameter(torch.empty_like(p, device="meta") if on_meta else p.detach().clone())
         for p in mlp.parameters()
     }
-    return _without_hooks(copy.deepcopy(mlp, memo))
+    return _without_hooks(copy.deepcopy(mlp, {**memo, **keep}))
 
 
-def low_rank_expert(mlp: nn.Module, rank: int) -> nn.Module:
-    """A copy of an MLP's structure in which every linear map is a `LowRankLinear` over the original one."""
-    memo = {id(frozen): LowRankLinear(frozen, rank) for frozen in linear_maps(mlp).values()}
-    return _without_hooks(copy.deepcopy(mlp, memo))
+def low_rank_expert(mlp: nn.Module, rank: int, keep: Mapping[int, Any] = _NOTHING) -> nn.Module:
+    """A copy of an MLP's structure in which every linear map is a `LowRankLinear` over the original one.
+
+    `keep` as in `full_expert`.
+    """
+    memo = {id(frozen): LowRankLinear(frozen, rank) for frozen in linear_maps(mlp).values() if id(frozen) not in keep}
+    return _without_hooks(copy.deepcopy(mlp, {**memo, **keep}))
 
 
 def expert_weights(expert: nn.Module, mlp: nn.Module) -> Iterator[tuple[str, Tensor]]:

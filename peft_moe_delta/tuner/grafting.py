@@ -255,6 +255,16 @@ def exported_share(
 
 def why_not_encodable(config: MoeDeltaConfig) -> str | None:
     """Why no stand-alone form can say what an adapter's routing does, and what to do; None where one may."""
+    if config.attention_experts is not None:
+        return (
+            f"No stand-alone form holds attention experts (attention_experts={config.attention_experts!r}). Train with "
+            "MLP experts alone for one."
+        )
+    if not config.norm_topk_prob:
+        return (
+            "Stand-alone forms renormalise the weights of a token's experts, and norm_topk_prob=False does not. Train "
+            "with norm_topk_prob=True for one."
+        )
     if isinstance(config.routing_rule, ClassifierRouting):
         return (
             "Routing 'classifier' cannot be encoded in a stand-alone model, whose routers have no gate before them. "
@@ -362,17 +372,16 @@ class _Graft:
     def _fill(self, expert_scales: dict[str, float]) -> None:
         """Give the grafted model its routers and experts."""
         plan = self.tuner.plan()
-        for (layer, source), target in zip(
-            self.tuner.layers().items(), self.target.layers(self.name).values(), strict=True
+        for (layer, module_name, source), (_, _, target) in zip(
+            self.tuner.expert_layers(), self.target.expert_layers(), strict=True
         ):
             target.moe_delta_router[self.name].load_state_dict(source.moe_delta_router[self.name].state_dict())
             if (classifier := target.classifier(self.name)) is not None:
                 classifier.load_state_dict(source.moe_delta_classifier[self.name].state_dict())
-            mlp_name = _name_of(self.target.model, target)
             pairs = zip(source.experts(self.name)[1:], target.experts(self.name)[1:], strict=True)
             for index, (expert, grafted) in enumerate(pairs, start=1):
                 scale = expert_scales[plan.group_of_expert(layer, index)]
-                self._fill_expert(expert, grafted, mlp_name, scale)
+                self._fill_expert(expert, grafted, module_name, scale)
         for source_rows, target_rows in zip(
             grown_layers(self.tuner.model) or (), grown_layers(self.target.model) or (), strict=True
         ):
@@ -384,7 +393,7 @@ class _Graft:
             for key, parameter in saved.named_parameters():
                 self._graft_into(parameter, f"{name}.{key}", trained.get_parameter(key), 1.0)
 
-    def _fill_expert(self, expert: nn.Module, grafted: nn.Module, mlp_name: str, expert_scale: float) -> None:
+    def _fill_expert(self, expert: nn.Module, grafted: nn.Module, module_name: str, expert_scale: float) -> None:
         for name, parameter in grafted.named_parameters():
             owner = grafted.get_submodule(name.rpartition(".")[0])
             if isinstance(owner, LowRankLinear):
@@ -392,7 +401,7 @@ class _Graft:
                 source = expert.get_parameter(name)
                 parameter.copy_(source * expert_scale if name.endswith("B") else source)
             else:
-                self._graft_into(parameter, f"{mlp_name}.{name}", expert.get_parameter(name), expert_scale)
+                self._graft_into(parameter, f"{module_name}.{name}", expert.get_parameter(name), expert_scale)
 
     def _graft_into(self, parameter: nn.Parameter, name: str, trained: Tensor, expert_scale: float) -> None:
         base, post_trained = self.delta.base[name], self.delta.post_trained[name]

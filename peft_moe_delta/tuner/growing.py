@@ -128,6 +128,11 @@ def _check_languages(
             f"`experts` names the groups {sorted(experts)}; `languages` brings the new groups {sorted(new)}. Give "
             f"every new group a count, and only those. Known groups, to join: {', '.join(table.groups)}."
         )
+    if new and config.attention_experts is not None:
+        raise PlanError(
+            f"This adapter has attention experts (attention_experts={config.attention_experts!r}), which cannot be "
+            "added to yet. Mix all languages at once, or grow an adapter with MLP experts alone."
+        )
     if new and config.modules_to_save:
         raise PlanError(
             f"This adapter trains {config.modules_to_save} beside its experts. Every language runs through those, so "
@@ -232,7 +237,7 @@ def _append(layer: MoeDeltaLayer, name: str, grown: LayerSettings, sources: Mapp
         router.add_rows(group, counts[group])
         start_as = [e for e, owner in enumerate(settings.owners) if e and owner == sources.get(group)]
         for i in range(counts[group]):
-            new = layer.new_expert(settings.config.expert_rank).to(dtype).train(training)
+            new = layer.new_expert(settings.config).to(dtype).train(training)
             if start_as:
                 new.load_state_dict(experts[start_as[i % len(start_as)] - 1].state_dict())
             experts.append(new)

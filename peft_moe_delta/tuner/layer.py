@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..architectures import takes_residual
 from ..errors import LanguageError, PlanError
-from ..losses import classifier_loss, language_prior_loss, load_balancing_loss
+from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
 from ..routing import Routes, choose_experts
+from .config import MoeDeltaConfig
 from .context import ForwardContext, ForwardState, constant
 from .experts import expert_weights, full_expert, low_rank_expert
 from .router import Classifier, Router
@@ -42,13 +43,15 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         self.settings: dict[str, LayerSettings] = {}
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
-        self._takes_residual = takes_residual(base_layer)
+        self._takes_residual = self.calling_convention(base_layer)
+
+    calling_convention = staticmethod(takes_residual)
+    """Whether the module adds the residual itself."""
 
     def add_experts(self, adapter_name: str, settings: LayerSettings, hidden_size: int) -> None:
         """Grow an adapter's experts and router beside the MLP."""
-        rank = settings.config.expert_rank
         counts, steps = settings.counts, settings.config.steps
-        new = [self.new_expert(rank) for _ in range(sum(counts) - 1)]
+        new = [self.new_expert(settings.config) for _ in range(sum(counts) - 1)]
         begun_with = sum(count for count, step in zip(counts, steps, strict=True) if step == 0)
         router = Router(hidden_size, begun_with, next(self.base_layer.parameters()).device)
         for group, (count, step) in enumerate(zip(counts, steps, strict=True)):
@@ -64,8 +67,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         self.settings[adapter_name] = settings
         self.set_adapter(self.active_adapters, inference_mode=settings.config.inference_mode)
 
-    def new_expert(self, rank: int | None) -> nn.Module:
+    def new_expert(self, config: MoeDeltaConfig) -> nn.Module:
         """An expert that computes what the MLP computes: a full copy, or a low-rank change of it."""
+        rank = config.expert_rank
         return full_expert(self.base_layer) if rank is None else low_rank_expert(self.base_layer, rank)
 
     def experts(self, adapter_name: str) -> list[nn.Module]:
@@ -114,13 +118,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         settings, experts = self.settings[name], self.experts(name)
         state = self.context.state(len(x_TD), self.training)
         state.layers += 1
-        groups = state.groups(settings.table, x_TD.device)
-        if groups is None and settings.config.routing_rule.needs_language:
-            raise LanguageError(
-                f"Routing {settings.config.routing!r} needs the language of every token, and none was given. Known "
-                f"languages: {', '.join(settings.table.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
-                '`language="..."`, or call model.set_language(...).'
-            )
+        groups = self._groups(settings, state, x_TD.device)
         usable = settings.usable(None if groups is None else groups[1])
         only = usable.index(True) if sum(usable) == 1 else None
         if only is not None and not (state.recording and settings.needs_logits):
@@ -133,12 +131,28 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             reach = len(usable) - usable[::-1].index(True)
             experts, logits_TE = experts[:reach], logits_TE[:, :reach]
             allowed_TE = None if allowed_TE is None else allowed_TE[:, :reach]
-        routes = choose_experts(logits_TE, settings.config.experts_per_token, allowed_TE)
+        routes = choose_experts(
+            logits_TE, settings.config.experts_per_token, allowed_TE, renormalise=settings.config.norm_topk_prob
+        )
         if state.recording:
             self._record(settings, state, logits_TE, routes, groups, sets_T, allowed)
             if settings.classifies and settings.config.classifier_loss > 0:
                 self._record_classifier(settings, state, x_TD, groups, name)
         return self._combine(experts, x_TD, routes)
+
+    @staticmethod
+    def _groups(
+        settings: LayerSettings, state: ForwardState, device: torch.device
+    ) -> tuple[Tensor, frozenset[int]] | None:
+        """Group of every token and the groups that occur; None where no language is known and none is needed."""
+        groups = state.groups(settings.table, device)
+        if groups is None and settings.config.routing_rule.needs_language:
+            raise LanguageError(
+                f"Routing {settings.config.routing!r} needs the language of every token, and none was given. Known "
+                f"languages: {', '.join(settings.table.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
+                '`language="..."`, or call model.set_language(...).'
+            )
+        return groups
 
     def _sets(
         self, settings: LayerSettings, groups: tuple[Tensor, frozenset[int]] | None, x_TD: Tensor, name: str
@@ -166,9 +180,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         y_TD = self._run(experts[expert], x_TD)
         if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
             # DDP waits for every trainable parameter: idle experts, router and gate take part with no tokens.
-            idle = [self._run(e, x_TD[:0]).sum() for i, e in enumerate(experts) if i != expert and _trainable(e)]
+            idle = [self._run(e, x_TD[:0]).sum() for i, e in enumerate(experts) if i != expert and trainable(e)]
             for part in (self.router(name), self.classifier(name)):
-                if part is not None and _trainable(part):
+                if part is not None and trainable(part):
                     idle.append(part(x_TD[:0]).sum())
             y_TD = y_TD + sum(idle)
         return y_TD
@@ -186,7 +200,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         outputs = [
             self._run(expert, rows)
             for expert, rows in zip(experts, slices, strict=True)
-            if len(rows) or (torch.is_grad_enabled() and _trainable(expert))
+            if len(rows) or (torch.is_grad_enabled() and trainable(expert))
         ]
         rows = torch.cat(outputs)
         if len(used) == len(chosen):
@@ -194,7 +208,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             y_TKD = rows.index_select(0, place)
         else:
             y_TKD = rows.new_zeros(len(chosen), rows.shape[-1]).index_copy(0, used, rows)
-        if top_k == 1:
+        if top_k == 1 and routes.normalised:
             return y_TKD  # a single weight is 1
         y_TKD = y_TKD.view(num_tokens, top_k, -1)
         return (y_TKD * routes.weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
@@ -219,7 +233,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
         config, context, device = settings.config, self.context, logits_TE.device
-        counted_T = _counted(state, logits_TE)
+        counted_T = counted(state, logits_TE)
         group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
         balance, balanced = load_balancing_loss(
             probabilities_TE=routes.probabilities_TE,
@@ -230,17 +244,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         )
         context.record("load_balancing_loss", balance, balanced)
         total = config.load_balancing * balance
-        if config.language_prior > 0:
-            if groups is None:
-                raise LanguageError(
-                    f"The language-prior loss (coefficient {config.language_prior}, stage {config.stage!r}) needs the "
-                    "language of every token, and none was given. Use LanguageCollator, or set language_prior_coef=0."
-                )
-            prior, tokens = language_prior_loss(
-                logits_TE=logits_TE, targets_TE=constant(settings.prior_targets, device)[group_T], counted_T=counted_T
-            )
-            context.record("language_prior_loss", prior, tokens)
-            total = total + config.language_prior * prior
+        total = total + self._logit_losses(settings, logits_TE, counted_T, groups)
         state.losses.append((total, counted_T.sum()))
         on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
         for group in range(len(settings.table.groups)) if groups is not None else ():
@@ -248,6 +252,32 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             context.record(f"expert_0_share/{settings.table.groups[group]}", (on_zero_T & here_T).sum(), here_T.sum())
         if groups is None:
             context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
+
+    def _logit_losses(
+        self,
+        settings: LayerSettings,
+        logits_TE: Tensor,
+        counted_T: Tensor,
+        groups: tuple[Tensor, frozenset[int]] | None,
+    ) -> Tensor:
+        """The losses of any router, soft or top-k, weighted: language prior and z-loss; 0 where neither is in force."""
+        config, context = settings.config, self.context
+        total = logits_TE.new_zeros(())
+        if config.language_prior > 0:
+            if groups is None:
+                raise LanguageError(
+                    f"The language-prior loss (coefficient {config.language_prior}, stage {config.stage!r}) needs the "
+                    "language of every token, and none was given. Use LanguageCollator, or set language_prior_coef=0."
+                )
+            targets_TE = constant(settings.prior_targets, logits_TE.device)[groups[0]]
+            prior, tokens = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
+            context.record("language_prior_loss", prior, tokens)
+            total = total + config.language_prior * prior
+        if config.router_z_loss_coef > 0:
+            z, tokens = router_z_loss(logits_TE=logits_TE, counted_T=counted_T)
+            context.record("router_z_loss", z, tokens)
+            total = total + config.router_z_loss_coef * z
+        return total
 
     def _record_classifier(
         self,
@@ -258,7 +288,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         name: str,
     ) -> None:
         """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
-        config, classifier, counted_T = settings.config, self.classifier(name), _counted(state, x_TD)
+        config, classifier, counted_T = settings.config, self.classifier(name), counted(state, x_TD)
         assert classifier is not None
         if groups is None:
             raise LanguageError(
@@ -323,10 +353,11 @@ MERGE_REFUSED = (
 )
 
 
-def _counted(state: ForwardState, rows: Tensor) -> Tensor:
+def counted(state: ForwardState, rows: Tensor) -> Tensor:
     """(T,) booleans, False for padding."""
     return torch.ones(len(rows), dtype=torch.bool, device=rows.device) if state.mask_T is None else state.mask_T
 
 
-def _trainable(module: nn.Module) -> bool:
+def trainable(module: nn.Module) -> bool:
+    """Whether any parameter wants a gradient."""
     return any(p.requires_grad for p in module.parameters())

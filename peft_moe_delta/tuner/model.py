@@ -17,10 +17,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from torch import Tensor, nn
 
-from ..architectures import OUTSIDE_THE_TEXT_DECODER, check_low_rank, check_mlp, layer_index, mlp_module_name
+from ..architectures import (
+    OUTSIDE_THE_TEXT_DECODER,
+    attention_module_name,
+    check_low_rank,
+    check_mlp,
+    layer_index,
+    mlp_module_name,
+)
 from ..errors import ArchitectureError, CheckpointError, PlanError
 from ..plan import ExpertPlan
 from ..routing import routing_named
+from .attention import MoeDeltaAttention
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
@@ -252,7 +260,7 @@ class MoeDeltaModel(BaseTuner):
         found = {
             layer_index(key): module
             for key, module in self.model.named_modules()
-            if isinstance(module, MoeDeltaLayer) and name in module.settings
+            if type(module) is MoeDeltaLayer and name in module.settings
         }
         return dict(sorted(found.items()))
 
@@ -310,6 +318,8 @@ class MoeDeltaModel(BaseTuner):
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
+        if peft_config.attention_experts is not None:
+            attention_module_name(self.model.config.model_type)
         blocks = self.mlp_blocks(peft_config)
         if not blocks:
             return  # PEFT says which names it looked for
@@ -392,6 +402,13 @@ class MoeDeltaModel(BaseTuner):
             return  # a dense layer stays the base model's own
         settings = LayerSettings.build(peft_config, plan.counts[plan.layers.index(layer)], layer)
         self.upcycled(current_key, target).add_experts(adapter_name, settings, self.hidden_size)
+        if peft_config.attention_experts is not None:
+            name = attention_module_name(self.model.config.model_type)
+            attention = getattr(parent, name)
+            if not isinstance(attention, MoeDeltaAttention):
+                attention = MoeDeltaAttention(attention, ForwardContext.of(self.model))
+                setattr(parent, name, attention)
+            attention.add_experts(adapter_name, replace(settings, has_classifier=False), self.hidden_size)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)

@@ -19,6 +19,7 @@ from training.common import make_tokenizer
 
 LANGUAGES = {"hu": "uralic", "en": "original", "az": "turkic"}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "cohere")
+VARIANTS = pytest.mark.parametrize("variant", EXPERT_PARTS)
 TOKENS = token_batch()
 CLOSE = {"atol": 1e-5, "rtol": 0}
 
@@ -37,19 +38,24 @@ def checkpoints(tmp_path_factory):
     return write_branches(tmp_path_factory.mktemp("branches"))
 
 
+@VARIANTS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_with_every_branch_equal_to_the_seed_nothing_changes(family, tmp_path):
+def test_with_every_branch_equal_to_the_seed_nothing_changes(family, variant, tmp_path):
     seed = pico(family)
     seed.save_pretrained(tmp_path / "seed")
+    equal = {"uralic": tmp_path / "seed", "turkic": tmp_path / "seed"}
     with pytest.warns(UserWarning, match="equals the seed"):
-        mixed = mix(tmp_path / "seed", {"uralic": tmp_path / "seed", "turkic": tmp_path / "seed"}, LANGUAGES)
+        mixed = mix(tmp_path / "seed", equal, LANGUAGES, attention_experts=variant)
     torch.testing.assert_close(logits(mixed, TOKENS), logits(seed, TOKENS), **CLOSE)
 
 
+@VARIANTS
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_branch_alone_is_that_branch(family, tmp_path):
-    checkpoints = write_branches(tmp_path, family, EXPERT_PARTS[None])
-    mixed = mix(checkpoints["seed"], branches_in(checkpoints), LANGUAGES, routing="language")
+def test_a_branch_alone_is_that_branch(family, variant, tmp_path):
+    """Branches that moved in what experts hold, and nowhere else."""
+    checkpoints = write_branches(tmp_path, family, EXPERT_PARTS[variant])
+    options = {"routing": "language", "attention_experts": variant}
+    mixed = mix(checkpoints["seed"], branches_in(checkpoints), LANGUAGES, **options)
     for code, name in {"en": "seed", "hu": "uralic", "az": "turkic"}.items():
         expected = logits(load(checkpoints[name]), TOKENS)
         torch.testing.assert_close(logits(mixed, TOKENS, language=code), expected, **CLOSE)
@@ -63,13 +69,16 @@ def test_a_branch_alone_is_that_branch(family, tmp_path):
     ],
     ids=["average", "weighted"],
 )
-def test_averaged_weights_make_a_new_base_that_the_adapter_names(checkpoints, tmp_path, others, shares):
-    mixed = mix(checkpoints["seed"], branches_in(checkpoints), LANGUAGES, others=others, base_output=tmp_path / "base")
+@VARIANTS
+def test_averaged_weights_make_a_new_base_that_the_adapter_names(checkpoints, tmp_path, others, shares, variant):
+    options = {"others": others, "base_output": tmp_path / "base", "attention_experts": variant}
+    mixed = mix(checkpoints["seed"], branches_in(checkpoints), LANGUAGES, **options)
     written, sources = CheckpointReader(tmp_path / "base"), {n: CheckpointReader(p) for n, p in checkpoints.items()}
     assert set(written) == set(sources["seed"])
     for name, tensor in written.items():
         mean = sum(share * sources[source][name].double() for source, share in shares.items())
-        expected = sources["seed"][name] if ".mlp." in name else mean.float()
+        in_expert = any(part in name for part in EXPERT_PARTS[variant])
+        expected = sources["seed"][name] if in_expert else mean.float()
         torch.testing.assert_close(tensor, expected, atol=1e-7, rtol=1e-6)
     mixed.save_pretrained(tmp_path / "adapter")
     base = MoeDeltaConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path

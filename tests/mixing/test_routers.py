@@ -111,6 +111,14 @@ def test_a_layer_without_a_groups_experts_sends_its_tokens_to_expert_0():
     assert share > 0.5
 
 
+def test_soft_attention_routers_are_fitted_as_well():
+    fitted = model(attention_experts="full")
+    statistics = fit(fitted)
+    assert len(statistics.A) == len(moe_layers(fitted)) == 4
+    for weight in router_weights(fitted):
+        torch.testing.assert_close(weight.norm(dim=1), torch.full((4,), 1 / TEMPERATURE))
+
+
 def test_without_an_original_language_expert_0_is_for_what_nobody_claims():
     fitted = upcycle(pico(), languages={"hu": "uralic", "az": "turkic"}, experts={"uralic": 1, "turkic": 1})
     fit(fitted, {code: TEXTS[code] for code in ("hu", "az")})

@@ -1,0 +1,204 @@
+"""`MoeDeltaAttention`: a decoder layer's attention and the attention experts that grew beside it (BAM, 2408.08274).
+
+In: what the host hands its attention module. Out: `y_t = sum_e g_te Attention_e(x)_t` with `g_t = softmax(W_a x_t)`
+over the experts the token may use: soft, not top-k, and weighted after each expert's own output projection. Expert 0 is
+the host's own module, unchanged and frozen. Every expert is a module of the host's class, so that grouped queries,
+rotary variants, sliding windows and attention implementations are the host's.
+
+- `"full"`: an expert owns all of the module. Each has a layer of its own in the host's cache, beyond the host's layers.
+- `"shared_kv"`: keys and values, and so the cache, are the base model's; an expert owns the rest (queries, output).
+
+Shape legend: B batch, S sequence, T = B * S tokens, D hidden size, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArchitectureError, LanguageError
+from .config import MoeDeltaConfig
+from .context import constant
+from .experts import full_expert, low_rank_expert
+from .layer import MoeDeltaLayer, counted, trainable
+
+Slots = dict[int, int]
+"""Expert -> its layer in the host's cache."""
+
+_KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
+
+
+class Borrowed(nn.Module):
+    """A projection of the base model's own attention inside an expert: called, not owned.
+
+    Attributes:
+        idle: whether keys and values are known already; then nothing is computed and the result, in the right shape,
+            is thrown away by `SharedKeyValues`.
+    """
+
+    def __init__(self, frozen: nn.Module) -> None:
+        super().__init__()
+        self._frozen = (frozen,)  # in a tuple, so that torch does not register it
+        self.idle = False
+
+    @property
+    def weight(self) -> Tensor:
+        """The base model's own."""
+        return self._frozen[0].get_parameter("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The base model's own."""
+        return self._frozen[0].get_parameter("bias")
+
+    def forward(self, x: Tensor) -> Tensor:
+        frozen = self._frozen[0]
+        if not self.idle:
+            return frozen(x.to(self.weight.dtype)).to(x.dtype)
+        return x.new_zeros(()).expand(*x.shape[:-1], frozen.out_features) if isinstance(frozen, nn.Linear) else x
+
+
+class SharedKeyValues:
+    """What attention modules see as their cache: the first one's keys and values, kept in the real cache, for all."""
+
+    def __init__(self, cache: Any, dtype: torch.dtype) -> None:
+        self.cache, self.dtype = cache, dtype
+        self.states: tuple[Tensor, Tensor] | None = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """Keys and values of all tokens so far, (B, heads, length, head size), in the caller's dtype."""
+        if self.states is None:
+            self.states = keys.to(self.dtype), values.to(self.dtype)
+            if self.cache is not None:
+                self.states = self.cache.update(*self.states, *args, **kwargs)
+        return tuple(state.to(keys.dtype) for state in self.states)
+
+
+class OwnSlot:
+    """What an attention module sees as its cache: the real one, at another layer."""
+
+    def __init__(self, cache: Any, slot: int) -> None:
+        self.cache, self.slot = cache, slot
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `Cache.update`, with the slot in place of the layer."""
+        return self.cache.update(keys, values, self.slot, *args, **kwargs)
+
+
+class MoeDeltaAttention(MoeDeltaLayer):
+    """An attention module with experts. Parameters are in `moe_delta_experts` and `moe_delta_router`."""
+
+    @staticmethod
+    def calling_convention(base_layer: nn.Module) -> bool:
+        """Attention never adds the residual itself."""
+        return False
+
+    def new_expert(self, config: MoeDeltaConfig) -> nn.Module:
+        """An untrained expert. All experts read the host's one config, as where it switches its implementation."""
+        children = dict(self.base_layer.named_children())
+        keep: dict[int, Any] = {id(self.base_layer.config): self.base_layer.config}
+        if config.attention_experts == "shared_kv":
+            keep |= {id(children[n]): Borrowed(children[n]) for n in _KEYS_AND_VALUES if n in children}
+        rank = config.expert_rank
+        return full_expert(self.base_layer, keep) if rank is None else low_rank_expert(self.base_layer, rank, keep)
+
+    def forward(
+        self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
+    ) -> tuple[Tensor, None]:
+        name = next((a for a in self.active_adapters if a in self.settings), None)
+        if self.disable_adapters or name is None:
+            return self.base_layer(hidden_states, *args, past_key_values=past_key_values, **kwargs)
+        weights_BSE, usable = self._weights(hidden_states, name)
+        experts, settings = self.experts(name), self.settings[name]
+        shared = SharedKeyValues(past_key_values, hidden_states.dtype)
+        slots: Slots = {}
+        if settings.config.attention_experts == "full" and past_key_values is not None:
+            slots = self._slots(past_key_values, usable)
+        y_BSD: Any = 0
+        for index in slots or usable:
+            cache: Any = OwnSlot(past_key_values, slots[index]) if slots else None
+            if settings.config.attention_experts == "shared_kv":
+                cache = shared
+            output_BSD = self._attend(experts[index], hidden_states, cache, args, kwargs)
+            if weights_BSE is not None:
+                y_BSD = y_BSD + weights_BSE[..., index, None] * output_BSD
+            elif index in usable:
+                y_BSD = output_BSD
+        return self._with_idle(y_BSD, name, usable).to(hidden_states.dtype), None
+
+    def _weights(self, x_BSD: Tensor, name: str) -> tuple[Tensor | None, list[int]]:
+        """Weights of the experts, fp32, and which of them any token may use; no weights where there is only one."""
+        settings, x_TD = self.settings[name], x_BSD.reshape(-1, x_BSD.shape[-1])
+        state = self.context.state(len(x_TD), self.training)
+        groups = self._groups(settings, state, x_TD.device)
+        usable = [e for e, may in enumerate(settings.usable(None if groups is None else groups[1])) if may]
+        if len(usable) == 1 and not (state.recording and settings.needs_logits):
+            return None, usable
+        logits_TE = self.router(name)(x_TD)
+        if state.recording:
+            counted_T = counted(state, logits_TE)
+            state.losses.append((self._logit_losses(settings, logits_TE, counted_T, groups), counted_T.sum()))
+        sets_T, allowed = self._sets(settings, groups, x_TD, name)
+        if sets_T is not None:
+            logits_TE = logits_TE.masked_fill(~constant(allowed, x_TD.device)[sets_T], -torch.inf)
+        return logits_TE.softmax(dim=-1).view(*x_BSD.shape[:-1], -1), usable
+
+    def _slots(self, cache: Any, usable: Sequence[int]) -> Slots:
+        """The experts' layers in the cache; chosen when this decoder layer first meets the cache, and kept on it.
+
+        The first expert takes the host's own layer, from which the host reads how many tokens there are; for the
+        others, empty copies of that layer are appended.
+
+        Raises:
+            LanguageError: a token needs an expert that has not seen the tokens before.
+            ArchitectureError: the cache was begun without attention experts.
+        """
+        base: Any = self.base_layer
+        layer = base.layer_idx
+        all_slots: dict[int, Slots] = cache.__dict__.setdefault("moe_delta_slots", {})
+        if layer not in all_slots:
+            while len(cache.layers) < base.config.num_hidden_layers:  # a cache that was made without config
+                cache.layers.append(cache.layer_class_to_replicate())
+            if cache.layers[layer].get_seq_length():
+                raise ArchitectureError(
+                    "The cache holds tokens that attention experts have not seen. Begin generation with an empty cache."
+                )
+            all_slots[layer] = {usable[0]: layer}
+            for expert in usable[1:]:
+                all_slots[layer][expert] = len(cache.layers)
+                cache.layers.append(copy.deepcopy(cache.layers[layer]))
+        if not set(usable) <= set(all_slots[layer]):
+            raise LanguageError(
+                'With attention_experts="full" each language has keys and values of its own, and this one\'s lack the '
+                "text so far. Begin with an empty cache, or name every language of a text in its prompt; "
+                'attention_experts="shared_kv" has no such limit.'
+            )
+        return all_slots[layer]
+
+    def _attend(self, expert: nn.Module, x_BSD: Tensor, cache: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        """One expert in its own dtype (new experts are fp32 by PEFT's default)."""
+        if isinstance(cache, SharedKeyValues):
+            for part in expert.children():
+                if isinstance(part, Borrowed):
+                    part.idle = cache.states is not None
+        if not torch.is_autocast_enabled(x_BSD.device.type):
+            dtype = next(expert.parameters()).dtype
+            x_BSD = x_BSD.to(dtype)
+            mask = kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.is_floating_point():
+                kwargs = {**kwargs, "attention_mask": mask.to(dtype)}
+        output: Tensor = expert(x_BSD, *args, past_key_values=cache, **kwargs)[0]
+        return output
+
+    def _with_idle(self, y_BSD: Tensor, name: str, usable: Sequence[int]) -> Tensor:
+        """DDP waits for every trainable parameter: those of idle experts take part with nothing."""
+        if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return y_BSD
+        idle: list[nn.Module] = [e for i, e in enumerate(self.experts(name)) if i not in usable and trainable(e)]
+        if len(usable) == 1:
+            idle.append(self.router(name))
+        return y_BSD + sum(0 * p.sum() for module in idle for p in module.parameters() if p.requires_grad)
