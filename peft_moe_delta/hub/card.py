@@ -21,6 +21,7 @@ from .figures import eval_results, tables
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
 FACTS_FILE, PLAN_FILE, GRAFT_FILE, CARD_FILE = "card.json", "plan.json", "graft.json", "README.md"
+MANIFEST_FILE = "manifest.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 ADAPTER, GRAFTED, MODEL = "adapter", "grafted adapter", "model"
@@ -98,11 +99,14 @@ class CardFacts:
         folder = Path(folder)
         config = _read(folder / "config.json")
         own = _read(folder / "adapter_config.json")
+        job = _read(folder / MANIFEST_FILE) or {}  # of a streamed graft: what was asked for, and its report
+        request = job.get("request", {})
+        adapter = adapter or request.get("adapter")
         settings = own or (_read(Path(adapter) / "adapter_config.json") if adapter else None) or {}
         if config is None and own is None:
             raise CardError(f"{folder} holds neither adapter_config.json nor config.json: no model to describe.")
-        graft = _read(folder / GRAFT_FILE) or settings.get("graft")
-        named = settings.get("base_model_name_or_path")
+        graft = _read(folder / GRAFT_FILE) or job.get("report") or settings.get("graft")
+        named = settings.get("base_model_name_or_path") or request.get("base")
         post_trained = post_trained or (graft or {}).get("post_trained")
         grafted = bool(own and own.get("graft"))
         if grafted:  # what such an adapter lies over is the post-trained model

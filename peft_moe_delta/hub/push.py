@@ -34,7 +34,7 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (*WEIGHTS, "*.json", "*.jinja", "*.model", "vocab*", "merges.txt", "*.md", "*.html", "*.png", "LICENSE*")
 """What is taken from a folder."""
 
-PRIVATE = ("step.json", "training_args.*", ".*")
+PRIVATE = ("step.json", "manifest.json", "training_args.*", ".*")
 """What is left behind all the same: records that name paths of the machine they were made on."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

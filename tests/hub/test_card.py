@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,17 @@ def test_facts_survive_their_file(facts):
 def test_a_report_must_know_the_model(facts):
     with pytest.raises(CardError, match="called 'theirs' in no row.*'base', 'post-trained', 'ours'"):
         render_card(replace(facts, measured_as="theirs"), sample_report())
+
+
+def test_a_streamed_graft_says_what_it_was_made_from_in_its_manifest(models, tmp_path):
+    shutil.copy(models["stock"] / "config.json", tmp_path)
+    report = {"post_trained": "org/chat", "scale": 1.0, "expert_scale": {"uralic": 0.5}, "max_logit_difference": None}
+    request = {"base": "org/base", "post_trained": "org/chat", "adapter": str(models["adapter"])}
+    (tmp_path / "manifest.json").write_text(json.dumps({"request": request, "report": report}))
+    facts = CardFacts.of(tmp_path, name="x", base_model="org/base", parents=PARENTS)
+    assert (facts.base_model, facts.post_trained, facts.licence) == ("org/base", "org/chat", "apache-2.0")
+    assert facts.languages["hu"] == "uralic"
+    assert "uralic 0.5" in render_card(facts)
 
 
 def test_no_model_no_card(tmp_path):

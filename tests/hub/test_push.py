@@ -21,6 +21,11 @@ from peft_moe_delta.errors import CheckpointError, HubError
 KINDS = ("adapter", "grafted", "stock")
 
 
+def assert_same(found: list, expected: list) -> None:
+    """Logits of two processes: where tensors lie in memory decides the order of sums, so the last bits may differ."""
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_arrives_in_one_commit_and_comes_back_byte_equal(call, hub: LoopbackHub, models, kind):
     repo = f"{USER}/{kind}"
@@ -55,10 +60,10 @@ def test_models_in_memory_arrive_whole(call, hub: LoopbackHub, models):
     assert call(client.card_metadata, f"{USER}/loaded-grafted")["base_model"] == [post_trained]
 
     expected = logits(PeftModel.from_pretrained(client.load(models["base"]), models["adapter"]), client.TOKENS).tolist()
-    assert call(client.adapter_logits, base, f"{USER}/loaded-adapter") == expected
+    assert_same(call(client.adapter_logits, base, f"{USER}/loaded-adapter"), expected)
     grafted = logits(client.load(models["stock"]), client.TOKENS).tolist()
-    assert call(client.graft_logits, base, f"{USER}/loaded-adapter", post_trained) == grafted
-    assert call(client.model_logits, f"{USER}/loaded-stock") == grafted
+    assert_same(call(client.graft_logits, base, f"{USER}/loaded-adapter", post_trained), grafted)
+    assert_same(call(client.model_logits, f"{USER}/loaded-stock"), grafted)
 
 
 def test_the_stock_model_needs_none_of_this_package(call, hub_environment, models, tmp_path):
@@ -69,7 +74,7 @@ def test_the_stock_model_needs_none_of_this_package(call, hub_environment, model
     subprocess.run(arguments, env=environment, cwd=tmp_path, check=True, capture_output=True)
     found = CheckpointReader(proof)
     assert found.metadata["architecture"] == "MixtralForCausalLM"
-    assert torch.equal(logits(client.load(models["stock"]), found["input_ids"]), found["logits"])
+    torch.testing.assert_close(logits(client.load(models["stock"]), found["input_ids"]), found["logits"])
 
 
 def test_a_revision_keeps_its_own_weights(call, hub: LoopbackHub, models, tmp_path):
@@ -85,7 +90,7 @@ def test_a_revision_keeps_its_own_weights(call, hub: LoopbackHub, models, tmp_pa
     base = str(models["base"])
     assert call(client.adapter_logits, base, repo) != call(client.adapter_logits, base, repo, "stronger")
     first = hub.repositories[repo].branches["main"]
-    assert call(client.adapter_logits, base, repo) == call(client.adapter_logits, base, repo, first)
+    assert_same(call(client.adapter_logits, base, repo), call(client.adapter_logits, base, repo, first))
 
 
 def test_resolve_finds_weights_and_no_pickles(call, hub: LoopbackHub, models):
@@ -177,4 +182,4 @@ def test_an_adapter_over_a_local_folder_says_that_nobody_has_it(models):
 
 def test_transformers_own_method_works_as_well(call, hub: LoopbackHub, models):
     call(client.push_as_transformers_does, str(models["stock"]), f"{USER}/plain")
-    assert call(client.model_logits, f"{USER}/plain") == call(client.model_logits, str(models["stock"]))
+    assert_same(call(client.model_logits, f"{USER}/plain"), call(client.model_logits, str(models["stock"])))
