@@ -11,7 +11,7 @@ import sys
 from contextlib import redirect_stdout
 
 from ..errors import PeftMoeDeltaError
-from . import allocation, delta, evaluate, explain, graft, grow, mix, pipeline, publish
+from . import allocation, delta, evaluate, explain, graft, grow, harness, mix, pipeline, publish
 from .command import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -23,6 +23,7 @@ COMMANDS: tuple[Command, ...] = (
     *graft.COMMANDS,
     *explain.COMMANDS,
     *evaluate.COMMANDS,
+    *harness.COMMANDS,
     *publish.COMMANDS,
 )
 
