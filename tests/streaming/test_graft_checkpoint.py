@@ -136,3 +136,10 @@ def test_a_wrong_base_is_refused_before_anything_is_written(make_trio):
     with pytest.raises(CheckpointError, match="other base weights"):
         graft_checkpoint(post, post, adapter, trio.folder / "deep" / "out")
     assert not (trio.folder / "deep").exists()
+
+
+def test_weights_that_are_not_renormalised_are_refused(make_trio):
+    trio = make_trio(top_k=1, norm_topk_prob=False)
+    with pytest.raises(GraftError, match="norm_topk_prob=False does not"):
+        graft_checkpoint(*trio.paths, trio.folder / "out")
+    assert not (trio.folder / "out").exists()
