@@ -217,12 +217,14 @@ def _of_stock(recorder: RouteRecorder, index: int) -> Callable[..., None]:
 
 def _kept(routes: Routes, kept: Tensor) -> Routes:
     kept = kept.to(routes.indices_TK.device)
-    return Routes(*(part[kept].cpu() for part in (routes.indices_TK, routes.weights_TK, routes.probabilities_TE)))
+    parts = [part[kept].cpu() for part in (routes.indices_TK, routes.weights_TK, routes.probabilities_TE)]
+    return Routes(parts[0], parts[1], parts[2], routes.normalised)
 
 
 def _joined(parts: Sequence[Routes]) -> Routes:
     columns = zip(*((p.indices_TK, p.weights_TK, p.probabilities_TE) for p in parts), strict=True)
-    return Routes(*(torch.cat(column) for column in columns))
+    indices_TK, weights_TK, probabilities_TE = (torch.cat(column) for column in columns)
+    return Routes(indices_TK, weights_TK, probabilities_TE, all(p.normalised for p in parts))
 
 
 def _names(names: Sequence[str], width: int) -> list[str]:

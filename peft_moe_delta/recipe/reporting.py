@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from peft import PeftModel
@@ -22,6 +22,7 @@ from ..evaluation.loading import Measured
 from ..evaluation.measure import Material, command, doubts, fertility_rows, look_at_routing, side_by_side, versions
 from ..evaluation.report import Model
 from ..evaluation.routes import route_agreement
+from ..tuner import MoeDeltaModel
 from .data import read_tasks, read_texts
 from .fields import Recipe
 from .scoring import FILE, arithmetic, ready
@@ -121,10 +122,9 @@ def _look_at_routes(
 ) -> None:
     """Routing of the grafted model, and how often it agrees with the adapter before the graft."""
     before = PeftModel.from_pretrained(load_model(base), adapter)
-    numbered = {
-        group: count if isinstance(count, int) else max(count) for group, count in recipe.adapter.experts.items()
-    }
-    names = [f"{g} {n}" if count > 1 else g for g, count in numbered.items() for n in range(1, count + 1)]
+    plan = cast("MoeDeltaModel", before.base_model).plan()
+    numbered = zip(plan.groups[1:], map(max, zip(*(row[1:] for row in plan.counts), strict=True)), strict=True)
+    names = [f"{g} {n}" if count > 1 else g for g, count in numbered for n in range(1, count + 1)]
     routing, views = look_at_routing(ours, OURS, texts, ["expert 0", *names])
     seen.routing.extend(routing)
     seen.tokens.extend(views)
