@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import FlexOlmoConfig
 
-from .layout import MoeLayout, given_head_width
+from .layout import SAME_EXPERT_NAMES, MoeLayout, given_head_width
 from .weights import UpcycledWeights
 
 
@@ -14,9 +14,7 @@ class FlexOlmoLayout(MoeLayout):
     dense_types = ("olmo2",)
     config_class = FlexOlmoConfig
     router_name = "mlp.gate.weight"
-    expert_names: ClassVar = {
-        f"{matrix}.weight": f"mlp.experts.{{}}.{matrix}.weight" for matrix in ("gate_proj", "up_proj", "down_proj")
-    }
+    expert_names = SAME_EXPERT_NAMES
 
     def fields(self, weights: UpcycledWeights) -> dict[str, Any]:
         return {

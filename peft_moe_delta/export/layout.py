@@ -41,6 +41,11 @@ SAME_FIELDS = (
 ROW_BYTES = 16
 """What transformers' grouped matrix product, its default for experts, asks of a row."""
 
+SAME_EXPERT_NAMES: Mapping[str, str] = {
+    f"{matrix}.weight": f"mlp.experts.{{}}.{matrix}.weight" for matrix in ("gate_proj", "up_proj", "down_proj")
+}
+"""`MoeLayout.expert_names` of the architectures that call an expert's matrices what Llama calls the MLP's."""
+
 _HEAD = "lm_head.weight"
 
 

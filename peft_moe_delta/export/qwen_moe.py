@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, Qwen2MoeConfig, Qwen3MoeConfig
 
-from .layout import MoeLayout
+from .layout import SAME_EXPERT_NAMES, MoeLayout
 from .weights import UpcycledWeights
 
 SHARED_EXPERT_SIZE = 16
@@ -21,9 +21,7 @@ class QwenMoeLayout(MoeLayout):
 
     router_name = "mlp.gate.weight"
     keeps_dense_layers = True
-    expert_names: ClassVar = {
-        f"{matrix}.weight": f"mlp.experts.{{}}.{matrix}.weight" for matrix in ("gate_proj", "up_proj", "down_proj")
-    }
+    expert_names = SAME_EXPERT_NAMES
 
     def fields(self, weights: UpcycledWeights) -> dict[str, Any]:
         return {
