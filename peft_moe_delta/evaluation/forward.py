@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import DataError
+from ..export.gate import evaluating as in_evaluation_mode
 
 # Wraps the list of batches and yields them in order, as `tqdm.tqdm` does.
 Progress = Callable[[list[Any]], Iterable[Any]]
@@ -20,14 +21,8 @@ Progress = Callable[[list[Any]], Iterable[Any]]
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module gets its own training flag back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module in training:
-            module.training = True
+    with in_evaluation_mode(model), torch.inference_mode():
+        yield
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
