@@ -11,14 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..architectures import layer_index
 from ..errors import GraftError
-from ..export.gate import evaluating
+from ..export.gate import evaluating, random_batch
 from ..routing import choose_experts
 from .context import constant
 from .layer import MoeDeltaLayer
@@ -58,6 +61,11 @@ def route_agreement(first: nn.Module, second: nn.Module, batches: Iterable[Mappi
             "routers choose. Pass batches, and models with learned routing or several experts a group."
         )
     return {layer: same[layer] / tokens for layer in sorted(same)}
+
+
+def mean_route_agreement(adapter: PeftModel, exported: PreTrainedModel, languages: int | None = None) -> float:
+    """Share of random tokens that an export of all languages sends to the adapter's experts, averaged over layers."""
+    return fmean(route_agreement(adapter, exported, [random_batch(exported, languages=languages)]).values())
 
 
 def _routes(model: nn.Module, batch: Mapping[str, Tensor]) -> Routed:
