@@ -37,7 +37,7 @@ from .generation import generate
 from .identification import wrong_language
 from .loading import Measured, Source, load
 from .report import Agreement, EvalReport, Fertility, Generation, Model, Routing, TokenView
-from .routes import route_agreement, routing_by_language, token_view
+from .routes import first_choice_agreement, routing_by_language, token_view
 
 PROMPTS = "answers"
 """The task that language confusion is measured on."""
@@ -224,7 +224,7 @@ def _agreements(
     """Of two models, language by language."""
     model, reference = load(models[pair[0]]), load(models[pair[1]])
     found = (
-        route_agreement(
+        first_choice_agreement(
             model.model,
             reference.model,
             model.tokenizer,

@@ -21,7 +21,7 @@ from ..evaluation.generation import generate
 from ..evaluation.loading import Measured
 from ..evaluation.measure import Material, command, doubts, fertility_rows, look_at_routing, side_by_side, versions
 from ..evaluation.report import Model
-from ..evaluation.routes import route_agreement
+from ..evaluation.routes import first_choice_agreement
 from ..tuner import MoeDeltaModel
 from .data import read_tasks, read_texts
 from .fields import Recipe
@@ -130,7 +130,7 @@ def _look_at_routes(
     seen.tokens.extend(views)
     speaking = Measured(before, ours.tokenizer, None)
     for code, documents in texts.items():
-        agreement = route_agreement(
+        agreement = first_choice_agreement(
             ours.model,
             before,
             ours.tokenizer,

@@ -2,8 +2,8 @@
 
 `context` carries languages in and losses out, `settings` says who may do what, `experts` makes experts from an MLP,
 `router` scores them, `attention` mixes attention modules, `growing` adds languages to a trained adapter, `fingerprint`
-knows the base model, `grafting/` moves an adapter onto a post-trained model, `agreement` compares the routes of two
-models, `explain` says what an adapter can be shipped as.
+knows the base model, `grafting/` moves an adapter onto a post-trained model, `recording` writes down where tokens go,
+`agreement` compares that between two models, `explain` says what an adapter can be shipped as.
 """
 
 from .agreement import route_agreement

@@ -109,8 +109,8 @@ class MoeDeltaAttention(MoeDeltaLayer):
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        name = next((a for a in self.active_adapters if a in self.settings), None)
-        if self.disable_adapters or name is None:
+        name = self.in_force
+        if name is None:
             return self.base_layer(hidden_states, *args, past_key_values=past_key_values, **kwargs)
         weights_BSE, usable = self._weights(hidden_states, name)
         experts, settings = self.experts(name), self.settings[name]

@@ -96,6 +96,19 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
         return dict(expert_weights(self.experts(adapter_name)[expert], self.base_layer))
 
+    @property
+    def in_force(self) -> str | None:
+        """The active adapter, where it has experts here."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.settings), None)
+
+    def has_choice(self, adapter_name: str, x_TD: Tensor) -> bool:
+        """Whether the tokens of the forward pass under way may use more than one expert."""
+        settings = self.settings[adapter_name]
+        groups = self.context.state(len(x_TD), False).groups(settings.table, x_TD.device)
+        return sum(settings.usable(None if groups is None else groups[1])) > 1
+
     def routes(self, adapter_name: str, x_TD: Tensor) -> Routes:
         """Where tokens go, of all the adapter's experts; the forward pass under way knows their languages."""
         settings = self.settings[adapter_name]
@@ -105,8 +118,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         return choose_experts(self.router(adapter_name)(x_TD), settings.config.experts_per_token, allowed_TE)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        name = next((a for a in self.active_adapters if a in self.settings), None)
-        if self.disable_adapters or name is None:
+        name = self.in_force
+        if name is None:
             return self.base_layer(x, residual) if self._takes_residual else self.base_layer(x)
         y = self._mixture(x.reshape(-1, x.shape[-1]), name).view(x.shape)
         if not self._takes_residual:
