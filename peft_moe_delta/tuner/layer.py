@@ -246,7 +246,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
         config, context, device = settings.config, self.context, logits_TE.device
-        counted_T = counted(state, logits_TE)
+        counted_T = state.counted(logits_TE)
         group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
         balance, balanced = load_balancing_loss(
             probabilities_TE=routes.probabilities_TE,
@@ -301,7 +301,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         name: str,
     ) -> None:
         """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
-        config, classifier, counted_T = settings.config, self.classifier(name), counted(state, x_TD)
+        config, classifier, counted_T = settings.config, self.classifier(name), state.counted(x_TD)
         assert classifier is not None
         if groups is None:
             raise LanguageError(
@@ -364,11 +364,6 @@ MERGE_REFUSED = (
     "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
     "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
 )
-
-
-def counted(state: ForwardState, rows: Tensor) -> Tensor:
-    """(T,) booleans, False for padding."""
-    return torch.ones(len(rows), dtype=torch.bool, device=rows.device) if state.mask_T is None else state.mask_T
 
 
 def trainable(module: nn.Module) -> bool:
