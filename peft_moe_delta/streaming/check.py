@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..export import build_model, check_equal_logits
 from ..tuner import MoeDeltaModel
-from ..tuner.grafting import GraftReport, grafted_adapter, mean_route_agreement
+from ..tuner.agreement import mean_route_agreement
+from ..tuner.grafting import GraftReport, grafted_adapter
 from .adapter import AdapterFile
 from .targets import StockTarget, Target
 from .weights import Sources
