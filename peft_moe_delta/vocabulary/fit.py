@@ -88,7 +88,7 @@ def fit_rows(
     optimizer = torch.optim.Adam([fitted], lr=RATE * scale.sqrt().item())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
     generator = torch.Generator().manual_seed(0)
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(start.device.type, enabled=False):
         for _ in range(STEPS):
             chosen = torch.randint(len(states.targets), (POSITIONS,), generator=generator).to(start.device)
             distance = (fitted - start).pow(2).mean() / scale

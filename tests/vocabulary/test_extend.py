@@ -199,9 +199,7 @@ def test_fitted_rows_are_saved_and_grafted_as_any_others(tokenizer, tmp_path):
     ids = batch(grown)
     assert torch.equal(logits(again, ids), logits(model.eval(), ids))
     stock = model.merge_and_graft(tmp_path / "post")
-    for module, rows in zip(
-        (stock.get_input_embeddings(), stock.get_output_embeddings()), rows_of(model), strict=True
-    ):
+    for module, rows in zip((stock.get_input_embeddings(), stock.get_output_embeddings()), rows_of(model), strict=True):
         assert torch.equal(module.weight[len(chat) :], rows)
 
 
