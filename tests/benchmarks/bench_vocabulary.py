@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
-from measure import conditions, print_table  # before torch: it sets how threads wait
+from measure import conditions, keep_memory, print_table  # before torch: it sets how threads wait
 
 import torch  # isort: skip
 from peft import PeftModel, get_peft_model
@@ -169,17 +169,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, required=True, help="what examples/demo_inputs.py wrote")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1000, help="how many new tokens")
     parser.add_argument("--fit-bytes", type=int, default=60_000, help="text that the rows are fitted to; 0 for none")
     parser.add_argument("--token-rate", type=float, default=1e-3, help="learning rate of the new rows")
     parser.add_argument("--test-bytes", type=int, default=15_000)
     arguments = parser.parse_args()
+    keep_memory()
     inputs, steps = arguments.inputs, arguments.steps
     texts, test = read(inputs, "el.train"), read(inputs, "el.test", arguments.test_bytes)
     english = read(inputs, "en.train")
     random.Random(0).shuffle(texts)
-    milestones = sorted({min(24, steps), steps})
+    milestones = sorted({min(12, steps), min(24, steps), steps})
 
     plain = AutoTokenizer.from_pretrained(inputs / "model")
     start = time.perf_counter()
