@@ -3,9 +3,10 @@
     python examples/demo_inputs.py --output inputs
     python tests/benchmarks/bench_vocabulary.py --inputs inputs
 
-Both arms train one Greek expert on the same documents in the same order, in batches of as many tokens. A new token
-carries more text, so the arm with them has read as many bytes as the other one earlier ("same bytes") and more of them
-after as many steps ("same steps").
+Both arms train one Greek expert on the same documents in the same order, in batches of as many tokens. The
+rows of the new tokens are first fitted to the documents that training reads first; the table says what that takes. A
+new token carries more text, so the arm with them has read as many bytes as the other one earlier ("same bytes") and
+more of them after as many steps.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
-from measure import print_table  # before torch: it sets how threads wait
+from measure import conditions, keep_memory, print_table  # before torch: it sets how threads wait
 
 import torch  # isort: skip
 from peft import PeftModel, get_peft_model
@@ -30,7 +32,7 @@ from peft_moe_delta.evaluation import bits_per_byte, fertility
 
 ROWS, LENGTH = 8, 128
 EXPERT_RATE = 4e-4
-"""The experts' learning rate; new rows, which have further to go from their mean, have one of their own."""
+"""The experts' learning rate; new rows, which belong to tokens and not to layers, have one of their own."""
 
 
 def read(inputs: Path, name: str, limit: int | None = None) -> list[str]:
@@ -41,6 +43,12 @@ def read(inputs: Path, name: str, limit: int | None = None) -> list[str]:
             break
         texts.append(json.loads(line)["text"])
     return texts
+
+
+def beginning(texts: list[str], limit: int) -> list[str]:
+    """The first documents, whole ones up to a number of bytes."""
+    sizes = accumulate(len(text.encode()) for text in texts)
+    return [text for text, size in zip(texts, sizes, strict=True) if size <= limit]
 
 
 @dataclass
@@ -76,27 +84,23 @@ def upcycled(inputs: Path) -> PeftModel:
 
 def train(
     model: PeftModel, stream: Stream, steps: int, token_rate: float, after: Callable[[int], None] = lambda step: None
-) -> float:
-    """Expand on Greek for some steps; the seconds they took."""
+) -> None:
+    """Expand on Greek for some steps."""
     rows = [p for name, p in model.named_parameters() if p.requires_grad and "moe_delta_rows" in name]
     experts = [p for name, p in model.named_parameters() if p.requires_grad and "moe_delta_rows" not in name]
     groups = [{"params": experts, "lr": EXPERT_RATE}, {"params": rows, "lr": token_rate}]
     optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5))
-    seconds = 0.0
     for step in range(1, steps + 1):
         model.train()
-        start = time.perf_counter()
         ids = stream.batch()
         with torch.autocast("cpu", torch.bfloat16):
             model(input_ids=ids, labels=ids, language="el").loss.backward()
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        seconds += time.perf_counter() - start
         after(step)
     model.eval()
-    return seconds
 
 
 def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
@@ -132,65 +136,104 @@ def check_graft(model: PeftModel, inputs: Path, texts: list[str]) -> list[list[o
     return [[name, f"{difference:.1e}" if difference else "0, bit for bit"] for name, difference in rows]
 
 
+def curve(
+    model: PeftModel,
+    stream: Stream,
+    test: list[str],
+    arguments: argparse.Namespace,
+    milestones: list[int],
+    head: int = 0,
+) -> list[list[object]]:
+    """Train one arm, scored at some steps and where it has read `head` bytes: arm, steps, bytes, seconds, bits."""
+    name = "old tokens" if not head else "new tokens"
+    start, scoring, rows, waiting = time.perf_counter(), 0.0, [], head
+
+    def after(step: int) -> None:
+        nonlocal scoring, waiting
+        same_bytes = bool(waiting) and stream.bytes >= waiting
+        if step not in milestones and not same_bytes:
+            return
+        waiting = 0 if same_bytes else waiting
+        before = time.perf_counter()
+        bits = score(model.eval(), stream.tokenizer, test)
+        scored = [f"{name}, same bytes" if same_bytes else name, step, stream.bytes, round(before - start - scoring)]
+        rows.append([*scored, round(bits, 4)])
+        scoring += time.perf_counter() - before
+        print(rows[-1], flush=True)
+
+    train(model, stream, arguments.steps, arguments.token_rate, after)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, required=True, help="what examples/demo_inputs.py wrote")
+    parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=1000, help="how many new tokens")
-    parser.add_argument("--token-rate", type=float, default=2e-3, help="learning rate of the new rows")
-    parser.add_argument("--test-bytes", type=int, default=30_000)
+    parser.add_argument("--fit-bytes", type=int, default=60_000, help="text that the rows are fitted to; 0 for none")
+    parser.add_argument("--token-rate", type=float, default=1e-3, help="learning rate of the new rows")
+    parser.add_argument("--test-bytes", type=int, default=15_000)
     arguments = parser.parse_args()
+    keep_memory()
     inputs, steps = arguments.inputs, arguments.steps
     texts, test = read(inputs, "el.train"), read(inputs, "el.test", arguments.test_bytes)
     english = read(inputs, "en.train")
     random.Random(0).shuffle(texts)
+    milestones = sorted({min(12, steps), min(24, steps), steps})
 
     plain = AutoTokenizer.from_pretrained(inputs / "model")
     start = time.perf_counter()
     tokens = propose_tokens(texts, plain, arguments.tokens, original_texts=english)
-    print(f"{len(tokens)} tokens proposed in {time.perf_counter() - start:.1f} s")
-    model = upcycled(inputs)
-    untrained = score(model, plain, test)
-    plain_stream = Stream(texts, plain)
-    plain_seconds = train(model, plain_stream, steps, arguments.token_rate)
-    rows: list[list[object]] = [
-        ["before training", 0, 0, "", f"{untrained:.3f}"],
-        ["old tokens", steps, plain_stream.bytes, f"{plain_seconds:.0f}", f"{score(model, plain, test):.3f}"],
-    ]
+    print(f"{len(tokens)} tokens proposed in {time.perf_counter() - start:.1f} s", flush=True)
 
     model, grown = upcycled(inputs), AutoTokenizer.from_pretrained(inputs / "model")
+    untrained = score(model, plain, test)
     extend_vocabulary(model, grown, tokens)
-    rows.append(["new tokens, before training", 0, 0, "", f"{score(model, grown, test):.3f}"])
-    stream = Stream(texts, grown)
-    same_bytes: list[list[object]] = []
-    started = time.perf_counter()
+    rows: list[list[object]] = [
+        ["old tokens, untrained", 0, 0, 0, round(untrained, 4)],
+        ["new tokens, mean of their pieces", 0, 0, 0, round(score(model, grown, test), 4)],
+    ]
+    if arguments.fit_bytes:
+        # The same documents that training reads first, so neither arm sees text that the other does not.
+        head = beginning(texts, arguments.fit_bytes)
+        model, grown = upcycled(inputs), AutoTokenizer.from_pretrained(inputs / "model")
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            extend_vocabulary(model, grown, tokens, texts=head, language="el")
+        seconds = time.perf_counter() - start
+        read_bytes = sum(len(text.encode()) for text in head)
+        rows.append(["new tokens, fitted", 0, read_bytes, round(seconds), round(score(model, grown, test), 4)])
+    for row in rows:
+        print(row, flush=True)
 
-    def after(step: int) -> None:
-        if not same_bytes and stream.bytes >= plain_stream.bytes:
-            seconds = time.perf_counter() - started
-            bits = score(model.eval(), grown, test)
-            same_bytes.append(["new tokens, same bytes", step, stream.bytes, f"{seconds:.0f}", f"{bits:.3f}"])
-
-    seconds = train(model, stream, steps, arguments.token_rate, after)
-    rows += same_bytes
-    rows.append(["new tokens, same steps", steps, stream.bytes, f"{seconds:.0f}", f"{score(model, grown, test):.3f}"])
+    plain_stream, stream = Stream(texts, plain), Stream(texts, grown)
+    rows += curve(upcycled(inputs), plain_stream, test, arguments, milestones)
+    rows += curve(model, stream, test, arguments, milestones, head=plain_stream.bytes)
     held_out_english = read(inputs, "en.test")
     changed = sum(grown(text)["input_ids"] != plain(text)["input_ids"] for text in held_out_english)
-    counts = [fertility(test, plain), fertility(test, grown)]
-    counts += [fertility(held_out_english, plain), fertility(held_out_english, grown)]
-    print_table(
+    counts = [fertility(texts, tokenizer) for texts in (test, held_out_english) for tokenizer in (plain, grown)]
+    cut = [
+        [name, round(count.tokens_per_word, 2), round(count.bytes_per_token, 2)]
+        for name, count in zip(("Greek, old", "Greek, new", "English, old", "English, new"), counts, strict=True)
+    ]
+    grafted = check_graft(model, inputs, held_out_english)
+    tables = {
         f"tokenizer, {len(tokens)} new tokens; {changed} of {len(held_out_english)} English test documents are cut "
-        "otherwise",
-        ["held-out text", "tokens a word", "bytes a token"],
-        [
-            [name, f"{count.tokens_per_word:.2f}", f"{count.bytes_per_token:.2f}"]
-            for name, count in zip(("Greek, old", "Greek, new", "English, old", "English, new"), counts, strict=True)
-        ],
-    )
-    print_table(
-        f"one Greek expert, steps of {ROWS} x {LENGTH} tokens", ["", "steps", "bytes read", "s", "bits per byte"], rows
-    )
-    print_table("after the graft", ["", "largest difference"], check_graft(model, inputs, held_out_english))
+        "otherwise": (["held-out text", "tokens a word", "bytes a token"], cut),
+        f"one Greek expert, steps of {ROWS} x {LENGTH} tokens": (
+            ["", "steps", "bytes read", "s", "bits per byte"],
+            rows,
+        ),
+        "after the graft": (["", "largest difference"], grafted),
+    }
+    for title, (header, body) in tables.items():
+        print_table(title, header, body)
+    if arguments.output is not None:
+        settings = {key: value for key, value in vars(arguments).items() if key not in ("inputs", "output")}
+        result = {"conditions": conditions(), "settings": settings}
+        result["tables"] = {title: [header, *body] for title, (header, body) in tables.items()}
+        arguments.output.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

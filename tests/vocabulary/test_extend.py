@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from builders import logits, perturbed, pico, randomise, upcycle
 from greek import GREEK, make_tokenizer
 from peft_moe_delta import extend_vocabulary, propose_tokens
-from peft_moe_delta.errors import ArchitectureError, DataError, GraftError, PlanError
+from peft_moe_delta.errors import ArchitectureError, DataError, GraftError, LanguageError, PlanError
 from peft_moe_delta.tuner.vocabulary import grown_layers
+from peft_moe_delta.vocabulary.fit import States, cross_entropy
 
 FAMILIES = ("llama", "qwen3", "gemma", "gemma3_text", "gpt2")
 PADDING = 6
@@ -141,6 +143,81 @@ def test_generation_can_say_new_tokens(tokenizer):
     ids = batch(grown)
     out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, num_beams=2)
     assert out[:, ids.shape[1] :].max() >= len(tokenizer)
+
+
+# -- rows fitted to text ----------------------------------------------------------------------------------------------
+
+
+def fitted(base, tokenizer, **changes):
+    model = upcycle(base, **changes)
+    tokens = propose_tokens(GREEK, tokenizer, 20)
+    return model, extend_vocabulary(model, copy.deepcopy(tokenizer), tokens, texts=GREEK, language="hu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fitted_rows_predict_text_better_and_no_old_logit_moves(tokenizer, family, tied):
+    base = base_model(tokenizer, family, tie_word_embeddings=tied)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    old = batch(tokenizer, "the cat sat")
+    expected = logits(base, old)
+    mean, grown = extended(copy.deepcopy(base), tokenizer)
+    model, _ = fitted(base, tokenizer)
+    first = len(tokenizer)
+    found = logits(model, old, language="en")
+    assert torch.equal(found[..., :first], expected[..., :first])
+    assert torch.equal(found[..., len(grown) :], expected[..., len(grown) :])
+    ids = torch.cat([batch(grown, "<bos>" + text) for text in GREEK], dim=1)
+    losses = [each(input_ids=ids, labels=ids, language="hu").loss.item() for each in (mean, model)]
+    assert losses[1] < losses[0] - 0.05
+    if not tied:
+        assert torch.equal(rows_of(model)[0], rows_of(mean)[0])  # what reads them stays the mean
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.unload().state_dict().items())
+
+
+def test_a_fit_is_the_same_each_time_and_leaves_rows_ready_to_train(tokenizer):
+    models = [fitted(base_model(tokenizer), tokenizer, routing="language")[0] for _ in range(2)]
+    for rows, again in zip(rows_of(models[0]), rows_of(models[1]), strict=True):
+        assert torch.equal(rows, again) and rows.requires_grad and rows.grad is None
+
+
+def test_the_cross_entropy_by_hand():
+    """One new token beside known ones: -log of 1 / (1 + 3) where it comes, -log of 3 / (1 + 3) where not, and there
+    less the known target's logit, which is left out."""
+    states = States(torch.ones(2, 1), torch.full((2,), math.log(3.0)), torch.tensor([7, 2]))
+    found = cross_entropy(torch.zeros(1, 1), states, first=7)
+    torch.testing.assert_close(found, torch.tensor(math.log(4.0)))
+
+
+def test_fitted_rows_are_saved_and_grafted_as_any_others(tokenizer, tmp_path):
+    _, chat = post_trained_with_tokens(base_model(tokenizer), tokenizer, tmp_path)
+    model, grown = fitted(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tokenizer)
+    model.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    ids = batch(grown)
+    assert torch.equal(logits(again, ids), logits(model.eval(), ids))
+    stock = model.merge_and_graft(tmp_path / "post")
+    for module, rows in zip((stock.get_input_embeddings(), stock.get_output_embeddings()), rows_of(model), strict=True):
+        assert torch.equal(module.weight[len(chat) :], rows)
+
+
+def test_what_cannot_be_fitted_is_refused_and_left_as_it_was(tokenizer):
+    tokens = propose_tokens(GREEK, tokenizer, 3)
+    model = upcycle(base_model(tokenizer), routing="language")
+    for texts, language, error, message in (
+        (GREEK, None, LanguageError, "language"),
+        (GREEK, "xx", LanguageError, "xx"),
+        ([""], "hu", DataError, "list of documents"),
+    ):
+        with pytest.raises(error, match=message):
+            extend_vocabulary(model, tokenizer, tokens, texts=texts, language=language)
+    capped = upcycle(base_model(tokenizer, "gemma2", final_logit_softcapping=5.0))
+    with pytest.raises(ArchitectureError, match="caps its logits"):
+        extend_vocabulary(capped, tokenizer, tokens, texts=GREEK, language="hu")
+    for each in (model, capped):
+        assert grown_layers(each.base_model.model) is None
+    assert len(tokenizer) == len(make_tokenizer())
 
 
 # -- files ------------------------------------------------------------------------------------------------------------
