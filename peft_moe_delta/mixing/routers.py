@@ -44,7 +44,7 @@ def fit_routers(
     texts_by_language: Mapping[str, Iterable[str]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
-    newest_only: bool = False,
+    only: str | None = None,
     statistics: RouterStatistics | None = None,
     ridge: float = 1e-2,
     temperature: float = 0.1,
@@ -65,12 +65,12 @@ def fit_routers(
             `statistics`; where the config names no language of `"original"`, expert 0's logit is 0, and it serves the
             tokens that no language claims. Use training text: what you evaluate on must not be in it.
         tokenizer: None loads the one beside the base model.
-        newest_only: for an adapter that has grown, whether only what its newest step brought is set: a review that
-            starts there has little left to learn. Earlier rows stay as they are.
+        only: None sets everything. `"newest"`, for an adapter that has grown, sets what its newest step brought, rows
+            and gates: a review that starts there has little left to learn. `"gates"` leaves all routers alone.
         statistics: those of an earlier fit, to which the languages of this one are added, in place.
         ridge: strength of the regularisation, relative to the mean of A's diagonal.
         temperature: of the softmax.
-        margin: with `newest_only`, how far above or below the earlier experts' logits a new one's are put.
+        margin: with `only="newest"`, how far above or below the earlier experts' logits a new one's are put.
         max_length: tokens of a document that are used.
         batch_size: documents in one pass.
         progress: wraps each language's documents, e.g. `tqdm.tqdm`.
@@ -80,21 +80,21 @@ def fit_routers(
 
     Raises:
         LanguageError: an unknown language, one that is in `statistics` already, or a group without any.
-        DataError: a language without text, no tokenizer, a bad number, or both `newest_only` and `statistics`.
+        DataError: a language without text, no tokenizer, a bad number, or `only="newest"` with `statistics`.
     """
     tuner: Any = model.base_model
     table = tuner.active_config.language_table
-    if newest_only and statistics is not None:
+    if only not in (None, "newest", "gates") or (only == "newest" and statistics is not None):
         raise DataError(
-            "`newest_only` fits rows to the logits of the earlier ones, which `statistics` do not hold. Give text of "
-            "every group instead."
+            f'`only` must be None, "newest" or "gates", and "newest" goes without `statistics`, which do not hold the '
+            f"logits that new rows are fitted beside: give text of every group. Got {only!r}."
         )
     fitted = RouterStatistics() if statistics is None else statistics
     _check(tuner, texts_by_language, fitted, (ridge, temperature, margin))
-    beside = newest_only and tuner.active_config.newest_step > 0
+    beside = only == "newest" and tuner.active_config.newest_step > 0
     offsets: dict[str, Tensor] = {}
     tokenizer = tokenizer or _tokenizer_of(tuner.model)
-    with _routed_by_language(tuner, zeroed=not beside):
+    with _routed_by_language(tuner, zeroed=not beside and only != "gates"):
         for code, texts in texts_by_language.items():
             with _sums(tuner, beside) as sums:
                 tokens = 0
@@ -109,10 +109,11 @@ def fit_routers(
             )
             for name, (_, _, offset) in sums.items():
                 offsets[name] = offsets.get(name, 0.0) + offset / tokens
-    tuner.active_config.open_steps = tuner.active_config.newest_step  # groups that were added may serve from now on
+    if only != "gates":
+        tuner.active_config.open_steps = tuner.active_config.newest_step  # what was added may serve from now on
     if beside:
         _set_newest_rows(tuner, fitted, offsets, margin, ridge)
-    else:
+    elif only != "gates":
         _set_routers(tuner, fitted, ridge, temperature)
     _set_gates(tuner, fitted, beside, ridge)
     return fitted
@@ -151,7 +152,7 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
 def _routed_by_language(tuner: MoeDeltaModel, zeroed: bool) -> Iterator[None]:
     """Evaluation under routing by language, without gradients; everything as before afterwards.
 
-    Where all routers are going to be set they are zero meanwhile: a group's experts share its tokens evenly, as they
+    Where all routers are going to be set, they are zero meanwhile: a group's experts share its tokens evenly, as they
     will after the fit.
     """
     config, training = tuner.active_config, [module for module in tuner.model.modules() if module.training]
@@ -259,7 +260,7 @@ def _set_newest_rows(
 
 
 @torch.no_grad()
-def _set_gates(tuner: MoeDeltaModel, fitted: RouterStatistics, newest_only: bool, ridge: float) -> None:
+def _set_gates(tuner: MoeDeltaModel, fitted: RouterStatistics, newest: bool, ridge: float) -> None:
     """The row of every growth step that has experts in the layer tells its languages from the original ones."""
     adapter, config = tuner.active_adapters[0], tuner.active_config
     table = config.language_table
@@ -272,7 +273,7 @@ def _set_gates(tuner: MoeDeltaModel, fitted: RouterStatistics, newest_only: bool
         for step, rows in enumerate(gate.parameters()):
             own = [g for g, s, n in zip(table.groups, config.steps, counts, strict=True) if s == step and n]
             others = {g: known[g] for g in own if g != ORIGINAL_GROUP and known[g]}
-            if others and (step == config.newest_step or not newest_only):
+            if others and (step == config.newest_step or not newest):
                 rows[0].copy_(fitted.discriminant(name, {ORIGINAL_GROUP: known[ORIGINAL_GROUP]}, others, ridge))
 
 

@@ -122,7 +122,7 @@ def grow(growth: Growth) -> Path:
             )
             features = _balanced(growth, tuner, tokenizer, review)
             if growth.experts:
-                fit_routers(model, _fitted(growth), tokenizer, newest_only=True, max_length=review.sequence_length)
+                fit_routers(model, _fitted(growth), tokenizer, only="newest", max_length=review.sequence_length)
             train(growth, model, features, review, tokenizer, folder)
         save_adapter(model, folder)
     return Path(growth.output)

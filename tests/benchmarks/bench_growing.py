@@ -181,7 +181,7 @@ def insert(model: PeftModel, way: str, code: str, rows: Mapping[str, Tensor], to
         train(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
         groups = list(model.active_peft_config.group_order)
         model.start_review(routing="learned", language_prior_groups=groups, language_prior_coef=1.0)
-        fit_routers(model, documents(tokenizer, rows, known), tokenizer, newest_only=True, max_length=LENGTH)
+        fit_routers(model, documents(tokenizer, rows, known), tokenizer, only="newest", max_length=LENGTH)
     train(model, rows, known, review_steps(steps), 1e-2 if way == "published" else 2e-3, f"{way}: review")
 
 
@@ -284,7 +284,7 @@ def classifiers(inputs: Path, steps: int, tokens: int, seed: int) -> dict[str, A
         routing="classifier",
     )
     model = get_peft_model(base, config)
-    fit_routers(model, documents(tokenizer, rows, codes), tokenizer, max_length=LENGTH)
+    fit_routers(model, documents(tokenizer, rows, codes), tokenizer, only="gates", max_length=LENGTH)
     fitted = recognised(model, test_rows)
     model.start_review(language_prior_groups=["original", "hungarian", "greek"], language_prior_coef=1.0)
     train(model, rows, codes, steps, 2e-3, "gates")

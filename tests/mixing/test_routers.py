@@ -143,7 +143,7 @@ GROWN = {**TEXTS, "bn": documents(70, 99, 8)}
 def test_newest_rows_are_the_direct_least_squares_solution_beside_the_earlier_ones():
     fitted = grown()
     earlier = router_weights(fitted)
-    fit(fitted, GROWN, newest_only=True, margin=3.0, ridge=1e-3)
+    fit(fitted, GROWN, only="newest", margin=3.0, ridge=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(earlier, router_weights(fitted), strict=True))
     for layer, module in enumerate(moe_layers(fitted)):
         rows, targets = [], []
@@ -161,7 +161,7 @@ def test_newest_rows_are_the_direct_least_squares_solution_beside_the_earlier_on
 
 def test_newest_rows_take_the_new_language_and_leave_the_earlier_ones():
     fitted = grown()
-    fit(fitted, GROWN, newest_only=True, ridge=1e-4)
+    fit(fitted, GROWN, only="newest", ridge=1e-4)
     assert fitted.active_peft_config.open_steps == 1
     module = moe_layers(fitted)[0]
     share = {}
@@ -175,14 +175,22 @@ def test_newest_rows_take_the_new_language_and_leave_the_earlier_ones():
 def test_an_adapter_that_has_not_grown_has_only_newest_rows():
     one, other = model(), model()
     fit(one)
-    fit(other, newest_only=True)
+    fit(other, only="newest")
     assert all(torch.equal(a, b) for a, b in zip(router_weights(one), router_weights(other), strict=True))
+
+
+def test_gates_alone_leave_the_routers():
+    fitted = model(classifier_layers=[0])
+    before = router_weights(fitted)
+    fit(fitted, only="gates")
+    assert all(torch.equal(a, b) for a, b in zip(before, router_weights(fitted), strict=True))
+    assert gate_rows(fitted)[0].any()
 
 
 def test_removing_what_was_fitted_gives_back_the_rows_before():
     fitted = grown(routing="classifier", classifier_layers=[0])
     before = {name: tensor.clone() for name, tensor in fitted.state_dict().items() if "grown" not in name}
-    fit(fitted, GROWN, newest_only=True)
+    fit(fitted, GROWN, only="newest")
     fitted.remove_group("indic")
     after = fitted.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in after)
@@ -221,7 +229,7 @@ def test_only_the_newest_row_of_a_gate_is_fitted():
     fitted = grown(routing="classifier", classifier_layers=[0])
     first = gate_rows(fitted)[0].detach().clone()
     assert first.any() and not gate_rows(fitted)[1].any()
-    fit(fitted, GROWN, newest_only=True)
+    fit(fitted, GROWN, only="newest")
     assert torch.equal(gate_rows(fitted)[0], first) and gate_rows(fitted)[1].any()
 
 
@@ -232,7 +240,8 @@ def test_only_the_newest_row_of_a_gate_is_fitted():
         ({**TEXTS, "xx": ["w3"]}, {}, LanguageError, "Unknown language 'xx'"),
         ({**TEXTS, "en": []}, {}, DataError, "no text of 'en'"),
         (TEXTS, {"temperature": 0}, DataError, "must be positive"),
-        (TEXTS, {"newest_only": True, "statistics": RouterStatistics()}, DataError, "text of every group"),
+        (TEXTS, {"only": "oldest"}, DataError, "'oldest'"),
+        (TEXTS, {"only": "newest", "statistics": RouterStatistics()}, DataError, "text of every group"),
         (TEXTS, {"statistics": RouterStatistics(languages=["hu"])}, LanguageError, r"hold \['hu'\] already"),
     ],
 )
