@@ -79,16 +79,23 @@ def load_balancing_loss(
 def classifier_loss(*, logits_T: Tensor, original_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of a layer's gate: is a token of an original language? (LayerMoE, arXiv 2505.22582)
 
+    Where both answers occur, each weighs half, however much text there is of each: 0 is then the threshold at which
+    the gate errs as often on one side as on the other, whatever a review's mix. With one original language among
+    five, the plain sum would give away original tokens for the sake of the others.
+
     Args:
         logits_T: the gate's logits, fp32; above 0 for "original".
         original_T: bool, the truth.
         counted_T: bool, False for padding.
 
     Returns:
-        The sum over counted tokens and their number, both fp32 scalars.
+        The weighted sum over counted tokens and their number, both fp32 scalars.
     """
     loss_T = F.binary_cross_entropy_with_logits(logits_T.float(), original_T.float(), reduction="none")
-    return loss_T.where(counted_T, 0.0).sum(), counted_T.sum().float()
+    tokens, original = counted_T.sum().float(), (original_T & counted_T).sum().float()
+    mixed = (original > 0) & (original < tokens)
+    half_T = tokens / 2 / torch.where(original_T, original, tokens - original).clamp(min=1)
+    return (loss_T * torch.where(mixed, half_T, 1.0)).where(counted_T, 0.0).sum(), tokens
 
 
 def router_z_loss(*, logits_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:

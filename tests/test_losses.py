@@ -99,14 +99,39 @@ def test_double_softmax_starves_badly_routed_tokens_of_gradient():
         assert -logits.grad[0, 0].item() == pytest.approx(expected, rel=0.5 if not ours else 1e-3)
 
 
-def test_classifier_loss_by_hand():
-    loss, tokens = classifier_loss(
-        logits_T=torch.tensor([LOG3, LOG3, 0.0, 50.0]),
-        original_T=torch.tensor([True, False, True, False]),
-        counted_T=torch.tensor([True, True, True, False]),
+def classify(logits, original, counted=None):
+    return classifier_loss(
+        logits_T=torch.tensor(logits),
+        original_T=torch.tensor(original),
+        counted_T=torch.tensor([True] * len(logits) if counted is None else counted),
     )
-    assert loss.item() == pytest.approx(math.log(4 / 3) + math.log(4) + math.log(2), abs=1e-5)
+
+
+def test_classifier_loss_by_hand():
+    loss, tokens = classify([LOG3, LOG3, 0.0, 50.0], [True, False, True, False], [True, True, True, False])
+    # Two original tokens weigh 3/4 each, the other one 3/2.
+    assert loss.item() == pytest.approx(0.75 * (math.log(4 / 3) + math.log(2)) + 1.5 * math.log(4), abs=1e-5)
     assert tokens.item() == 3
+
+
+@pytest.mark.parametrize("original", [True, False])
+def test_classifier_loss_of_one_answer_alone_is_the_plain_sum(original):
+    loss, tokens = classify([0.0, 0.0], [original] * 2)
+    assert (loss / tokens).item() == pytest.approx(math.log(2))
+
+
+def test_classifier_loss_is_zero_without_tokens():
+    loss, tokens = classify([1.0], [True], [False])
+    assert loss.item() == tokens.item() == 0
+
+
+def test_classifier_loss_does_not_depend_on_how_much_there_is_of_either():
+    """A gate that tells nothing apart ends at even odds, not at the odds of the mix."""
+    bias = torch.zeros((), requires_grad=True)
+    original = torch.tensor([True] + [False] * 9)
+    loss, _ = classifier_loss(logits_T=bias.expand(10), original_T=original, counted_T=torch.ones(10, dtype=torch.bool))
+    loss.backward()
+    assert bias.grad.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def balance(probabilities, indices, sets=None, allowed=None, counted=None):

@@ -1,10 +1,12 @@
 """Mixtures of dense models that were specialised apart from each other, one a language (BTX, BAM, DUME).
 
 - `mix`: a seed and its branches, dense checkpoints, become one upcycled model
-- `fit_routers`: its routers in closed form, from labelled text, without a gradient step
+- `fit_routers`: routers and gates in closed form, from labelled text, without a gradient step; of a mixture, or of any
+  adapter: after growing, those of what is new alone
 """
 
 from .branches import mix
-from .routers import RouterStatistics, fit_routers
+from .routers import fit_routers
+from .statistics import RouterStatistics
 
 __all__ = ["RouterStatistics", "fit_routers", "mix"]

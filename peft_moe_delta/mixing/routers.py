@@ -9,16 +9,22 @@ its token's language, and every language weighing the same however much text it 
 Text runs under routing by its own language while the sums are taken, so they do not depend on the routers there were,
 and a language that joins later only adds to them. Sums are fp64.
 
+After `add_languages`, the new experts' rows can be fitted alone, beside earlier ones as they stand, of whatever scale:
+against these a new expert e has probability `sigmoid(w_e x - o(x))`, with `o = logsumexp` of their logits, and least
+squares puts its argument at a margin m, above 0 for its own group's tokens and below for all others:
+
+    c = sum_l mean_{t in l} x_t o(x_t)       w_e = (A + r tr(A)/D I)^-1 (c + m (b_g - sum_{h != g} b_h))
+
+Gates (`"classifier"` routing) are the linear discriminant of the original languages, of mean u, from the others, of
+mean v: with C the covariance, `w = (C + r tr(C)/D I)^-1 (u - v)`, and 0 half-way between the means.
+
 Shape legend: T tokens, D hidden size, G language groups, E experts.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,74 +32,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ..checkpoint import CheckpointReader, write_safetensors
-from ..errors import CheckpointError, DataError, LanguageError
+from ..errors import DataError, LanguageError
+from ..languages import ORIGINAL_GROUP
 from ..routing import routing_named
 from ..tuner import MoeDeltaLayer, MoeDeltaModel
-
-FORMAT = "peft-moe-delta router statistics"
-
-
-@dataclass
-class RouterStatistics:
-    """What closed-form routers are made of, for every router of a model.
-
-    Attributes:
-        A: module name -> (D, D), fp64.
-        b: module name -> group -> (D,), fp64.
-        languages: the languages they were taken from, in order.
-    """
-
-    A: dict[str, Tensor] = field(default_factory=dict)
-    b: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    languages: list[str] = field(default_factory=list)
-
-    def add(self, language: str, group: str, sums: Mapping[str, tuple[Tensor, Tensor]], tokens: int) -> None:
-        """Add a language: for every router `sum x x^T` and `sum x` over its tokens."""
-        for name, (outer, total) in sums.items():
-            self.A[name] = self.A.get(name, torch.zeros_like(outer)) + outer / tokens
-            columns = self.b.setdefault(name, {})
-            columns[group] = columns.get(group, torch.zeros_like(total)) + total / tokens
-        self.languages.append(language)
-
-    def solve(self, name: str, sets: Mapping[str, Iterable[str]], ridge: float) -> dict[str, Tensor]:
-        """Unit-norm columns of `(A + ridge tr(A)/D I)^-1 b`.
-
-        Args:
-            name: the router's module name.
-            sets: column -> groups whose tokens belong to it.
-            ridge: relative to the mean of A's diagonal.
-        """
-        A, b, nothing = self.A[name], self.b[name], torch.zeros_like(self.A[name][0])
-        targets = torch.stack([sum((b.get(g, nothing) for g in groups), nothing) for groups in sets.values()], dim=1)
-        damped = A + ridge * A.trace() / len(A) * torch.eye(len(A), dtype=A.dtype, device=A.device)
-        columns = nn.functional.normalize(torch.linalg.solve(damped, targets), dim=0)
-        return dict(zip(sets, columns.T, strict=True))
-
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file."""
-        tensors = {f"{name}.A": A for name, A in self.A.items()}
-        tensors |= {f"{name}.b.{group}": v for name, columns in self.b.items() for group, v in columns.items()}
-        write_safetensors(path, tensors, {FORMAT: json.dumps({"languages": self.languages})})
-
-    @classmethod
-    def load(cls, path: str | Path) -> RouterStatistics:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: the file is missing, damaged or something else.
-        """
-        reader = CheckpointReader(path)
-        if FORMAT not in reader.metadata:
-            raise CheckpointError(f"{path} holds no router statistics: its header has no {FORMAT!r}.")
-        read = cls(languages=json.loads(reader.metadata[FORMAT])["languages"])
-        for key in reader:
-            if key.endswith(".A"):
-                read.A[key.removesuffix(".A")] = reader[key]
-            else:
-                name, _, group = key.rpartition(".b.")
-                read.b.setdefault(name, {})[group] = reader[key]
-        return read
+from .statistics import RouterStatistics
 
 
 def fit_routers(
@@ -101,14 +44,16 @@ def fit_routers(
     texts_by_language: Mapping[str, Iterable[str]],
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    only: str | None = None,
     statistics: RouterStatistics | None = None,
     ridge: float = 1e-2,
     temperature: float = 0.1,
+    margin: float = 5.0,
     max_length: int = 512,
     batch_size: int = 8,
     progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
 ) -> RouterStatistics:
-    """Set every router of the active adapter in closed form. A few megabytes of text are plenty.
+    """Set every router and gate of the active adapter in closed form. A few megabytes of text are plenty.
 
     The temperature is folded into the weights (rows of norm 1 / temperature), so that nothing else changes: the model
     routes, trains, saves and exports as with any other router. Experts of one group get the same row, and share its
@@ -120,9 +65,12 @@ def fit_routers(
             `statistics`; where the config names no language of `"original"`, expert 0's logit is 0, and it serves the
             tokens that no language claims. Use training text: what you evaluate on must not be in it.
         tokenizer: None loads the one beside the base model.
+        only: None sets everything. `"newest"`, for an adapter that has grown, sets what its newest step brought, rows
+            and gates: a review that starts there has little left to learn. `"gates"` leaves all routers alone.
         statistics: those of an earlier fit, to which the languages of this one are added, in place.
         ridge: strength of the regularisation, relative to the mean of A's diagonal.
         temperature: of the softmax.
+        margin: with `only="newest"`, how far above or below the earlier experts' logits a new one's are put.
         max_length: tokens of a document that are used.
         batch_size: documents in one pass.
         progress: wraps each language's documents, e.g. `tqdm.tqdm`.
@@ -132,16 +80,23 @@ def fit_routers(
 
     Raises:
         LanguageError: an unknown language, one that is in `statistics` already, or a group without any.
-        DataError: a language without text, no tokenizer, or a bad number.
+        DataError: a language without text, no tokenizer, a bad number, or `only="newest"` with `statistics`.
     """
     tuner: Any = model.base_model
     table = tuner.active_config.language_table
+    if only not in (None, "newest", "gates") or (only == "newest" and statistics is not None):
+        raise DataError(
+            f'`only` must be None, "newest" or "gates", and "newest" goes without `statistics`, which do not hold the '
+            f"logits that new rows are fitted beside: give text of every group. Got {only!r}."
+        )
     fitted = RouterStatistics() if statistics is None else statistics
-    _check(tuner, texts_by_language, fitted, ridge, temperature)
+    _check(tuner, texts_by_language, fitted, (ridge, temperature, margin))
+    beside = only == "newest" and tuner.active_config.newest_step > 0
+    offsets: dict[str, Tensor] = {}
     tokenizer = tokenizer or _tokenizer_of(tuner.model)
-    with _routed_by_language(tuner):
+    with _routed_by_language(tuner, zeroed=not beside and only != "gates"):
         for code, texts in texts_by_language.items():
-            with _sums(tuner) as sums:
+            with _sums(tuner, beside) as sums:
                 tokens = 0
                 for batch in _batches(progress(texts) if progress else texts, tokenizer, max_length, batch_size):
                     tokens += int(batch["attention_mask"].sum())
@@ -149,17 +104,27 @@ def fit_routers(
                     tuner.model(**{k: v.to(device) for k, v in batch.items()}, language=code, use_cache=False)
             if not tokens:
                 raise DataError(f"There is no text of {code!r}. Give at least one document with one token.")
-            fitted.add(code, table.groups[table.group_of[table.id_of(code)]], sums, tokens)
-    _set_routers(tuner, fitted, ridge, temperature)
+            fitted.add(
+                code, table.groups[table.group_of[table.id_of(code)]], {n: s[:2] for n, s in sums.items()}, tokens
+            )
+            for name, (_, _, offset) in sums.items():
+                offsets[name] = offsets.get(name, 0.0) + offset / tokens
+    if only != "gates":
+        tuner.active_config.open_steps = tuner.active_config.newest_step  # what was added may serve from now on
+    if beside:
+        _set_newest_rows(tuner, fitted, offsets, margin, ridge)
+    elif only != "gates":
+        _set_routers(tuner, fitted, ridge, temperature)
+    _set_gates(tuner, fitted, beside, ridge)
     return fitted
 
 
 def _check(
-    tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, ridge: float, temperature: float
+    tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, numbers: tuple[float, float, float]
 ) -> None:
     """Refuse what would end in a router that knows nothing of some group."""
-    if not temperature > 0 or not ridge > 0:
-        raise DataError(f"temperature and ridge must be positive; got {temperature} and {ridge}.")
+    if not min(numbers) > 0:
+        raise DataError("ridge, temperature and margin must be positive; got {}, {} and {}.".format(*numbers))
     table = tuner.active_config.language_table
     for code in (*fitted.languages, *texts):
         table.id_of(code)
@@ -184,10 +149,11 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _routed_by_language(tuner: MoeDeltaModel) -> Iterator[None]:
+def _routed_by_language(tuner: MoeDeltaModel, zeroed: bool) -> Iterator[None]:
     """Evaluation under routing by language, without gradients; everything as before afterwards.
 
-    Routers are zero meanwhile: a group's experts share its tokens evenly, as they will after the fit.
+    Where all routers are going to be set, they are zero meanwhile: a group's experts share its tokens evenly, as they
+    will after the fit.
     """
     config, training = tuner.active_config, [module for module in tuner.model.modules() if module.training]
     routing, config.routing = config.routing, "language"
@@ -195,7 +161,7 @@ def _routed_by_language(tuner: MoeDeltaModel) -> Iterator[None]:
     tuner.model.eval()
     try:
         with torch.no_grad():
-            for weight, _ in weights:
+            for weight, _ in weights if zeroed else ():
                 weight.zero_()
             yield
     finally:
@@ -214,9 +180,13 @@ def _routers(tuner: MoeDeltaModel) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _sums(tuner: MoeDeltaModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """`sum x x^T` and `sum x` of what enters each router's layer within the block, padding left out."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
+def _sums(tuner: MoeDeltaModel, beside: bool) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
+    """Sums over what enters each router's layer within the block, padding left out.
+
+    `x x^T`, `x`, and `x o(x)` with o the logsumexp of the earlier rows' logits, where the newest are set beside them.
+    """
+    sums: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    adapter = tuner.active_adapters[0]
 
     def add(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -224,9 +194,14 @@ def _sums(tuner: MoeDeltaModel) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
             x = args[0] if args else kwargs["hidden_states"]
             x_TD = x.reshape(-1, x.shape[-1])
             mask_T = module.context.state(len(x_TD), training=False).mask_T
-            x_TD = (x_TD if mask_T is None else x_TD[mask_T]).double()
-            outer, total = sums.get(name, (0.0, 0.0))
-            sums[name] = (outer + x_TD.T @ x_TD, total + x_TD.sum(dim=0))
+            x_TD = x_TD if mask_T is None else x_TD[mask_T]
+            offset_T = x_TD.new_zeros(len(x_TD))
+            if beside:
+                offset_T = module.router(adapter)(x_TD)[:, : _earlier_rows(module, adapter)].logsumexp(dim=-1)
+            x_TD = x_TD.double()
+            found = x_TD.T @ x_TD, x_TD.sum(dim=0), offset_T.double() @ x_TD
+            before = sums.get(name, (0.0, 0.0, 0.0))
+            sums[name] = (before[0] + found[0], before[1] + found[1], before[2] + found[2])
 
         return hook
 
@@ -266,16 +241,55 @@ def _pad(rows: list[list[int]]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _set_routers(tuner: MoeDeltaModel, fitted: RouterStatistics, ridge: float, temperature: float) -> None:
     """Every expert gets the column of the groups that routing by language sends to it."""
-    adapter = tuner.active_adapters[0]
-    rule = routing_named("language")
-    tuner.active_config.open_steps = tuner.active_config.newest_step  # groups that were added may serve from now on
+    for name, rows, users in _rows_and_users(tuner):
+        columns = fitted.solve(name, {str(groups): groups for groups in users.values()}, ridge)
+        for expert, groups in users.items():
+            rows[expert].copy_(columns[str(groups)] / temperature)
+
+
+@torch.no_grad()
+def _set_newest_rows(
+    tuner: MoeDeltaModel, fitted: RouterStatistics, offsets: Mapping[str, Tensor], margin: float, ridge: float
+) -> None:
+    """The experts of the newest growth step get rows that stand a margin above or below the earlier experts' logits."""
+    earlier = {name: _earlier_rows(module, tuner.active_adapters[0]) for _, name, module in tuner.expert_layers()}
+    for name, rows, users in _rows_and_users(tuner):
+        for expert, groups in users.items():
+            if expert >= earlier[name]:
+                rows[expert].copy_(fitted.solve_beside(name, groups, offsets[name], margin, ridge))
+
+
+@torch.no_grad()
+def _set_gates(tuner: MoeDeltaModel, fitted: RouterStatistics, newest: bool, ridge: float) -> None:
+    """The row of every growth step that has experts in the layer tells its languages from the original ones."""
+    adapter, config = tuner.active_adapters[0], tuner.active_config
+    table = config.language_table
+    known = {g: sum(code in fitted.languages for code in table.members(g)) for g in table.groups}
+    for _, name, module in tuner.expert_layers():
+        gate = module.classifier(adapter)
+        if gate is None or not known[ORIGINAL_GROUP]:
+            continue
+        counts = module.settings[adapter].counts
+        for step, rows in enumerate(gate.parameters()):
+            own = [g for g, s, n in zip(table.groups, config.steps, counts, strict=True) if s == step and n]
+            others = {g: known[g] for g in own if g != ORIGINAL_GROUP and known[g]}
+            if others and (step == config.newest_step or not newest):
+                rows[0].copy_(fitted.discriminant(name, {ORIGINAL_GROUP: known[ORIGINAL_GROUP]}, others, ridge))
+
+
+def _rows_and_users(tuner: MoeDeltaModel) -> Iterator[tuple[str, list[Tensor], dict[int, tuple[str, ...]]]]:
+    """Of every router its module name, its rows, and by expert the groups that routing by language sends to it."""
+    adapter, rule = tuner.active_adapters[0], routing_named("language")
     for _, name, module in tuner.expert_layers():
         settings = module.settings[adapter]
         users: dict[int, tuple[str, ...]] = {}
         for group, allowed in zip(settings.table.groups, rule.allowed_experts(settings.counts), strict=True):
             for expert in (e for e, may in enumerate(allowed) if may):
                 users[expert] = (*users.get(expert, ()), group)
-        columns = fitted.solve(name, {str(groups): groups for groups in users.values()}, ridge)
-        rows = [row for weight in module.router(adapter).parameters() for row in weight]
-        for expert, groups in users.items():
-            rows[expert].copy_(columns[str(groups)] / temperature)
+        yield name, [row for weight in module.router(adapter).parameters() for row in weight], users
+
+
+def _earlier_rows(module: MoeDeltaLayer, adapter: str) -> int:
+    """How many of a router's rows were there before the newest growth step."""
+    settings = module.settings[adapter]
+    return sum(not settings.trained_groups[group] for group in settings.owners)

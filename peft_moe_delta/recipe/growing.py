@@ -6,8 +6,10 @@ The file's fields are those of `Growth`. Languages that the adapter knows alread
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
+from ..mixing import fit_routers
 from ..tuner import MoeDeltaModel
 from .data import read_texts
 from .fields import Review, Training, read_fields, settled_precision
@@ -25,6 +28,7 @@ from .stages import Features, blocks, load_model, save_adapter, train
 
 CLOSEST = "closest"
 _SCORED_BYTES = 20_000
+_FITTED_BYTES = 50_000
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class Growth:
         start_from: `"closest"` for the group whose experts write the new text in the fewest bits, a group's name, one
             a new group, or None for expert 0.
         expand: training of the new experts on the new languages; None to leave them untrained.
-        review: training of the new router rows, on equally much text of every group; None to leave it out.
+        review: training of the new router rows, on equally much text of every group, from where `fit_routers` puts
+            them; None to leave it out.
         precision, seed: as in `Recipe`.
     """
 
@@ -113,7 +118,10 @@ def grow(growth: Growth) -> Path:
                 language_prior_coef=review.language_prior_coef,
                 language_prior_groups=review.language_prior_groups,
             )
-            train(growth, model, _balanced(growth, tuner, tokenizer, review), review, tokenizer, folder)
+            features = _balanced(growth, tuner, tokenizer, review)
+            if growth.experts:
+                fit_routers(model, _fitted(growth), tokenizer, only="newest", max_length=review.sequence_length)
+            train(growth, model, features, review, tokenizer, folder)
         save_adapter(model, folder)
     return Path(growth.output)
 
@@ -129,6 +137,17 @@ def _start_from(
         if group in growth.experts:
             texts.setdefault(group, []).extend(read_texts(growth.languages[code].train, _SCORED_BYTES))
     return {group: closest_group(model, tokenizer, documents) for group, documents in texts.items()}
+
+
+def _fitted(growth: Growth) -> dict[str, list[str]]:
+    """Some documents of every language, from anywhere in its file."""
+    picked = {}
+    for code, language in growth.languages.items():
+        texts = read_texts(language.train)
+        random.Random(growth.seed).shuffle(texts)
+        ends = list(accumulate(len(text.encode()) for text in texts))
+        picked[code] = texts[: 1 + bisect_left(ends, _FITTED_BYTES)]
+    return picked
 
 
 def _balanced(growth: Growth, tuner: MoeDeltaModel, tokenizer: PreTrainedTokenizerBase, fields: Training) -> Features:

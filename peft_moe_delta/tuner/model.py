@@ -97,7 +97,9 @@ class MoeDeltaModel(BaseTuner):
         """Train only routers and classifiers, with the language-prior loss on original languages (MoE-LPR, stage 2).
 
         After `add_languages`, it opens the new experts to every language, and trains only their rows; the prior loss
-        then keeps every group that was there before away from them.
+        then keeps every group that was there before away from them. Call `fit_routers(..., only="newest")` next:
+        from rows in closed form a short review at a low rate moves the earlier languages least. Gates, too, had better
+        start from `fit_routers`.
 
         Args:
             routing: None keeps the routing in force. Experts that were expanded under `"language"` become a learned

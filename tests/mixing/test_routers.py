@@ -126,6 +126,113 @@ def test_without_an_original_language_expert_0_is_for_what_nobody_claims():
         assert not weight[0].any() and weight[1:].any(dim=1).all()
 
 
+# -- an adapter that has grown, and gates -----------------------------------------------------------------------------
+
+
+def grown(**changes):
+    """A fitted mixture that a Bengali group of two experts has joined."""
+    model_ = model(**changes)
+    fit(model_)
+    model_.add_languages({"bn": "indic"}, {"indic": 2})
+    return model_
+
+
+GROWN = {**TEXTS, "bn": documents(70, 99, 8)}
+
+
+def test_newest_rows_are_the_direct_least_squares_solution_beside_the_earlier_ones():
+    fitted = grown()
+    earlier = router_weights(fitted)
+    fit(fitted, GROWN, only="newest", margin=3.0, ridge=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(earlier, router_weights(fitted), strict=True))
+    for layer, module in enumerate(moe_layers(fitted)):
+        rows, targets = [], []
+        for code, texts in GROWN.items():
+            x = torch.cat([inputs_of(fitted, code, text)[layer] for text in texts]).double()
+            offset = (x @ earlier[layer].double().T).logsumexp(dim=-1)
+            rows.append(x / len(x) ** 0.5)
+            targets.append((offset + (3.0 if code == "bn" else -3.0)) / len(x) ** 0.5)
+        x, y = torch.cat(rows), torch.cat(targets)[:, None]
+        damping = (1e-3 * (x.T @ x).trace() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+        w = torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 1)])).solution
+        found = module.router("default").grown_3
+        torch.testing.assert_close(found.double(), w.T.expand(2, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_newest_rows_take_the_new_language_and_leave_the_earlier_ones():
+    fitted = grown()
+    fit(fitted, GROWN, only="newest", ridge=1e-4)
+    assert fitted.active_peft_config.open_steps == 1
+    module = moe_layers(fitted)[0]
+    share = {}
+    for code in GROWN:
+        x = torch.cat([inputs_of(fitted, code, text)[0] for text in GROWN[code]])
+        with torch.no_grad():
+            share[code] = module.router("default")(x).softmax(-1)[:, -2:].sum(-1).mean().item()
+    assert share["bn"] > max(share[code] for code in TEXTS) + 0.3, share
+
+
+def test_an_adapter_that_has_not_grown_has_only_newest_rows():
+    one, other = model(), model()
+    fit(one)
+    fit(other, only="newest")
+    assert all(torch.equal(a, b) for a, b in zip(router_weights(one), router_weights(other), strict=True))
+
+
+def test_gates_alone_leave_the_routers():
+    fitted = model(classifier_layers=[0])
+    before = router_weights(fitted)
+    fit(fitted, only="gates")
+    assert all(torch.equal(a, b) for a, b in zip(before, router_weights(fitted), strict=True))
+    assert gate_rows(fitted)[0].any()
+
+
+def test_removing_what_was_fitted_gives_back_the_rows_before():
+    fitted = grown(routing="classifier", classifier_layers=[0])
+    before = {name: tensor.clone() for name, tensor in fitted.state_dict().items() if "grown" not in name}
+    fit(fitted, GROWN, only="newest")
+    fitted.remove_group("indic")
+    after = fitted.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+
+
+def gate_rows(model):
+    return list(moe_layers(model)[0].classifier("default").parameters())
+
+
+def test_a_gate_is_the_linear_discriminant_of_the_original_languages():
+    fitted = model(classifier_layers=[0])
+    fit(fitted, ridge=1e-3)
+    x = {code: torch.cat([inputs_of(fitted, code, t)[0] for t in texts]).double() for code, texts in TEXTS.items()}
+    mean = {code: states.mean(0) for code, states in x.items()}
+    middle = torch.stack(list(mean.values())).mean(0)
+    covariance = torch.stack([(s - middle).T @ (s - middle) / len(s) for s in x.values()]).mean(0)
+    u, v = mean["en"], (mean["hu"] + mean["fi"] + mean["az"]) / 3
+    damping = 1e-3 * covariance.trace() / len(covariance) * torch.eye(len(covariance), dtype=torch.float64)
+    w = torch.linalg.solve(covariance + damping, u - v)
+    expected = torch.cat([w, -(w @ (u + v) / 2)[None]])
+    torch.testing.assert_close(gate_rows(fitted)[0][0].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fitted_gate_recognises_languages_of_words_of_their_own():
+    fitted = model(classifier_layers=[0])
+    texts = {"hu": documents(3, 30), "fi": documents(30, 45), "az": documents(45, 60), "en": documents(60, 99)}
+    fit(fitted, texts, ridge=1e-4)
+    gate = moe_layers(fitted)[0].classifier("default")
+    for code, documents_ in texts.items():
+        x = torch.cat([inputs_of(fitted, code, text)[0] for text in documents_])
+        share = gate.recognises(x, 0).float().mean().item()
+        assert share > 0.8 if code == "en" else share < 0.2, (code, share)
+
+
+def test_only_the_newest_row_of_a_gate_is_fitted():
+    fitted = grown(routing="classifier", classifier_layers=[0])
+    first = gate_rows(fitted)[0].detach().clone()
+    assert first.any() and not gate_rows(fitted)[1].any()
+    fit(fitted, GROWN, only="newest")
+    assert torch.equal(gate_rows(fitted)[0], first) and gate_rows(fitted)[1].any()
+
+
 @pytest.mark.parametrize(
     ("texts", "options", "error", "message"),
     [
@@ -133,6 +240,8 @@ def test_without_an_original_language_expert_0_is_for_what_nobody_claims():
         ({**TEXTS, "xx": ["w3"]}, {}, LanguageError, "Unknown language 'xx'"),
         ({**TEXTS, "en": []}, {}, DataError, "no text of 'en'"),
         (TEXTS, {"temperature": 0}, DataError, "must be positive"),
+        (TEXTS, {"only": "oldest"}, DataError, "'oldest'"),
+        (TEXTS, {"only": "newest", "statistics": RouterStatistics()}, DataError, "text of every group"),
         (TEXTS, {"statistics": RouterStatistics(languages=["hu"])}, LanguageError, r"hold \['hu'\] already"),
     ],
 )

@@ -12,9 +12,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import logits, token_batch, upcycle
+from peft_moe_delta import fit_routers
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import closest_group, score_groups
+from peft_moe_delta.recipe.data import read_texts
 from recipe.pico_recipe import SENTENCES
 
 TRAINING = {"steps": 2, "batch_size": 3, "learning_rate": 1.0e-2, "sequence_length": 16}
@@ -73,6 +75,21 @@ def test_an_adapter_grows_trained_and_reviewed(files, recipe_fields, tmp_path):
             assert torch.equal(new.experts("default")[1].state_dict()[name], tensor)
     after.remove_group("greek")
     assert torch.equal(logits(after, token_batch()), logits(before, token_batch()))
+
+
+def test_a_review_starts_from_rows_in_closed_form(files, recipe_fields, tmp_path):
+    files["review"] = TRAINING | {"routing": "learned", "learning_rate": 0.0}
+    run(files, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(recipe_fields["model"])
+    texts = {code: read_texts(language["train"]) for code, language in files["languages"].items()}
+    expected = load(recipe_fields, files["adapter"])
+    expected.add_languages({"el": "greek"}, {"greek": 1})
+    fit_routers(expected, texts, tokenizer, only="newest", max_length=TRAINING["sequence_length"])
+    found = load(recipe_fields, files["output"])
+    for ours, theirs in zip(found.layers().values(), expected.layers().values(), strict=True):
+        rows, same = (layer.router("default").grown_2 for layer in (ours, theirs))
+        assert rows.any()
+        torch.testing.assert_close(rows, same, atol=1e-4, rtol=1e-4)
 
 
 def test_a_review_needs_text_of_every_group(files, tmp_path):

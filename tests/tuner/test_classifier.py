@@ -189,7 +189,7 @@ def test_a_review_teaches_gates_to_tell_separable_languages_apart():
     generator = torch.Generator().manual_seed(0)
     draw = lambda: 3 + 4 * IDS[:, None] + torch.randint(4, (4, 12), generator=generator)  # noqa: E731
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(60):
+    for _ in range(240):
         tokens = draw()
         optimizer.zero_grad()
         model.train()(input_ids=tokens, labels=tokens, language_ids=IDS).loss.backward()

@@ -1,0 +1,107 @@
+"""`RouterStatistics`: what closed-form routers are made of, and the systems that are solved for them.
+
+In: sums of router inputs, language by language. Out: rows; and a file that a later fit adds languages to.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import CheckpointReader, write_safetensors
+from ..errors import CheckpointError
+
+FORMAT = "peft-moe-delta router statistics"
+
+
+@dataclass
+class RouterStatistics:
+    """What closed-form routers are made of, for every router of a model.
+
+    Attributes:
+        A: module name -> (D, D), fp64.
+        b: module name -> group -> (D,), fp64.
+        languages: the languages they were taken from, in order.
+    """
+
+    A: dict[str, Tensor] = field(default_factory=dict)
+    b: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    languages: list[str] = field(default_factory=list)
+
+    def add(self, language: str, group: str, sums: Mapping[str, tuple[Tensor, Tensor]], tokens: int) -> None:
+        """Add a language: for every router `sum x x^T` and `sum x` over its tokens."""
+        for name, (outer, total) in sums.items():
+            self.A[name] = self.A.get(name, torch.zeros_like(outer)) + outer / tokens
+            columns = self.b.setdefault(name, {})
+            columns[group] = columns.get(group, torch.zeros_like(total)) + total / tokens
+        self.languages.append(language)
+
+    def solve(self, name: str, sets: Mapping[str, Iterable[str]], ridge: float) -> dict[str, Tensor]:
+        """Unit-norm columns of `(A + ridge tr(A)/D I)^-1 b`.
+
+        Args:
+            name: the router's module name.
+            sets: column -> groups whose tokens belong to it.
+            ridge: relative to the mean of A's diagonal.
+        """
+        A, b, nothing = self.A[name], self.b[name], torch.zeros_like(self.A[name][0])
+        targets = torch.stack([sum((b.get(g, nothing) for g in groups), nothing) for groups in sets.values()], dim=1)
+        columns = nn.functional.normalize(_solve(A, targets, ridge), dim=0)
+        return dict(zip(sets, columns.T, strict=True))
+
+    def solve_beside(self, name: str, groups: Iterable[str], offset: Tensor, margin: float, ridge: float) -> Tensor:
+        """`(A + ridge tr(A)/D I)^-1 (c + margin (b_own - b_others))`, with `c` the offset: one row beside others."""
+        own, b = set(groups), self.b[name]
+        signed = sum((b[g] if g in own else -b[g] for g in b), torch.zeros_like(offset))
+        return _solve(self.A[name], offset + margin * signed, ridge)
+
+    def discriminant(self, name: str, above: Mapping[str, int], below: Mapping[str, int], ridge: float) -> Tensor:
+        """Weights and bias, (D + 1,), of the linear discriminant between groups' means, 0 half-way between them.
+
+        Args:
+            name: the router's module name.
+            above, below: group -> how many of its languages are in the sums, for either side.
+            ridge: relative to the mean of the covariance's diagonal.
+        """
+        b, everything = self.b[name], len(self.languages)
+        u, v = (torch.stack([b[g] for g in side]).sum(0) / sum(side.values()) for side in (above, below))
+        mean = torch.stack(list(b.values())).sum(0) / everything
+        w = _solve(self.A[name] / everything - mean.outer(mean), u - v, ridge)
+        return torch.cat([w, -(w @ (u + v) / 2)[None]])
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file."""
+        tensors = {f"{name}.A": A for name, A in self.A.items()}
+        tensors |= {f"{name}.b.{group}": v for name, columns in self.b.items() for group, v in columns.items()}
+        write_safetensors(path, tensors, {FORMAT: json.dumps({"languages": self.languages})})
+
+    @classmethod
+    def load(cls, path: str | Path) -> RouterStatistics:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or something else.
+        """
+        reader = CheckpointReader(path)
+        if FORMAT not in reader.metadata:
+            raise CheckpointError(f"{path} holds no router statistics: its header has no {FORMAT!r}.")
+        read = cls(languages=json.loads(reader.metadata[FORMAT])["languages"])
+        for key in reader:
+            if key.endswith(".A"):
+                read.A[key.removesuffix(".A")] = reader[key]
+            else:
+                name, _, group = key.rpartition(".b.")
+                read.b.setdefault(name, {})[group] = reader[key]
+        return read
+
+
+def _solve(matrix: Tensor, target: Tensor, ridge: float) -> Tensor:
+    """`(M + ridge tr(M)/D I)^-1 target`."""
+    size = len(matrix)
+    damping = ridge * matrix.trace() / size * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve(matrix + damping, target)
