@@ -119,12 +119,13 @@ def _read(
     language: str | None,
 ) -> States:
     """One pass over the texts."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _module, args, out: seen.append((args[0], out)))
     parts: list[States] = []
     try:
         with evaluating(model):
-            for ids, mask in _batches(tokenizer, texts):
+            for ids, mask in _batches(tokenizer, texts, min(LENGTH, positions)):
                 ids, mask = ids.to(model.device), mask.to(model.device)
                 model(input_ids=ids, attention_mask=mask, use_cache=False, **_options(language))
                 hidden, logits = seen.pop()
@@ -137,10 +138,10 @@ def _read(
     return States(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and attention mask, (BATCH, up to LENGTH), each row begun as a document is."""
+def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and attention mask, (BATCH, up to `length`), each row begun as a document is."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    cuts = [ids[at : at + LENGTH - 1] for ids in encoded for at in range(0, len(ids), LENGTH - 1)]
+    cuts = [ids[at : at + length - 1] for ids in encoded for at in range(0, len(ids), length - 1)]
     rows = sorted(([_beginning(tokenizer), *cut] for cut in cuts), key=len)
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
