@@ -39,8 +39,8 @@ def extend_vocabulary(
         tokenizer: a fast tokenizer of the model it was made from; changed in place.
         new_tokens: strings as `propose_tokens` returns them (the tokenizer's spelling), or words as text, which are
             matched literally. None for those the model has.
-        texts: some documents of the new languages to fit the rows to; of use with `new_tokens`. 60 kB do for 1,000
-            tokens; the hidden states of all of it are held in memory.
+        texts: some documents of the new languages to fit the rows to; of use with `new_tokens`. The benchmark
+            takes 60 kB; the hidden states of all of it are held in memory.
         language: what the model reads `texts` as, where its routing needs to know.
 
     Returns:

@@ -6,10 +6,10 @@ the input rows, too, where the two are tied) that minimise
     mean_t -log softmax([W h_t, R h_t])[y_t]  +  TETHER * mean_i |R_i - M_i|^2 / mean_j |W_j|^2
 
 h_t is what the output embedding gets at position t, read once with the rows as they are, y_t the next token, W the
-known rows, which stay as they are, and M the mean of each new token's pieces. A mean of pieces is a fair row to read
-and a poor one to predict: what follows the first piece is unlikely where the token begins, and so then is the mean. The
-problem is convex and needs no gradient through the model. The tether keeps a tied row readable, and a rare token's
-row near its pieces.
+known rows, which stay as they are, and M the mean of each new token's pieces. With means, a model is mostly worse
+because it reads them less well than their pieces; the fit does not mend that, but makes the output expect the states
+that come of it, and learns how frequent the tokens are in the text. The problem is convex and needs no gradient through
+the model. The tether keeps a tied row readable, and a rare token's row near its pieces.
 
 Shape legend: T positions, N new tokens, D hidden size, V known tokens.
 """
@@ -30,7 +30,7 @@ from ..tuner import MoeDeltaModel
 from ..tuner.vocabulary import grown_layers
 
 TETHER = 3.0
-"""Weight of the squared distance to the mean of the pieces. Ten times more or 30 times less were both worse."""
+"""Weight of the squared distance to the mean of the pieces. On Greek, ten times more and a thirtieth did worse."""
 STEPS, POSITIONS = 100, 1024
 RATE = 0.02
 """Adam's first learning rate as a multiple of the root mean square of a known row's entries; it falls to 0."""
@@ -119,12 +119,13 @@ def _read(
     language: str | None,
 ) -> States:
     """One pass over the texts."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _module, args, out: seen.append((args[0], out)))
     parts: list[States] = []
     try:
         with evaluating(model):
-            for ids, mask in _batches(tokenizer, texts):
+            for ids, mask in _batches(tokenizer, texts, min(LENGTH, positions)):
                 ids, mask = ids.to(model.device), mask.to(model.device)
                 model(input_ids=ids, attention_mask=mask, use_cache=False, **_options(language))
                 hidden, logits = seen.pop()
@@ -137,10 +138,10 @@ def _read(
     return States(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and attention mask, (BATCH, up to LENGTH), each row begun as a document is."""
+def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and attention mask, (BATCH, up to `length`), each row begun as a document is."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    cuts = [ids[at : at + LENGTH - 1] for ids in encoded for at in range(0, len(ids), LENGTH - 1)]
+    cuts = [ids[at : at + length - 1] for ids in encoded for at in range(0, len(ids), length - 1)]
     rows = sorted(([_beginning(tokenizer), *cut] for cut in cuts), key=len)
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
