@@ -109,7 +109,8 @@ def choose(weights: UpcycledWeights, *, replicate_dense_layers: bool = False, re
     if remote_code:
         return Fit(RemoteCodeLayout.name, RemoteCodeLayout())
     raise GraftError(
-        f"{_why_not(weights, found)} Pass remote_code=True for a model with its own small modelling file. {_KEEP}."
+        f"{_why_not(weights, found)} Pass remote_code=True (from file to file: "
+        f'target="remote_code") for a model with its own small modelling file. {_KEEP}.'
     )
 
 

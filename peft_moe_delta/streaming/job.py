@@ -1,7 +1,7 @@
 """`graft_checkpoint`: files to files, in bounded memory, complete or not at all.
 
-In: base, post-trained model and adapter, as folders or Hub ids. Out: a folder with a stock checkpoint, or with the
-adapter over the post-trained model; config, tokenizer, and a manifest of what it came from. No model is built.
+In: base, post-trained model and adapter, as folders or Hub ids. Out: a folder with a stock checkpoint, remote code, or
+the adapter over the post-trained model; config, tokenizer, and a manifest of what it came from. No model is built.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from ..errors import CheckpointError, GraftError
 from ..tuner.grafting import GraftReport, check_has_delta, check_same_kind
 from ..tuner.vocabulary import match_tokenizers
 from .adapter import CONFIG_FILE, AdapterFile
-from .targets import AdapterTarget, StockTarget, Target
+from .targets import AdapterTarget, RemoteCodeTarget, StockTarget, Target
 from .weights import Sources, num_rows
 
 SIDE_FILES = (
@@ -83,8 +83,9 @@ def graft_checkpoint(
         output: the folder to make.
         scale: share of the post-training delta: a number, or `{pattern: number}` over tensor names.
         expert_scale: share of the experts' own change: a number, or `{group: number}`.
-        target: `"stock"` for a stand-alone checkpoint in a stock architecture; `"adapter"` for an adapter over the
-            post-trained model (scale 1).
+        target: `"stock"` for a stand-alone checkpoint in a stock architecture; `"remote_code"` for one with a small
+            modelling file of its own, which holds every plan, as `merge_and_graft(..., remote_code=True)` writes it;
+            `"adapter"` for an adapter over the post-trained model (scale 1).
         language: for routing by language, what that language runs on.
         replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert.
         shard_size: most bytes of a weights file; a number, or such as `"5GB"`.
@@ -226,7 +227,9 @@ def _destination(
         return AdapterTarget(sources, language, post_trained)
     if target == "stock":
         return StockTarget(sources, language, replicate_dense_layers)
-    raise GraftError(f"Unknown target {target!r}; expected one of: stock, adapter.")
+    if target == "remote_code":
+        return RemoteCodeTarget(sources, language, replicate_dense_layers)
+    raise GraftError(f"Unknown target {target!r}; expected one of: stock, remote_code, adapter.")
 
 
 def _resuming(

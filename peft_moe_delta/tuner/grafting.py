@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,10 +27,9 @@ from ..checkpoint import CheckpointReader, resolve
 from ..delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ..delta.vocabulary import is_embedding
 from ..errors import GraftError
-from ..export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose, explain_choice
-from ..export.gate import random_batch
+from ..export import ReplicatedLayout, UpcycledWeights, build_model, choose, explain_choice
 from ..routing import ClassifierRouting
-from .agreement import route_agreement
+from .comparison import compare_export, rounded_routes
 from .config import MoeDeltaConfig
 from .experts import LowRankLinear
 from .layer import MoeDeltaLayer
@@ -183,32 +181,22 @@ def to_stock(
     in_fp32 = weights.dtype == torch.float32
     exact = model if in_fp32 else copy.deepcopy(model).float()
     exported = build_model(_weights(_tuner(exact), language, remote_code), chosen.layout)
-    languages = None if weights.languages is None else len(weights.languages.codes)
-    with _tuner(exact).in_language(language):
-        difference = check_equal_logits(exact, exported, languages=languages, tolerance=tolerance)
+    difference = compare_export(weights, exact, exported, language=language, tolerance=tolerance)
     if not in_fp32:
         exported = build_model(weights, chosen.layout)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     config = tuner.active_config
     report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **_new_tokens(config)))
-    agreement = None
-    if not in_fp32 and weights.moe_layers and language is None:
-        agreement = mean_route_agreement(model, exported, languages)
     found = {
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
         "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
-        "route_agreement": agreement,
+        "route_agreement": None if in_fp32 else rounded_routes(weights, model, exported),
         "choice": explain_choice(weights, chosen),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as in `_Graft.run`
     return exported.eval()
-
-
-def mean_route_agreement(adapter: PeftModel, exported: PreTrainedModel, languages: int | None = None) -> float:
-    """Share of random tokens that an export of all languages sends to the adapter's experts, averaged over layers."""
-    return fmean(route_agreement(adapter, exported, [random_batch(exported, languages=languages)]).values())
 
 
 def _weights(tuner: MoeDeltaModel, language: str | None, remote_code: bool) -> UpcycledWeights:
@@ -243,7 +231,8 @@ def exported_share(
         raise GraftError(
             f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "
             f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs "
-            "on, remote_code=True for a model with its own modelling file, or use graft() and share the adapter."
+            'on, remote_code=True (from file to file: target="remote_code") for a model with its own modelling file, '
+            "or use graft() and share the adapter."
         )
     if not config.routing_rule.needs_language and language is not None:
         raise GraftError(
