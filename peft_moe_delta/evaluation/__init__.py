@@ -6,8 +6,9 @@ from .confusion import ConfusionScore, language_confusion
 from .exact_match import TaskScore, encode_task, exact_match
 from .fertility import Fertility, fertility
 from .groups import closest_group, score_groups
-from .measure import TaskSet, evaluate_languages
+from .measure import evaluate_languages
 from .report import EvalReport
+from .scoring import TaskSet
 
 __all__ = [
     "ConfusionScore",

@@ -91,9 +91,8 @@ def _with_tokenizer(source: str) -> str:
 
 
 def _settings(model: Any) -> Any:
-    """The settings of an adapter's first layer; None for other models."""
+    """The settings of the active adapter's first layer; None for other models."""
     for module in model.modules():
-        if isinstance(module, MoeDeltaLayer) and not module.disable_adapters:
-            name = next((a for a in module.active_adapters if a in module.settings), None)
-            return None if name is None else module.settings[name]
+        if isinstance(module, MoeDeltaLayer) and module.in_force is not None:
+            return module.settings[module.in_force]
     return None

@@ -7,9 +7,7 @@ Models are loaded and measured one after another, so that only one is in memory 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from .bits_per_byte import bits_per_byte
 from .compare import (
     Items,
     all_pairs,
@@ -25,19 +22,17 @@ from .compare import (
     compare,
     confusion_items,
     status_of,
-    task_items,
-    text_items,
     transfer,
 )
 from .confusion import language_confusion
-from .exact_match import exact_match
 from .fertility import fertility
 from .forward import Progress
 from .generation import generate
 from .identification import wrong_language
 from .loading import Measured, Source, load
 from .report import Agreement, EvalReport, Fertility, Generation, Model, Routing, TokenView
-from .routes import route_agreement, routing_by_language, token_view
+from .routes import first_choice_agreement, routing_by_language, token_view
+from .scoring import Material, TaskSet, score_material
 
 PROMPTS = "answers"
 """The task that language confusion is measured on."""
@@ -46,28 +41,6 @@ _PACKAGES = ("peft-moe-delta", "peft", "torch", "transformers")
 _ROUTED_TEXTS = 8  # of a language, for routing shares
 _SHOWN_CHARACTERS = 200  # of a text, in the token view
 _SHOWN_PROMPTS = 3  # of a language, side by side
-
-
-@dataclass(frozen=True)
-class TaskSet:
-    """Tasks with exact answers.
-
-    Attributes:
-        tasks: `{"prompt", "answer"}` each.
-        language: what they are in or about; None where there is none.
-    """
-
-    tasks: Sequence[Mapping[str, str]]
-    language: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Material:
-    """What models are measured on: language -> held-out texts; name -> tasks; language -> prompts."""
-
-    texts: Mapping[str, Sequence[str]]
-    tasks: Mapping[str, TaskSet] = field(default_factory=dict)
-    prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def evaluate_languages(
@@ -162,35 +135,22 @@ def measure_items(
     measured: Measured, name: str, material: Material, *, max_length: int, batch_size: int, progress: Progress | None
 ) -> tuple[list[Items], Model]:
     """Text and tasks of one model, item by item, and what scoring the text cost."""
-    found: list[Items] = []
-    seconds, scored = 0.0, 0
     peak = _Peak()
-    for code, texts in material.texts.items():
-        started = time.perf_counter()
-        score = bits_per_byte(
-            measured.model,
-            measured.tokenizer,
-            texts,
-            language=measured.spoken(code),
-            max_length=max_length,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        seconds += time.perf_counter() - started
-        scored += sum(map(len, measured.tokenizer(list(texts), add_special_tokens=False)["input_ids"]))
-        found.append(text_items(code, score))
-    for task, listed in material.tasks.items():
-        spoken = None if listed.language is None else measured.spoken(listed.language)
-        done = exact_match(measured.model, measured.tokenizer, listed.tasks, language=spoken, progress=progress)
-        found.append(task_items(task, listed.language, done))
+    scores = score_material(
+        measured,
+        material,
+        text_options={"max_length": max_length, "batch_size": batch_size},
+        task_options={},
+        bar=lambda label: progress,
+    )
     row = Model(
         name=name,
         source=measured.source,
         parameters=sum(p.numel() for p in measured.model.parameters()),
-        tokens_per_second=scored / seconds if seconds else None,
+        tokens_per_second=scores.tokens_per_second,
         peak_memory_bytes=peak.read(),
     )
-    return found, row
+    return scores.items({task: listed.language for task, listed in material.tasks.items()}), row
 
 
 def look_at_routing(
@@ -224,7 +184,7 @@ def _agreements(
     """Of two models, language by language."""
     model, reference = load(models[pair[0]]), load(models[pair[1]])
     found = (
-        route_agreement(
+        first_choice_agreement(
             model.model,
             reference.model,
             model.tokenizer,

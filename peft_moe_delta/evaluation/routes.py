@@ -1,6 +1,6 @@
 """Which experts a model's tokens go to: by language and layer, token by token, and beside another model of its plan.
 
-In: an adapter of this package or a stock mixture of experts, and texts. Out: rows of a report. A model without routers
+In: an adapter of this package or an export of one, and texts. Out: rows of a report. A model without routers
 gives none.
 
 Shape legend: T tokens, E experts, K chosen experts a token.
@@ -8,40 +8,20 @@ Shape legend: T tokens, E experts, K chosen experts a token.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..routing import Routes, choose_experts
+from ..routing import Routes
 from ..tuner import MoeDeltaLayer
+from ..tuner.recording import recording, routed_layers
 from .forward import batches_by_length, evaluating, logits_at
 from .report import Agreement, Routing, TokenView
 
 _LONGEST = 512  # tokens of a text that are looked at
 _BATCH = 8
-
-
-@dataclass
-class RouteRecorder:
-    """Routes of the forward passes since it was last cleared: layer -> one entry a pass."""
-
-    layers: dict[int, list[Routes]] = field(default_factory=dict)
-    experts: list[str] = field(default_factory=list)
-
-
-def routed_layers(model: nn.Module) -> dict[int, nn.Module]:
-    """Layer index -> the module that routes there: a layer of an adapter, or a stock model's router."""
-    return {
-        int(found[0]): module
-        for name, module in model.named_modules()
-        if (isinstance(module, MoeDeltaLayer) or type(module).__name__.endswith("TopKRouter"))
-        and (found := re.findall(r"\.(\d+)\.", name + "."))
-    }
 
 
 def routing_by_language(
@@ -61,7 +41,7 @@ def routing_by_language(
         spoken: the language to name in the call, which adapters that route by language need.
         experts: names of the experts, expert 0 first; None to take them from the adapter, or to number them.
     """
-    routes, names = _routes(model, tokenizer, texts, spoken)
+    routes = _routes(model, tokenizer, texts, spoken)
     if not routes:
         return None
     width = max(r.probabilities_TE.shape[1] for r in routes.values())
@@ -75,14 +55,14 @@ def routing_by_language(
         model=name,
         language=language,
         layers=list(routes),
-        experts=_names(experts or names, width),
+        experts=_names(experts or _experts_of(model), width),
         shares=shares,
         entropy=entropy,
         tokens=len(next(iter(routes.values())).indices_TK),
     )
 
 
-def route_agreement(
+def first_choice_agreement(
     model: nn.Module,
     reference: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -93,8 +73,8 @@ def route_agreement(
     spoken: tuple[str | None, str | None] = (None, None),
 ) -> Agreement | None:
     """How often two models of one plan send a token to the same expert first; None where they route no common layer."""
-    ours, _ = _routes(model, tokenizer, texts, spoken[0])
-    theirs, _ = _routes(reference, tokenizer, texts, spoken[1])
+    ours = _routes(model, tokenizer, texts, spoken[0])
+    theirs = _routes(reference, tokenizer, texts, spoken[1])
     layers = [
         index
         for index in ours
@@ -119,7 +99,7 @@ def token_view(
 ) -> TokenView | None:
     """Router probabilities of every token of a short text; None for a model without routers."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
-    routes, names = _routes_of_rows(model, [ids], spoken)
+    routes = _routes_of_rows(model, [ids], spoken)
     if not routes:
         return None
     width = max(r.probabilities_TE.shape[1] for r in routes.values())
@@ -128,7 +108,7 @@ def token_view(
         language=language,
         tokens=_pieces(tokenizer, ids),
         layers=list(routes),
-        experts=_names(experts or names, width),
+        experts=_names(experts or _experts_of(model), width),
         probabilities=[
             [[round(p, 4) for p in row] + [0.0] * (width - len(row)) for row in layer.probabilities_TE.tolist()]
             for layer in routes.values()
@@ -150,69 +130,40 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]
 
 def _routes(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], language: str | None
-) -> tuple[dict[int, Routes], list[str]]:
+) -> dict[int, Routes]:
     rows = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=_LONGEST)["input_ids"]
     return _routes_of_rows(model, [row for row in rows if row], language)
 
 
-def _routes_of_rows(
-    model: nn.Module, rows: Sequence[Sequence[int]], language: str | None
-) -> tuple[dict[int, Routes], list[str]]:
-    """Layer -> routes of all tokens of all rows, in an order that does not depend on the model; and experts' names."""
+def _routes_of_rows(model: nn.Module, rows: Sequence[Sequence[int]], language: str | None) -> dict[int, Routes]:
+    """Layer -> routes of all tokens of all rows, on the CPU, in an order that does not depend on the model."""
+    if not routed_layers(model):
+        return {}
     gathered: dict[int, list[Routes]] = {}
-    with evaluating(model), _recording(model) as recorder:
+    with evaluating(model):
         for batch in batches_by_length([len(row) for row in rows], _BATCH):
-            if not routed_layers(model):
-                break
             part = [rows[index] for index in batch]
-            logits_at(model, part, [0], language)
+            with recording(model) as recorded:
+                logits_at(model, part, [0], language)
             longest = max(len(row) for row in part)
             kept = torch.cat([torch.arange(longest) < len(row) for row in part])
-            for index, passes in recorder.layers.items():
+            for index, passes in recorded.items():
                 gathered.setdefault(index, []).extend(_kept(routes, kept) for routes in passes)
-            recorder.layers.clear()
-    return {index: _joined(parts) for index, parts in sorted(gathered.items())}, recorder.experts
+    return {index: _joined(parts) for index, parts in sorted(gathered.items())}
 
 
-@contextmanager
-def _recording(model: nn.Module) -> Iterator[RouteRecorder]:
-    """Hooks that write down every routed layer's choice, on the CPU."""
-    recorder = RouteRecorder()
-    handles = []
-    for index, module in routed_layers(model).items():
-        if isinstance(module, MoeDeltaLayer):
-            handles.append(module.register_forward_pre_hook(_of_adapter(recorder, index)))
-        else:
-            handles.append(module.register_forward_hook(_of_stock(recorder, index)))
-    try:
-        yield recorder
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _of_adapter(recorder: RouteRecorder, index: int) -> Callable[..., None]:
-    def hook(layer: MoeDeltaLayer, inputs: tuple[Tensor, ...]) -> None:
-        name = next((a for a in layer.active_adapters if a in layer.settings), None)
-        if name is None or layer.disable_adapters:
-            return
-        routes = layer.routes(name, inputs[0].reshape(-1, inputs[0].shape[-1]))
-        recorder.layers.setdefault(index, []).append(routes)
-        settings = layer.settings[name]
-        if len(recorder.experts) < sum(settings.counts):
+def _experts_of(model: nn.Module) -> list[str]:
+    """Names of an adapter's experts, from the layer that has most; none for an export, which does not know them."""
+    names: list[str] = []
+    for layer in routed_layers(model).values():
+        if not isinstance(layer, MoeDeltaLayer) or layer.in_force is None:
+            continue
+        settings = layer.settings[layer.in_force]
+        if len(names) < sum(settings.counts):
             numbered = zip(settings.table.groups[1:], settings.counts[1:], strict=True)
             own = [f"{group} {n}" if count > 1 else group for group, count in numbered for n in range(1, count + 1)]
-            recorder.experts = ["expert 0", *own]
-
-    return hook
-
-
-def _of_stock(recorder: RouteRecorder, index: int) -> Callable[..., None]:
-    def hook(router: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        logits_TE, _, indices_TK = output
-        recorder.layers.setdefault(index, []).append(choose_experts(logits_TE.float(), indices_TK.shape[-1]))
-
-    return hook
+            names = ["expert 0", *own]
+    return names
 
 
 def _kept(routes: Routes, kept: Tensor) -> Routes:

@@ -79,7 +79,10 @@ def random_batch(model: PreTrainedModel, *, languages: int | None = None, seed: 
 
 
 def _logits(model: Callable[..., Any], batch: dict[str, Tensor]) -> Tensor:
-    """Logits in evaluation mode, (batch, sequence, vocabulary)."""
+    """Logits in evaluation mode, (batch, sequence, vocabulary), on the model's own device."""
+    if isinstance(model, nn.Module):
+        device = next(model.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
     with evaluating(model):
         return model(**batch).logits
 

@@ -21,9 +21,11 @@ from transformers import AutoTokenizer, PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..delta import PostTrainingDelta, graft_tensor
 from ..errors import GraftError
+from ..evaluation import TaskSet
+from ..evaluation.scoring import Material
 from .data import read_tasks, read_texts
 from .fields import Graft, Recipe
-from .scoring import arithmetic, score_tasks, score_texts
+from .scoring import scores_of
 from .stages import load_model, save_with_tokenizer
 
 _RELOAD = Path(__file__).with_name("reload.py")
@@ -68,17 +70,22 @@ def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float
         for code in recipe.expanded_languages
         if (file := recipe.languages[code].validation)
     }
-    tasks = [read_tasks(t.validation, limits.validation_tasks) for t in recipe.tasks.values() if t.validation]
+    tasks = {
+        name: TaskSet(read_tasks(t.validation, limits.validation_tasks))
+        for name, t in recipe.tasks.items()
+        if t.validation
+    }
     if not texts:
         raise GraftError(
             'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. '
             "Name one, or give a number."
         )
 
-    def measure(model: PreTrainedModel | PeftModel) -> tuple[list[float], list[float]]:
-        with arithmetic(recipe):
-            bits = [score_texts(model, tokenizer, text).value for text in texts.values()]
-            return bits, [score_tasks(model, tokenizer, task).value for task in tasks]
+    material = Material(texts=texts, tasks=tasks)
+
+    def measure(model: PeftModel) -> tuple[list[float], list[float]]:
+        scores = scores_of(model, tokenizer, material, recipe)
+        return [text.value for text in scores.texts.values()], [task.value for task in scores.tasks.values()]
 
     reference: list[tuple[list[float], list[float]]] = []
 

@@ -5,27 +5,26 @@ In: the scores of each model, and a short look at each model (routing, tokens, w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-import numpy as np
 from peft import PeftModel
 from transformers import AutoTokenizer
 
-from ..evaluation import EvalReport, TaskScore, TextScore
-from ..evaluation.compare import Items, compare, status_of, task_items, text_items
+from ..evaluation import EvalReport
+from ..evaluation.compare import compare, status_of
 from ..evaluation.generation import generate
 from ..evaluation.loading import Measured
-from ..evaluation.measure import Material, command, doubts, fertility_rows, look_at_routing, side_by_side, versions
+from ..evaluation.measure import command, doubts, fertility_rows, look_at_routing, side_by_side, versions
 from ..evaluation.report import Model
-from ..evaluation.routes import route_agreement
+from ..evaluation.routes import first_choice_agreement
+from ..evaluation.scoring import Material
 from ..tuner import MoeDeltaModel
 from .data import read_tasks, read_texts
 from .fields import Recipe
-from .scoring import FILE, arithmetic, ready
+from .scoring import arithmetic, read_scores, ready
 from .stages import load_model
 
 BASE, POST_TRAINED, DENSE = "base", "post-trained", "dense continual pre-training + delta"
@@ -67,14 +66,16 @@ def look(recipe: Recipe, models: Mapping[str, Path | str], base: Path | str, ada
 def report(recipe: Recipe, scores: Mapping[str, Path], looked: Path) -> EvalReport:
     """Everything about the models, in the order of `scores`: model -> folder of its scores."""
     groups = {code: language.group for code, language in recipe.languages.items()}
-    items = {name: _items(recipe, folder) for name, folder in scores.items()}
+    kept = {name: read_scores(folder) for name, folder in scores.items()}
+    task_languages = {name: tasks.language for name, tasks in recipe.tasks.items()}
+    items = {name: found.items(task_languages) for name, found in kept.items()}
     references = [name for name in (POST_TRAINED, BASE, DENSE, OURS_WHOLE) if name in items]
     pairs = [(name, POST_TRAINED) for name in items if name != POST_TRAINED]
     pairs += [(OURS, reference) for reference in references[1:]]
     values, differences = compare(items, groups, pairs)
     seen = EvalReport.load(looked)
     return EvalReport(
-        models=[replace(row, tokens_per_second=_tokens_per_second(scores[row.name])) for row in seen.models],
+        models=[replace(row, tokens_per_second=kept[row.name].tokens_per_second) for row in seen.models],
         languages={code: status for code in groups if (status := status_of(code, groups))},
         references=references,
         scores=values,
@@ -88,21 +89,6 @@ def report(recipe: Recipe, scores: Mapping[str, Path], looked: Path) -> EvalRepo
         command=command(),
         versions=versions(),
     )
-
-
-def _items(recipe: Recipe, folder: Path) -> list[Items]:
-    """The kept scores of one model."""
-    kept: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    text = {code: TextScore(np.array(s["bits"]), np.array(s["bytes"])) for code, s in kept["text"].items()}
-    tasks = {name: TaskScore(np.array(correct)) for name, correct in kept["tasks"].items()}
-    return [text_items(code, score) for code, score in text.items()] + [
-        task_items(name, recipe.tasks[name].language, score) for name, score in tasks.items()
-    ]
-
-
-def _tokens_per_second(folder: Path) -> float | None:
-    speed: float | None = json.loads((folder / FILE).read_text(encoding="utf-8")).get("tokens_per_second")
-    return speed
 
 
 def _prompts(recipe: Recipe, texts: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -130,7 +116,7 @@ def _look_at_routes(
     seen.tokens.extend(views)
     speaking = Measured(before, ours.tokenizer, None)
     for code, documents in texts.items():
-        agreement = route_agreement(
+        agreement = first_choice_agreement(
             ours.model,
             before,
             ours.tokenizer,

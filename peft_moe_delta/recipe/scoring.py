@@ -7,49 +7,72 @@ and how many tokens of text a second took.
 from __future__ import annotations
 
 import json
-import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation import bits_per_byte, exact_match
+from ..evaluation import TaskScore, TaskSet, TextScore
 from ..evaluation.forward import Progress
+from ..evaluation.loading import Measured
+from ..evaluation.scoring import Material, Scores, score_material
 from .data import read_tasks, read_texts
 from .fields import Recipe
 from .stages import load_model
 
 FILE = "scores.json"
-_WINDOW = 512
-
-score_texts = partial(bits_per_byte, max_length=_WINDOW, stride=_WINDOW, batch_size=4)
-"""Bits per byte, every token once, in windows without overlap."""
-
-score_tasks = partial(exact_match, batch_size=128)
-"""Exact match in large batches: tasks are short."""
+_TEXT = {"max_length": 512, "stride": 512, "batch_size": 4}  # every token once, in windows without overlap
+_TASKS = {"batch_size": 128}  # tasks are short
 
 
 def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     """Score a checkpoint in a stock architecture."""
+    material = Material(
+        texts={
+            code: read_texts(language.test, recipe.limits.test_bytes) for code, language in recipe.languages.items()
+        },
+        tasks={
+            name: TaskSet(read_tasks(tasks.test, recipe.limits.test_tasks), tasks.language)
+            for name, tasks in recipe.tasks.items()
+        },
+    )
     model, tokenizer = ready(load_model(checkpoint), recipe), AutoTokenizer.from_pretrained(checkpoint)
-    scores: dict[str, Any] = {"text": {}, "tasks": {}}
-    seconds, tokens = 0.0, 0
+    scores = scores_of(model, tokenizer, material, recipe, lambda label: partial(tqdm, desc=label, leave=False))
+    kept = {
+        "text": {code: {"bits": s.bits.tolist(), "bytes": s.bytes.tolist()} for code, s in scores.texts.items()},
+        "tasks": {name: s.correct.tolist() for name, s in scores.tasks.items()},
+        "tokens_per_second": scores.tokens_per_second,
+    }
+    (folder / FILE).write_text(json.dumps(kept), encoding="utf-8")
+
+
+def read_scores(folder: Path) -> Scores:
+    """What `score` has kept there."""
+    kept: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
+    return Scores(
+        texts={code: TextScore(np.array(s["bits"]), np.array(s["bytes"])) for code, s in kept["text"].items()},
+        tasks={name: TaskScore(np.array(correct)) for name, correct in kept["tasks"].items()},
+        tokens_per_second=kept.get("tokens_per_second"),
+    )
+
+
+def scores_of(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    material: Material,
+    recipe: Recipe,
+    bar: Callable[[str], Progress | None] = lambda label: None,
+) -> Scores:
+    """Score a model as the recipe computes."""
     with arithmetic(recipe):
-        for code, language in recipe.languages.items():
-            texts = read_texts(language.test, recipe.limits.test_bytes)
-            started = time.perf_counter()
-            result = score_texts(model, tokenizer, texts, progress=_bar(f"{code} text"))
-            seconds += time.perf_counter() - started
-            tokens += sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-            scores["text"][code] = {"bits": result.bits.tolist(), "bytes": result.bytes.tolist()}
-        for name, tasks in recipe.tasks.items():
-            listed = read_tasks(tasks.test, recipe.limits.test_tasks)
-            scores["tasks"][name] = score_tasks(model, tokenizer, listed, progress=_bar(name)).correct.tolist()
-    scores["tokens_per_second"] = tokens / seconds
-    (folder / FILE).write_text(json.dumps(scores), encoding="utf-8")
+        measured = Measured(model, tokenizer, None)
+        return score_material(measured, material, text_options=_TEXT, task_options=_TASKS, bar=bar)
 
 
 def ready(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:
@@ -70,7 +93,3 @@ def arithmetic(recipe: Recipe) -> torch.autocast:
     """The precision the recipe computes in."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16")
-
-
-def _bar(label: str) -> Progress:
-    return partial(tqdm, desc=label, leave=False)

@@ -1,9 +1,10 @@
 """The tuner in PEFT's own parts: `config`, `layer`, `model`, `registration`.
 
-`context` carries languages in and losses out, `settings` says who may do what, `experts` makes experts from an MLP,
-`router` scores them, `attention` mixes attention modules, `growing` adds languages to a trained adapter, `fingerprint`
-knows the base model, `grafting` moves an adapter onto a post-trained model, `agreement` compares the routes of two
-models, `explain` says what an adapter can be shipped as.
+`context` carries languages in and losses out, `settings` says who may do what, `blocks` finds the MLPs, `experts` makes
+experts from one, `router` scores them, `attention` mixes attention modules, `vocabulary` adds rows for new tokens,
+`initialisation` fills experts from checkpoints, `growing` adds languages to a trained adapter, `fingerprint` knows the
+base model, `grafting/` moves an adapter onto a post-trained model, `recording` writes down where tokens go, `agreement`
+compares that between two models, `explain` says what an adapter can be shipped as.
 """
 
 from .agreement import route_agreement

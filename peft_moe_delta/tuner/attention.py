@@ -24,7 +24,7 @@ from ..errors import ArchitectureError, LanguageError
 from .config import MoeDeltaConfig
 from .context import constant
 from .experts import full_expert, low_rank_expert
-from .layer import MoeDeltaLayer, counted, trainable
+from .layer import MoeDeltaLayer, trainable
 
 Slots = dict[int, int]
 """Expert -> its layer in the host's cache."""
@@ -109,8 +109,8 @@ class MoeDeltaAttention(MoeDeltaLayer):
     def forward(
         self, hidden_states: Tensor, *args: Any, past_key_values: Any = None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        name = next((a for a in self.active_adapters if a in self.settings), None)
-        if self.disable_adapters or name is None:
+        name = self.in_force
+        if name is None:
             return self.base_layer(hidden_states, *args, past_key_values=past_key_values, **kwargs)
         weights_BSE, usable = self._weights(hidden_states, name)
         experts, settings = self.experts(name), self.settings[name]
@@ -140,7 +140,7 @@ class MoeDeltaAttention(MoeDeltaLayer):
             return None, usable
         logits_TE = self.router(name)(x_TD)
         if state.recording:
-            counted_T = counted(state, logits_TE)
+            counted_T = state.counted(logits_TE)
             state.losses.append((self._logit_losses(settings, logits_TE, counted_T, groups), counted_T.sum()))
         sets_T, allowed = self._sets(settings, groups, x_TD, name)
         if sets_T is not None:

@@ -6,15 +6,13 @@ that one too. Out: the figures of a `GraftReport`.
 
 from __future__ import annotations
 
-from statistics import fmean
-from typing import Any, cast
+from typing import cast
 
 from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..export import UpcycledWeights, check_equal_logits
-from ..export.gate import random_batch
-from .agreement import route_agreement
+from .agreement import mean_route_agreement
 from .model import MoeDeltaModel
 
 
@@ -51,8 +49,7 @@ def rounded_routes(weights: UpcycledWeights, adapter: PeftModel, exported: PreTr
     """
     if not weights.moe_layers or weights.group is not None:
         return None
-    batch: dict[str, Any] = random_batch(exported, languages=_languages(weights))
-    return fmean(route_agreement(adapter, exported, [batch]).values())
+    return mean_route_agreement(adapter, exported, _languages(weights))
 
 
 def _languages(weights: UpcycledWeights) -> int | None:

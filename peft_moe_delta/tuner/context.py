@@ -67,7 +67,9 @@ class ForwardState:
     recording: bool = False
     layers: int = 0
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _groups: dict[LanguageTable, tuple[Tensor, frozenset[int]] | None] = field(default_factory=dict)
+    _groups: dict[tuple[LanguageTable, torch.device], tuple[Tensor, frozenset[int]] | None] = field(
+        default_factory=dict
+    )
 
     def groups(self, table: LanguageTable, device: torch.device) -> tuple[Tensor, frozenset[int]] | None:
         """Group index of every token, (T,), and the groups that occur; None where no language is known.
@@ -75,9 +77,16 @@ class ForwardState:
         Raises:
             LanguageError: a code or an id is not in the table.
         """
-        if table not in self._groups:
-            self._groups[table] = self._find_groups(table, device)
-        return self._groups[table]
+        key = table, device  # the layers of one model may lie on several devices
+        if key not in self._groups:
+            self._groups[key] = self._find_groups(table, device)
+        return self._groups[key]
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """(T,) booleans for T rows, on their device; False for padding."""
+        if self.mask_T is None:
+            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        return self.mask_T.to(rows.device)
 
     def _find_groups(self, table: LanguageTable, device: torch.device) -> tuple[Tensor, frozenset[int]] | None:
         batch, sequence = self.shape
@@ -114,12 +123,17 @@ class ForwardState:
         """
         if not self.losses:
             return None
-        total, tokens = (torch.stack(part) for part in zip(*self.losses, strict=True))
-        return total.sum() / self.layers / (tokens.max().clamp(min=1) if self.num_items is None else self.num_items)
+        device = self.losses[0][0].device
+        total, tokens = (torch.stack([p.to(device) for p in part]) for part in zip(*self.losses, strict=True))
+        items = tokens.max().clamp(min=1) if self.num_items is None else self.num_items
+        return total.sum() / self.layers / (items.to(device) if isinstance(items, Tensor) else items)
 
 
 class ForwardContext:
     """The side channel of one base model, shared by all its upcycled layers and adapters.
+
+    It knows one pass at a time: threads that call one model must take turns, or a pass may read another's languages.
+    (State by thread would do, but torch.compile cannot trace it, and breaks its graph at every layer.)
 
     Attributes:
         language: default language code, used when a call names none.
@@ -136,6 +150,10 @@ class ForwardContext:
         self._collected: list[Tensor] | None = None
         self._num_items: Tensor | int | None = None
         self._handles: list[Any] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy: without the last pass's loss, whose graph cannot be copied."""
+        return {**self.__dict__, "auxiliary": None}
 
     @classmethod
     def of(cls, model: nn.Module) -> ForwardContext:
@@ -200,8 +218,11 @@ class ForwardContext:
 
     def record(self, name: str, total: Tensor, count: Tensor) -> None:
         """Add to a running statistic, without a host sync."""
-        old_total, old_count = self.statistics.get(name, (0.0, 0.0))
-        self.statistics[name] = (old_total + total.detach().double(), old_count + count.detach().double())
+        total, count = total.detach().double(), count.detach().double()
+        if name in self.statistics:
+            old_total, old_count = self.statistics[name]
+            total, count = old_total + total.to(old_total.device), old_count + count.to(old_count.device)
+        self.statistics[name] = total, count
 
     def read_statistics(self) -> dict[str, float]:
         """Means of the running statistics since the last call; those without any token are left out."""
@@ -259,7 +280,7 @@ class ForwardContext:
                 stacklevel=2,
             )
             return None
-        output["loss"] = loss + auxiliary.to(loss.dtype)
+        output["loss"] = loss + auxiliary.to(loss)
         return output
 
     def _keep_through_checkpointing(self, model: nn.Module) -> None:

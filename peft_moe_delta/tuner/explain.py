@@ -12,12 +12,12 @@ from typing import NoReturn
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..architectures import layer_index
 from ..errors import CheckpointError, GraftError
 from ..export import Fit, Layout, UpcycledWeights, choose, every_fit
+from .blocks import is_target
 from .config import MoeDeltaConfig
 from .grafting import why_not_encodable
 
@@ -74,7 +74,7 @@ def _weights(config: MoeDeltaConfig, name: str) -> UpcycledWeights:
         ) from error
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base, dtype=base.dtype or torch.float32)
-    targets = [module for module, _ in model.named_modules() if _is_target(config, module)]
+    targets = [module for module, _ in model.named_modules() if is_target(config, module)]
     return UpcycledWeights(
         config=base,
         plan=config.plan(sorted(map(layer_index, targets))),
@@ -84,11 +84,6 @@ def _weights(config: MoeDeltaConfig, name: str) -> UpcycledWeights:
         routers=_no_weights,
         languages=config.language_table if config.routing_rule.needs_language else None,
     )
-
-
-def _is_target(config: MoeDeltaConfig, name: str) -> bool:
-    matched = check_target_module_exists(config, name)
-    return bool(matched) and not isinstance(matched, _ExcludedModule)
 
 
 def _no_weights(*_: int) -> NoReturn:

@@ -19,6 +19,7 @@ from torch import nn
 from ..architectures import layer_index
 from ..errors import LanguageError, PlanError
 from ..languages import LanguageTable
+from .blocks import hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .layer import MoeDeltaLayer
@@ -49,7 +50,7 @@ def add_languages(
     _check_languages(config, languages, experts)
     grown = _grown_config(config, languages, experts)
     sources = _sources(config, experts, start_from)
-    blocks = tuner.mlp_blocks(config)
+    blocks = mlp_blocks(tuner.model, config)
     plan = grown.plan(sorted(blocks))  # refuses what does not fit before anything is changed
     before = {layer: found.settings[name].counts for layer, found in tuner.layers(name).items()}
     _take_over(config, grown)
@@ -248,9 +249,9 @@ def _upcycle(tuner: MoeDeltaModel, name: str, index: int, path: str, block: nn.M
     """Experts for a layer that was dense under this adapter."""
     other = next(iter(tuner.layers(name).values()))
     dtype = next(other.moe_delta_experts[name].parameters()).dtype
-    layer = tuner.upcycled(path, block)
+    layer = upcycled(tuner.model, path, block)
     config = tuner.peft_config[name]
-    layer.add_experts(name, LayerSettings.build(config, counts, index), tuner.hidden_size)
+    layer.add_experts(name, LayerSettings.build(config, counts, index), hidden_size(tuner.model))
     if (classifier := layer.classifier(name)) is not None:
         classifier.recognise_all()  # as far as the earlier steps are concerned
         classifier.remove_rows(config.newest_step)

@@ -96,6 +96,19 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         """An expert's weights under the MLP's parameter names, low-rank ones summed up."""
         return dict(expert_weights(self.experts(adapter_name)[expert], self.base_layer))
 
+    @property
+    def in_force(self) -> str | None:
+        """The active adapter, where it has experts here."""
+        if self.disable_adapters:
+            return None
+        return next((name for name in self.active_adapters if name in self.settings), None)
+
+    def has_choice(self, adapter_name: str, x_TD: Tensor) -> bool:
+        """Whether the tokens of the forward pass under way may use more than one expert."""
+        settings = self.settings[adapter_name]
+        groups = self.context.state(len(x_TD), False).groups(settings.table, x_TD.device)
+        return sum(settings.usable(None if groups is None else groups[1])) > 1
+
     def routes(self, adapter_name: str, x_TD: Tensor) -> Routes:
         """Where tokens go, of all the adapter's experts; the forward pass under way knows their languages."""
         settings = self.settings[adapter_name]
@@ -105,8 +118,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         return choose_experts(self.router(adapter_name)(x_TD), settings.config.experts_per_token, allowed_TE)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        name = next((a for a in self.active_adapters if a in self.settings), None)
-        if self.disable_adapters or name is None:
+        name = self.in_force
+        if name is None:
             return self.base_layer(x, residual) if self._takes_residual else self.base_layer(x)
         y = self._mixture(x.reshape(-1, x.shape[-1]), name).view(x.shape)
         if not self._takes_residual:
@@ -233,7 +246,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
         config, context, device = settings.config, self.context, logits_TE.device
-        counted_T = counted(state, logits_TE)
+        counted_T = state.counted(logits_TE)
         group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
         balance, balanced = load_balancing_loss(
             probabilities_TE=routes.probabilities_TE,
@@ -288,7 +301,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         name: str,
     ) -> None:
         """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
-        config, classifier, counted_T = settings.config, self.classifier(name), counted(state, x_TD)
+        config, classifier, counted_T = settings.config, self.classifier(name), state.counted(x_TD)
         assert classifier is not None
         if groups is None:
             raise LanguageError(
@@ -351,11 +364,6 @@ MERGE_REFUSED = (
     "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
     "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
 )
-
-
-def counted(state: ForwardState, rows: Tensor) -> Tensor:
-    """(T,) booleans, False for padding."""
-    return torch.ones(len(rows), dtype=torch.bool, device=rows.device) if state.mask_T is None else state.mask_T
 
 
 def trainable(module: nn.Module) -> bool:

@@ -14,28 +14,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..architectures import (
-    OUTSIDE_THE_TEXT_DECODER,
-    attention_module_name,
-    check_low_rank,
-    check_mlp,
-    layer_index,
-    mlp_module_name,
-)
+from ..architectures import OUTSIDE_THE_TEXT_DECODER, attention_module_name, layer_index, mlp_module_name
 from ..errors import ArchitectureError, CheckpointError, PlanError
 from ..plan import ExpertPlan
 from ..routing import routing_named
 from .attention import MoeDeltaAttention
+from .blocks import hidden_size, mlp_blocks, mlp_of, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .settings import LayerSettings
-from .vocabulary import GrownLayer, check_can_grow, grow, grown_layers, start_from_pieces, ungrow
+from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, grown_layers, ungrow
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -204,19 +198,7 @@ class MoeDeltaModel(BaseTuner):
             PlanError: the adapter has new tokens already, or the ids leave a gap.
             ArchitectureError: the model's embeddings cannot grow.
         """
-        name, config = self.active_adapters[0], self.active_config
-        if config.new_tokens:
-            raise PlanError(
-                f"Adapter {name!r} has {len(config.new_tokens)} new tokens already. Choose all of them before training."
-            )
-        changed = replace(config, new_tokens=list(tokens), first_new_token_id=first_id)
-        check_can_grow(self.model, changed)
-        config.new_tokens, config.first_new_token_id = changed.new_tokens, changed.first_new_token_id
-        config.new_tokens_step = len(config.growth)
-        grow(self.model, name, config)
-        experts = next(iter(self.layers(name).values())).moe_delta_experts[name]
-        start_from_pieces(self.model, name, pieces, next(experts.parameters()).dtype)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        add_tokens(self, tokens, first_id, pieces)
 
     @contextmanager
     def in_routing(self, routing: str) -> Iterator[None]:
@@ -320,7 +302,7 @@ class MoeDeltaModel(BaseTuner):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
         if peft_config.attention_experts is not None:
             attention_module_name(self.model.config.model_type)
-        blocks = self.mlp_blocks(peft_config)
+        blocks = mlp_blocks(self.model, peft_config)
         if not blocks:
             return  # PEFT says which names it looked for
         layers = sorted(blocks)
@@ -333,58 +315,11 @@ class MoeDeltaModel(BaseTuner):
         plan = peft_config.plan(layers)
         if peft_config.new_tokens:
             check_can_grow(self.model, peft_config)
-        found = fingerprint([_mlp(blocks[layer][1]) for layer in layers])
+        found = fingerprint([mlp_of(blocks[layer][1]) for layer in layers])
         if peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
         peft_config.base_fingerprint = found
         self._plan_under_way = plan
-
-    def mlp_blocks(self, config: MoeDeltaConfig) -> dict[int, tuple[str, nn.Module]]:
-        """Decoder layer index -> name and module of the block that a configuration names, upcycled already or not.
-
-        Raises:
-            ArchitectureError: a block cannot become experts, or there are two in a layer.
-        """
-        blocks: dict[int, tuple[str, nn.Module]] = {}
-        for name, module in self._targets(config, self.model):
-            check_mlp(name, _mlp(module), self.hidden_size)
-            if config.expert_rank is not None:
-                check_low_rank(name, _mlp(module))
-            if layer_index(name) in blocks:
-                raise ArchitectureError(
-                    f"`target_modules` {config.target_modules} matches two modules in layer {layer_index(name)}, "
-                    f"among them {name}. Name exactly one MLP block a layer."
-                )
-            blocks[layer_index(name)] = name, module
-        return blocks
-
-    @property
-    def hidden_size(self) -> int:
-        """The model's hidden size."""
-        return self.model.config.get_text_config().hidden_size
-
-    def upcycled(self, name: str, block: nn.Module) -> MoeDeltaLayer:
-        """The upcycled layer around an MLP block of the model; put in its place where there is none yet."""
-        if isinstance(block, MoeDeltaLayer):
-            return block
-        layer = MoeDeltaLayer(block, ForwardContext.of(self.model))
-        parent, _, child = name.rpartition(".")
-        setattr(self.model.get_submodule(parent), child, layer)
-        return layer
-
-    def _targets(self, peft_config: MoeDeltaConfig, model: nn.Module) -> list[tuple[str, nn.Module]]:
-        """The modules PEFT is going to match, without those inside an upcycled layer."""
-        inside: tuple[str, ...] = ()
-        targets = []
-        for name, module in model.named_modules():
-            if not name or (inside and name.startswith(inside)):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside = (*inside, name + ".")
-            matched = self._check_target_module_exists(peft_config, name)
-            if matched and not isinstance(matched, _ExcludedModule):
-                targets.append((name, module))
-        return targets
 
     def _create_and_replace(
         self,
@@ -401,14 +336,14 @@ class MoeDeltaModel(BaseTuner):
         if plan.num_experts(layer) == 1:
             return  # a dense layer stays the base model's own
         settings = LayerSettings.build(peft_config, plan.counts[plan.layers.index(layer)], layer)
-        self.upcycled(current_key, target).add_experts(adapter_name, settings, self.hidden_size)
+        upcycled(self.model, current_key, target).add_experts(adapter_name, settings, hidden_size(self.model))
         if peft_config.attention_experts is not None:
             name = attention_module_name(self.model.config.model_type)
             attention = getattr(parent, name)
             if not isinstance(attention, MoeDeltaAttention):
                 attention = MoeDeltaAttention(attention, ForwardContext.of(self.model))
                 setattr(parent, name, attention)
-            attention.add_experts(adapter_name, replace(settings, has_classifier=False), self.hidden_size)
+            attention.add_experts(adapter_name, replace(settings, has_classifier=False), hidden_size(self.model))
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
@@ -441,8 +376,3 @@ class MoeDeltaModel(BaseTuner):
                 "their random start. The file is incomplete; fetch or save the adapter again."
             )
         return remapped
-
-
-def _mlp(block: nn.Module) -> nn.Module:
-    """The MLP itself, inside an upcycled layer or alone."""
-    return block.base_layer if isinstance(block, MoeDeltaLayer) else block

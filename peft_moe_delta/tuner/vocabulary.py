@@ -10,8 +10,9 @@ Shape legend: N new tokens, D hidden size, V the base's rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,6 +23,9 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..delta.vocabulary import VocabularyMap, is_embedding, with_new_rows
 from ..errors import ArchitectureError, GraftError, PlanError
 from .config import MoeDeltaConfig
+
+if TYPE_CHECKING:
+    from .model import MoeDeltaModel
 
 ROWS = "moe_delta_rows"
 
@@ -146,6 +150,23 @@ class GrownLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
         return self.wrapped(logits, labels, logits.shape[-1], *args, **kwargs)
+
+
+def add_tokens(tuner: MoeDeltaModel, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
+    """Grow the active adapter's vocabulary; see `MoeDeltaModel.add_tokens`."""
+    name, config = tuner.active_adapters[0], tuner.active_config
+    if config.new_tokens:
+        raise PlanError(
+            f"Adapter {name!r} has {len(config.new_tokens)} new tokens already. Choose all of them before training."
+        )
+    changed = replace(config, new_tokens=list(tokens), first_new_token_id=first_id)
+    check_can_grow(tuner.model, changed)
+    config.new_tokens, config.first_new_token_id = changed.new_tokens, changed.first_new_token_id
+    config.new_tokens_step = len(config.growth)
+    grow(tuner.model, name, config)
+    experts = next(iter(tuner.layers(name).values())).moe_delta_experts[name]
+    start_from_pieces(tuner.model, name, pieces, next(experts.parameters()).dtype)
+    tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
 
 
 def check_can_grow(model: PreTrainedModel, config: MoeDeltaConfig) -> None:

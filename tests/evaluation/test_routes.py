@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from builders import moe_layers, perturbed, pico, upcycle
-from peft_moe_delta.evaluation.routes import route_agreement, routing_by_language, token_view
+from peft_moe_delta.evaluation.routes import first_choice_agreement, routing_by_language, token_view
 
 TEXTS = ["the thing", "thin"]
 
@@ -62,11 +62,11 @@ def test_an_export_routes_as_its_adapter_does(model, byte_tokenizer):
     assert theirs.shares == ours.shares
     assert theirs.entropy == pytest.approx(ours.entropy, abs=1e-5)
     arguments = {"names": ("a", "b"), "language": "hu"}
-    assert route_agreement(stock, model, byte_tokenizer, TEXTS, **arguments).shares == [1.0, 1.0]
+    assert first_choice_agreement(stock, model, byte_tokenizer, TEXTS, **arguments).shares == [1.0, 1.0]
     other = copy.deepcopy(model)
     for layer in moe_layers(other):
         layer.moe_delta_router["default"].weight.data.neg_()
-    assert max(route_agreement(other, model, byte_tokenizer, TEXTS, **arguments).shares) < 1.0
+    assert max(first_choice_agreement(other, model, byte_tokenizer, TEXTS, **arguments).shares) < 1.0
 
 
 def test_the_token_view_is_the_text_with_its_probabilities(model, byte_tokenizer):

@@ -9,6 +9,7 @@ from builders import pico
 from export.upcycled import Mixture, plan_of, upcycle
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.export import build_model, check_equal_logits, choose_layout
+from peft_moe_delta.export.gate import random_batch
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "olmo2", "granite", "gemma", "phi3"])
@@ -35,6 +36,23 @@ def test_equal_models_pass_with_a_small_difference_that_does_not_vary(exported):
     assert 0 <= first <= 1e-4
     assert check_equal_logits(reference, model) == first
     assert check_equal_logits(model, model) == 0
+
+
+def test_each_model_gets_the_tokens_on_its_own_device(exported):
+    _, _, model = exported
+
+    class Elsewhere(torch.nn.Module):
+        """Tells where its tokens are, and answers with the exported model's logits."""
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.empty(1, device="meta"))
+
+        def forward(self, **batch):
+            assert {tensor.device.type for tensor in batch.values()} == {"meta"}
+            return model(**random_batch(model))
+
+    assert check_equal_logits(Elsewhere(), model) == 0
 
 
 def test_a_wrong_rope_is_caught(exported):

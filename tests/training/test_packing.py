@@ -14,10 +14,20 @@ DOCUMENTS = [{"input_ids": t.tolist(), "language": code} for t, code in zip(TOKE
 FAMILIES = ["llama", "qwen3", "gpt2"]  # gpt2: learned positions
 
 
+ROUNDINGS = 32
+"""What is allowed between sums of the same terms in another order, in roundings of the largest value in fp32. Up to 7
+are seen, by processor and attention; a neighbour that is not masked moves logits by as much as they are, millions."""
+
+
 @pytest.fixture(params=[(f, a) for f in FAMILIES for a in ("sdpa", "eager")], ids="-".join)
 def base(request):
     family, attention = request.param
     return pico(family, attn_implementation=attention)
+
+
+def assert_equal_but_for_rounding(actual, expected):
+    atol = ROUNDINGS * torch.finfo(torch.float32).eps * float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)
 
 
 def alone(model, document):
@@ -33,7 +43,7 @@ def test_packed_logits_equal_each_document_alone(base, tokenizer, routing):
     with torch.no_grad():
         packed = model(**batch).logits[0]
         expected = torch.cat([alone(model, document) for document in DOCUMENTS])
-    torch.testing.assert_close(packed[: len(expected)], expected, atol=1e-5, rtol=0)
+    assert_equal_but_for_rounding(packed[: len(expected)], expected)
 
 
 def test_a_document_over_two_rows_is_two_documents(base, tokenizer):
@@ -43,7 +53,7 @@ def test_a_document_over_two_rows_is_two_documents(base, tokenizer):
     with torch.no_grad():
         packed = model(**batch).logits.flatten(0, 1)
         expected = torch.cat([alone(model, document) for document in (*halves, DOCUMENTS[1])])
-    torch.testing.assert_close(packed, expected, atol=1e-5, rtol=0)
+    assert_equal_but_for_rounding(packed, expected)
 
 
 def test_no_document_sees_another(base, tokenizer):
@@ -53,7 +63,7 @@ def test_no_document_sees_another(base, tokenizer):
     with torch.no_grad():
         before, after = (model(**collate(documents)).logits[0] for documents in (DOCUMENTS, changed))
     assert not before[:4].equal(after[:4])
-    torch.testing.assert_close(before[4:], after[4:], atol=1e-5, rtol=0)
+    assert_equal_but_for_rounding(before[4:], after[4:])
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -65,4 +75,4 @@ def test_packed_loss_is_the_token_weighted_loss_of_the_documents(tokenizer, trai
         losses = [
             F.cross_entropy(alone(model, d)[:-1], torch.tensor(d["input_ids"][1:]), reduction="sum") for d in DOCUMENTS
         ]
-    torch.testing.assert_close(model(**batch).loss, sum(losses) / (sum(LENGTHS) - len(LENGTHS)), atol=1e-5, rtol=0)
+    assert_equal_but_for_rounding(model(**batch).loss, sum(losses) / (sum(LENGTHS) - len(LENGTHS)))

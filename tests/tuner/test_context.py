@@ -1,0 +1,51 @@
+"""The side channel beyond one device and one model: a second device is played by `meta`, which has shapes only."""
+
+import copy
+
+import pytest
+import torch
+
+from builders import LANGUAGES, logits, pico, token_batch, upcycle
+from peft_moe_delta.languages import LanguageTable
+from peft_moe_delta.tuner.context import ForwardContext, ForwardState
+
+CPU, OTHER = torch.device("cpu"), torch.device("meta")
+TABLE = LanguageTable.build(LANGUAGES)
+
+
+@pytest.mark.parametrize("known", [{"language": "hu"}, {"language_ids": torch.tensor([[0, 1, -100]])}], ids=str)
+def test_every_layer_gets_groups_on_its_own_device(known):
+    state = ForwardState((1, 3), **known)
+    for device in (CPU, OTHER, CPU):
+        group_T, _ = state.groups(TABLE, device)
+        assert group_T.device == device
+
+
+@pytest.mark.parametrize("mask_T", [None, torch.tensor([True, True, False])], ids=["no padding", "padding"])
+def test_padding_is_known_on_the_device_of_the_rows(mask_T):
+    assert ForwardState((1, 3), mask_T=mask_T).counted(torch.zeros(3, 2, device=OTHER)).device == OTHER
+
+
+@pytest.mark.parametrize("num_items", [None, 4, torch.tensor(4)], ids=["this pass", "number", "tensor"])
+def test_layers_on_several_devices_share_one_loss(num_items):
+    state = ForwardState((1, 3), num_items=num_items, layers=2)
+    state.losses = [(torch.tensor(1.0, device=device), torch.tensor(3, device=device)) for device in (OTHER, CPU)]
+    loss = state.auxiliary_loss()
+    assert (loss.device, loss.shape) == (OTHER, ())
+
+
+def test_layers_on_several_devices_share_their_statistics():
+    context = ForwardContext()
+    for device in (OTHER, CPU):
+        context.record("share", torch.tensor(1.0, device=device), torch.tensor(2, device=device))
+    assert {part.device for part in context.statistics["share"]} == {OTHER}
+
+
+def test_a_model_is_copied_after_a_pass_whose_loss_nobody_took():
+    model = upcycle(pico(), trained=True).train()
+    with pytest.warns(UserWarning, match="returned no loss"):
+        model(input_ids=token_batch())
+    copied = copy.deepcopy(model)
+    assert model.base_model.auxiliary_loss is not None
+    assert copied.base_model.auxiliary_loss is None
+    assert logits(copied.eval(), token_batch()).equal(logits(model.eval(), token_batch()))
