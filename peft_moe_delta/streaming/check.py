@@ -51,8 +51,7 @@ def check_output(
 def _check_adapter(folder: Path, sources: Sources, folders: Mapping[str, Path]) -> float:
     """The grafted adapter against the one that is grafted in memory, for every language that routing tells apart."""
     expected = _grafted(sources, folders, "auto").float()
-    found = PeftModel.from_pretrained(_load(folders["post_trained"], "auto"), folder, autocast_adapter_dtype=False)
-    found = found.float().eval()
+    found = _with_adapter(_load(folders["post_trained"], "auto"), folder, sources.adapter).float().eval()
     config = sources.adapter.config
     differences = []
     for code in config.language_table.codes if config.routing_rule.needs_language else (None,):
@@ -65,9 +64,16 @@ def _check_adapter(folder: Path, sources: Sources, folders: Mapping[str, Path]) 
 def _grafted(sources: Sources, folders: Mapping[str, Path], dtype: Any) -> PeftModel:
     """The adapter, grafted in memory."""
     base, post_trained = (_load(folders[role], dtype) for role in ("base", "post_trained"))
-    adapter = PeftModel.from_pretrained(base, folders["adapter"], autocast_adapter_dtype=dtype == torch.float32)
+    adapter = _with_adapter(base, folders["adapter"], sources.adapter)
     tuner = cast("MoeDeltaModel", adapter.base_model)
     return grafted_adapter(tuner, post_trained, sources.scale, sources.expert_scales).eval()
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, adapter: AdapterFile) -> PeftModel:
+    """A model with an adapter in the dtype of its file: as PEFT keeps it over a 16-bit model, fp32 where that is so."""
+    experts = next(iter(adapter.mlps.values())).experts[1]
+    in_fp32 = adapter.reader.dtypes[next(iter(experts.values()))] == torch.float32
+    return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=in_fp32)
 
 
 def _in_fp32(sources: Sources, destination: StockTarget) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from ..delta import Scale
 from ..errors import GraftError
 from ..export import Layout, RemoteCodeLayout, ReplicatedLayout, UpcycledWeights, choose_layout
 from ..tuner.grafting import GraftReport, exported_share
+from ..tuner.grafting.report import new_tokens_of
 from .adapter import WEIGHTS_FILE
 from .weights import Sources
 
@@ -114,20 +115,25 @@ class AdapterTarget(Target):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         sources, adapter = self.sources, self.sources.adapter
-        owner = {key: (layer, e, name) for (layer, e), keys in adapter.experts.items() for name, key in keys.items()}
+        owner = {
+            key: (names[layer].get(inner), layer, expert)
+            for blocks, names in ((adapter.mlps, sources.mlp_names), (adapter.attentions, sources.attention_names))
+            for layer, block in blocks.items()
+            for expert, keys in block.experts.items()
+            for inner, key in keys.items()
+        }
         saved = {key: name for name, key in adapter.saved.items()}
         for key in adapter.reader:
             if key in owner:
-                layer, expert, name = owner[key]
-                yield key, sources.grafted(key, sources.mlp_names[layer].get(name), layer, expert)
+                yield key, sources.grafted(key, *owner[key])
             elif key in saved:
                 yield key, sources.saved(key, saved[key])
             else:
                 yield key, sources.stored(key)
 
     def write_config(self, folder: Path) -> None:
-        config = copy.deepcopy(self.sources.adapter.config)
+        config = copy.deepcopy(self.sources.grafted_config)
         config.base_model_name_or_path, config.revision = self.post_trained, None
         config.base_fingerprint = self.sources.fingerprint_of_post_trained()
-        config.graft = asdict(GraftReport(self.post_trained, 1.0, self.sources.expert_scales))
+        config.graft = asdict(GraftReport(self.post_trained, 1.0, self.sources.expert_scales, **new_tokens_of(config)))
         config.save_pretrained(str(folder))

@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_moe_delta import graft_checkpoint
 from peft_moe_delta.checkpoint import CheckpointReader, verify
-from peft_moe_delta.errors import GraftError
+from peft_moe_delta.cli import main
+from peft_moe_delta.errors import CheckpointError, GraftError
 from streaming.test_graft_checkpoint import assert_same_tensors
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -59,11 +61,70 @@ def test_routing_by_language(make_trio):
         graft_checkpoint(*trio.paths, trio.folder / "az", target="remote_code", language="az")
 
 
-def test_where_a_stock_architecture_would_do_the_target_is_still_what_was_asked_for(make_trio):
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("kind", ["shared_kv", "full"])
+@pytest.mark.parametrize("routing", ["learned", "language"])
+def test_attention_experts(make_trio, kind, routing, expert_rank):
+    trio = make_trio("qwen3", attention_experts=kind, routing=routing, expert_rank=expert_rank)
+    assert_same_folder(trio, expert_scale=0.5)
+
+
+def test_one_language_with_attention_experts_is_a_dense_model(make_trio):
+    trio = make_trio("llama", attention_experts="full", routing="language", experts={"uralic": 1, "turkic": 1})
+    report = graft_checkpoint(*trio.paths, trio.folder / "out", language="az", check=True)
+    assert report.layout == "llama"
+    merged = trio.model.merge_and_graft(trio.folder / "post", language="az")
+    merged.save_pretrained(trio.folder / "expected")
+    assert_same_tensors(CheckpointReader(trio.folder / "out"), CheckpointReader(trio.folder / "expected"))
+
+
+def test_a_mixture_of_one_language_with_attention_experts(make_trio):
+    trio = make_trio("llama", attention_experts="shared_kv", routing="language")
+    assert_same_folder(trio, language="hu")
+
+
+def test_classifiers(make_trio):
+    trio = make_trio(routing="classifier", classifier_layers=[1])
+    with pytest.raises(GraftError, match='no gate before them.*target="remote_code"'):
+        graft_checkpoint(*trio.paths, trio.folder / "out")
+    assert_same_folder(trio)
+
+
+def test_weights_that_are_not_renormalised(make_trio):
+    assert_same_folder(make_trio(top_k=1, norm_topk_prob=False))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens(make_trio_with_tokens, tied):
+    assert_same_folder(make_trio_with_tokens(tied=tied, experts=UNEQUAL))
+
+
+def test_where_a_stock_architecture_would_do_the_target_is_still_what_was_asked_for(make_trio, capsys):
     trio = make_trio("llama")
     report = graft_checkpoint(*trio.paths, trio.folder / "out", target="remote_code", check=True)
     assert report.layout == "moe_delta_llama"
+    main(["graft", *map(str, trio.paths), str(trio.folder / "again"), "--target", "remote_code"])
+    assert capsys.readouterr().out.startswith("moe_delta_llama checkpoint: ")
+    assert_same_tensors(CheckpointReader(trio.folder / "again"), CheckpointReader(trio.folder / "out"))
     with pytest.raises(GraftError, match="leave out replicate_dense_layers"):
         graft_checkpoint(*trio.paths, trio.folder / "no", target="remote_code", replicate_dense_layers=True)
     with pytest.raises(GraftError, match="one of: stock, remote_code, adapter"):
         graft_checkpoint(*trio.paths, trio.folder / "no", target="gguf")
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("0.mlp.moe_delta_classifier", "lacks gates of the layers"),
+        ("1.self_attn.moe_delta_experts.1", "attention experts in the layers"),
+        ("1.mlp.moe_delta_router", "MLP experts in the layers"),
+        ("embed_tokens.moe_delta_rows", "lacks the rows of its config's new tokens"),
+    ],
+)
+def test_an_adapter_that_lacks_a_part_is_refused(make_trio_with_tokens, part, message):
+    trio = make_trio_with_tokens(tied=True, attention_experts="full", routing="classifier", classifier_layers=[0, 1])
+    file = trio.folder / "adapter" / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if f"{part}." not in name}, file)
+    with pytest.raises(CheckpointError, match=message):
+        graft_checkpoint(*trio.paths, trio.folder / "out", target="adapter")
+    assert not (trio.folder / "out").exists()
