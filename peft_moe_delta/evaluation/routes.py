@@ -160,9 +160,7 @@ def _experts_of(model: nn.Module) -> list[str]:
             continue
         settings = layer.settings[layer.in_force]
         if len(names) < sum(settings.counts):
-            numbered = zip(settings.table.groups[1:], settings.counts[1:], strict=True)
-            own = [f"{group} {n}" if count > 1 else group for group, count in numbered for n in range(1, count + 1)]
-            names = ["expert 0", *own]
+            names = expert_names(settings.table.groups, settings.counts)
     return names
 
 
@@ -176,6 +174,13 @@ def _joined(parts: Sequence[Routes]) -> Routes:
     columns = zip(*((p.indices_TK, p.weights_TK, p.probabilities_TE) for p in parts), strict=True)
     indices_TK, weights_TK, probabilities_TE = (torch.cat(column) for column in columns)
     return Routes(indices_TK, weights_TK, probabilities_TE, all(p.normalised for p in parts))
+
+
+def expert_names(groups: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """A name for every expert of a layer in which each group owns so many, expert 0 first."""
+    numbered = zip(groups[1:], counts[1:], strict=True)
+    own = (f"{group} {n}" if count > 1 else group for group, count in numbered for n in range(1, count + 1))
+    return ["expert 0", *own]
 
 
 def _names(names: Sequence[str], width: int) -> list[str]:

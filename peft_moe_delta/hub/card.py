@@ -156,7 +156,8 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
     Raises:
         CardError: the report has no model called `facts.measured_as`, or no such name is given.
     """
-    if report is not None and facts.measured_as not in [model.name for model in report.models]:
+    measured_as = facts.measured_as or ""
+    if report is not None and measured_as not in [model.name for model in report.models]:
         names = ", ".join(repr(model.name) for model in report.models)
         raise CardError(
             f"The card's model is called {facts.measured_as!r} in no row of the report, which has {names}. Say which "
@@ -167,7 +168,7 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
     metadata = ModelCardData(
         base_model=published or None,
         base_model_relation=_relation(facts.kind, published) if published else None,
-        eval_results=eval_results(facts, report) if report else None,
+        eval_results=eval_results(report, measured_as) if report else None,
         language=_language_tags(facts.languages) or None,
         library_name="transformers" if facts.kind == MODEL else "peft",
         license=facts.licence,
@@ -182,7 +183,7 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
         facts=facts,
         unknown=UNKNOWN,
         other=OTHER,
-        tables=tables(facts, report) if report else [],
+        tables=tables(report, measured_as) if report else [],
         warnings=report.warnings if report else [],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult
 
 from ..evaluation.report import METRICS, TEXT, Difference, EvalReport, Score
 
-if TYPE_CHECKING:
-    from .card import CardFacts
 
-
-def eval_results(facts: CardFacts, report: EvalReport) -> list[EvalResult]:
-    """The scores of the card's model, one result each."""
+def eval_results(report: EvalReport, model: str) -> list[EvalResult]:
+    """The scores of a model of the report, one result each."""
     return [
         EvalResult(
             task_type="text-generation",
@@ -32,12 +28,12 @@ def eval_results(facts: CardFacts, report: EvalReport) -> list[EvalResult]:
             metric_value=score.value,
         )
         for score in report.scores
-        if score.model == facts.measured_as
+        if score.model == model
     ]
 
 
-def tables(facts: CardFacts, report: EvalReport) -> list[tuple[str, str]]:
-    """`(heading, Markdown)`: every model's scores, then what the card's model gained and lost."""
+def tables(report: EvalReport, model: str) -> list[tuple[str, str]]:
+    """`(heading, Markdown)`: every model's scores, then what the named one gained and lost."""
     columns = report.columns()
     found = [
         (
@@ -45,19 +41,19 @@ def tables(facts: CardFacts, report: EvalReport) -> list[tuple[str, str]]:
             _table(
                 columns,
                 (
-                    (_bold(model.name, facts), [_shown(report.score(model.name, column)) for column in columns])
-                    for model in report.models
+                    (_bold(row.name, model), [_shown(report.score(row.name, column)) for column in columns])
+                    for row in report.models
                 ),
             ),
         )
     ]
-    pairs = [pair for pair in report.pairs() if pair[0] == facts.measured_as]
+    pairs = [pair for pair in report.pairs() if pair[0] == model]
     if pairs:
         rows = (
             (f"minus {reference}", [_shown(report.difference(model, reference, c), sign="+") for c in columns])
-            for model, reference in pairs
+            for _, reference in pairs
         )
-        found.append((f"{facts.measured_as}, paired differences", _table(columns, rows)))
+        found.append((f"{model}, paired differences", _table(columns, rows)))
     return found
 
 
@@ -81,8 +77,8 @@ def _shown(row: Score | Difference | None, sign: str = "") -> str:
     return value if row.low is None or row.high is None else f"{value} [{row.low:{sign}.3f}, {row.high:{sign}.3f}]"
 
 
-def _bold(name: str, facts: CardFacts) -> str:
-    return f"**{name}**" if name == facts.measured_as else name
+def _bold(name: str, model: str) -> str:
+    return f"**{name}**" if name == model else name
 
 
 def _label(metric: str) -> str:

@@ -20,7 +20,7 @@ from ..errors import RecipeError
 from ..evaluation import closest_group
 from ..tuner import MoeDeltaModel
 from .data import read_texts
-from .fields import Review, Training, read_fields
+from .fields import Review, Training, read_fields, settled_precision
 from .stages import Features, blocks, load_model, save_adapter, train
 
 CLOSEST = "closest"
@@ -67,7 +67,7 @@ class Growth:
     start_from: str | dict[str, str] | None = None
     expand: GrowthTraining | None = None
     review: Review | None = None
-    precision: str = "bf16"
+    precision: str = "auto"
     seed: int = 0
 
 
@@ -84,9 +84,7 @@ def read_growth(path: str | Path) -> Growth:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     growth: Growth = read_fields(Growth, data, str(path))
-    if growth.precision not in ("bf16", "fp32"):
-        raise RecipeError(f'{path}: `precision` must be "bf16" or "fp32"; got {growth.precision!r}.')
-    return growth
+    return replace(growth, precision=settled_precision(growth.precision, str(path)))
 
 
 def grow(growth: Growth) -> Path:

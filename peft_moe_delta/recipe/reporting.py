@@ -19,7 +19,7 @@ from ..evaluation.generation import generate
 from ..evaluation.loading import Measured
 from ..evaluation.measure import command, doubts, fertility_rows, look_at_routing, side_by_side, versions
 from ..evaluation.report import Model
-from ..evaluation.routes import first_choice_agreement
+from ..evaluation.routes import expert_names, first_choice_agreement
 from ..evaluation.scoring import Material
 from ..tuner import MoeDeltaModel
 from .data import read_tasks, read_texts
@@ -109,9 +109,8 @@ def _look_at_routes(
     """Routing of the grafted model, and how often it agrees with the adapter before the graft."""
     before = PeftModel.from_pretrained(load_model(base), adapter)
     plan = cast("MoeDeltaModel", before.base_model).plan()
-    numbered = zip(plan.groups[1:], map(max, zip(*(row[1:] for row in plan.counts), strict=True)), strict=True)
-    names = [f"{g} {n}" if count > 1 else g for g, count in numbered for n in range(1, count + 1)]
-    routing, views = look_at_routing(ours, OURS, texts, ["expert 0", *names])
+    names = expert_names(plan.groups, [max(counts) for counts in zip(*plan.counts, strict=True)])
+    routing, views = look_at_routing(ours, OURS, texts, names)
     seen.routing.extend(routing)
     seen.tokens.extend(views)
     speaking = Measured(before, ours.tokenizer, None)

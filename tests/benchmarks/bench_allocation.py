@@ -20,11 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from learning import interval, linear, train
 from measure import conditions, keep_memory
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from peft_moe_delta import ExpertPlan, MoeDeltaConfig, allocate_experts
@@ -38,8 +38,6 @@ SHAPE = {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 8, "
 UNIFORM, INVERSE, HALF = "uniform", "inverse similarity, half the experts", "uniform, half the experts"
 BATCH, LENGTH = 8, 256
 SEEDS = (0, 1, 2)
-T_95 = 4.303
-"""Student's t for 95% and three seeds."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -63,32 +61,22 @@ class Corpus:
             for code, texts in self.texts.items()
         }
 
-    def batches(self, codes: Sequence[str], steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of rows that begin anywhere, each row of one of the languages in turn."""
+    def batches(self, codes: Sequence[str], steps: int, seed: int, *, name: bool = True) -> Iterator[dict[str, Tensor]]:
+        """Batches of rows that begin anywhere, each row of one of the languages in turn; `name`: say of which."""
         rng, known = random.Random(seed), list(LANGUAGES)
         for step in range(steps):
             row_codes = [codes[(step * BATCH + row) % len(codes)] for row in range(BATCH)]
             starts = [rng.randrange(len(self.ids[code]) - LENGTH) for code in row_codes]
             rows = [self.ids[code][start : start + LENGTH] for code, start in zip(row_codes, starts, strict=True)]
             ids = torch.stack(rows)
+            batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
             languages = torch.tensor([known.index(code) for code in row_codes])
-            yield {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids), "language_ids": languages}
+            yield {**batch, "language_ids": languages} if name else batch
 
 
-def train(model: nn.Module, batches: Iterator[dict[str, Tensor]], steps: int, rate: float, what: str) -> None:
+def fit(model: nn.Module, batches: Iterator[dict[str, Tensor]], steps: int, rate: float, what: str) -> None:
     """AdamW, falling linearly to 0."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for batch in tqdm(batches, desc=what, total=steps, disable=None):
-        if not isinstance(model, PeftModel):
-            batch.pop("language_ids")
-        model(**batch).loss.backward()
-        nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
+    train(model, batches, rate, linear(steps), steps=steps, label=what, fused=True)
 
 
 def scores(model: nn.Module, corpus: Corpus) -> dict[str, float]:
@@ -102,16 +90,10 @@ def learn(base: LlamaForCausalLM, plan: ExpertPlan, corpus: Corpus, seed: int, s
     torch.manual_seed(seed)
     config = MoeDeltaConfig(languages=dict(LANGUAGES), experts=plan)
     model = get_peft_model(copy.deepcopy(base), config)
-    train(model, corpus.batches(NEW, steps, seed), steps, 2e-3, f"{what}, seed {seed}")
+    fit(model, corpus.batches(NEW, steps, seed), steps, 2e-3, f"{what}, seed {seed}")
     model.start_review()
-    train(model, corpus.batches(list(LANGUAGES), steps // 4, seed + 100), steps // 4, 2e-3, "review")
+    fit(model, corpus.batches(list(LANGUAGES), steps // 4, seed + 100), steps // 4, 2e-3, "review")
     return model
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over seeds with its 95% t-interval."""
-    mean, half = statistics.mean(values), T_95 * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def averages(results: Sequence[dict[str, float]]) -> dict[str, list[float]]:
@@ -135,7 +117,7 @@ def main() -> None:
     torch.manual_seed(0)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=len(corpus.tokenizer), tie_word_embeddings=True, **SHAPE))
     steps = arguments.pretraining_steps
-    train(base, corpus.batches(["en"], steps, 0), steps, 3e-3, "pre-training")
+    fit(base, corpus.batches(["en"], steps, 0, name=False), steps, 3e-3, "pre-training")
 
     measured = measure_languages(
         base, corpus.tokenizer, corpus.texts, sources=["similarity"], measurement=Measurement(sequence_length=LENGTH)

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import measure
 import torch
+from learning import cosine, interval, train
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -55,8 +55,6 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "full": {"attention_experts": "full"},
 }
 STEPS_OF_THE_ORDER = (("full", "shared_kv"), ("shared_kv", "BTX"), ("full", "BTX"), ("full", "dense"))
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a two-sided 95% interval, by the number of values."""
 PERCENT_OWN, PERCENT_WORSE = 95.0, 3.0
 """Targets of the closed-form routers."""
 
@@ -80,31 +78,20 @@ def make_tokenizer(texts: Mapping[str, list[str]]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
 
 
-def batches(streams: Mapping[str, Tensor], steps: int, seed: int) -> Iterator[tuple[Tensor, list[str]]]:
-    """Random rows; languages take turns."""
+def batches(streams: Mapping[str, Tensor], steps: int, seed: int, name: bool) -> Iterator[dict[str, Any]]:
+    """Random rows; languages take turns. `name`: say which they are."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         codes = [list(streams)[(step * BATCH + row) % len(streams)] for row in range(BATCH)]
         starts = [int(torch.randint(len(streams[code]) - ROW, (), generator=generator)) for code in codes]
-        yield torch.stack([streams[c][s : s + ROW] for c, s in zip(codes, starts, strict=True)]), codes
+        tokens = torch.stack([streams[c][s : s + ROW] for c, s in zip(codes, starts, strict=True)])
+        yield {"input_ids": tokens, "labels": tokens, "use_cache": False, **({"language": codes} if name else {})}
 
 
-def train(model: nn.Module, streams: Mapping[str, Tensor], steps: int, rate: float, seed: int) -> None:
+def fit(model: nn.Module, streams: Mapping[str, Tensor], steps: int, rate: float, seed: int) -> None:
     """AdamW with a cosine schedule."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min(1.0, (s + 1) / 20) * (0.05 + 0.95 * (1 + math.cos(math.pi * s / steps)) / 2)
-    )
-    model.train()
-    for tokens, codes in batches(streams, steps, seed):
-        known = {"language": codes} if hasattr(model, "peft_config") else {}
-        model(input_ids=tokens, labels=tokens, use_cache=False, **known).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
+    rows = batches(streams, steps, seed, name=hasattr(model, "peft_config"))
+    train(model, rows, rate, cosine(steps), steps=steps, betas=(0.9, 0.95), weight_decay=0.01)
 
 
 def score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, list[str]], name: bool = False):
@@ -149,25 +136,25 @@ def run(seed: int, text: Mapping[str, dict[str, list[str]]], tokenizer: Any, fol
         for code, documents in text["train"].items()
     }
     base = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    train(base, streams, STEPS["seed"], 2e-3, 10 * seed)
+    fit(base, streams, STEPS["seed"], 2e-3, 10 * seed)
     paths = {name: folder / f"{seed}-{name}" for name in ("seed", *LANGUAGES)}
     for code, path in paths.items():
         branch = LlamaForCausalLM(base.config)
         branch.load_state_dict(base.state_dict())
         if code != "seed":
-            train(branch, {code: streams[code]}, STEPS["branch"], 1e-3, 10 * seed + 1)
+            fit(branch, {code: streams[code]}, STEPS["branch"], 1e-3, 10 * seed + 1)
         branch.save_pretrained(path)
         tokenizer.save_pretrained(path)
     branches = {code: paths[code] for code in LANGUAGES}
     found: dict[str, Any] = {"seed": score(base, tokenizer, text["test"])}
 
-    train(base, streams, len(LANGUAGES) * STEPS["branch"] + STEPS["mixture"], 1e-3, 10 * seed + 2)
+    fit(base, streams, len(LANGUAGES) * STEPS["branch"] + STEPS["mixture"], 1e-3, 10 * seed + 2)
     found["dense"] = score(base, tokenizer, text["test"])
     for name, options in MIXTURES.items():
         torch.manual_seed(seed)
         output = folder / f"{seed}-{name}-base"
         model = mix(paths["seed"], branches, others="average", base_output=output, **options)
-        train(model, streams, STEPS["mixture"], 1e-3, 10 * seed + 3)
+        fit(model, streams, STEPS["mixture"], 1e-3, 10 * seed + 3)
         found[name] = score(model, tokenizer, text["test"])
 
     model = mix(paths["seed"], branches, top_k=1)
@@ -184,13 +171,12 @@ def verdict(runs: list[dict[str, Any]], better: str, worse: str) -> dict[str, An
     differences = [
         statistics.mean(r["bits_per_byte"][better][c] - r["bits_per_byte"][worse][c] for c in LANGUAGES) for r in runs
     ]
-    mean = statistics.mean(differences)
-    claim = {"claim": f"{better} <= {worse}", "mean": mean}
+    claim = {"claim": f"{better} <= {worse}", "mean": statistics.mean(differences)}
     if len(runs) == 1:
         return {**claim, "interval": None, "verdict": "undecided"}
-    half = T_95[len(runs)] * statistics.stdev(differences) / len(runs) ** 0.5
-    word = "confirmed" if mean + half <= 0 else "refuted" if mean - half > 0 else "undecided"
-    return {**claim, "interval": [mean - half, mean + half], "verdict": word}
+    found = interval(differences)
+    word = "confirmed" if found["high"] <= 0 else "refuted" if found["low"] > 0 else "undecided"
+    return {**claim, "interval": [found["low"], found["high"]], "verdict": word}
 
 
 def closed_form(runs: list[dict[str, Any]]) -> dict[str, Any]:

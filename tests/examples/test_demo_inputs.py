@@ -9,7 +9,7 @@ import pytest
 
 import demo_inputs
 from demo_tasks import KINDS, make_tasks, part_of, vocabulary
-from demo_text import SPLITS, documents, leaf_strings, normalise, split_of
+from demo_text import ARTICLE, SPLITS, documents, leaf_strings, normalise, split_of, with_encyclopedia
 from peft_moe_delta.errors import DataError
 
 WORDS = [f"{first}{second}{third}" for first in "bcdfghjklmnprstv" for second in "aeiou" for third in "klmnprst"]
@@ -79,6 +79,17 @@ def test_repeated_untranslated_and_short_strings_are_dropped():
             for string in line["text"].split("\n")
         ]
         assert len(strings) == len(set(strings)) == 20
+
+
+def test_english_is_held_out_as_articles_and_trained_on_as_both():
+    interface = {split: [{"text": "x" * 900, "language": "en", "source": split}] for split in SPLITS}
+    titles = [name for split in SPLITS for name in held_out(split, 9)]
+    articles = {title: "y" * 300 for title in titles} | {"Stub": "too short"}
+    made = with_encyclopedia(interface, articles)
+    for split in ("validation", "test"):
+        assert {line["source"] for line in made[split]} == {ARTICLE + title for title in held_out(split, 9)}
+    assert made["train"][0] == interface["train"][0]
+    assert len(made["train"]) == 1 + 3  # 900 bytes of articles beside the 900 bytes of interface
 
 
 def test_vocabulary_takes_common_plain_words_of_one_language():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from peft_moe_delta import ExpertPlan
 from peft_moe_delta.errors import RecipeError
@@ -37,6 +38,13 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
 def test_a_bad_field_is_named(recipe_fields, write_recipe, change, message):
     with pytest.raises(RecipeError, match=message):
         read_recipe(write_recipe({**recipe_fields, **change}))
+
+
+@pytest.mark.parametrize(("matrix_units", "precision"), [(True, "bf16"), (False, "fp32")])
+def test_the_faster_precision_is_chosen(recipe_fields, write_recipe, monkeypatch, matrix_units, precision):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read_recipe(write_recipe(recipe_fields | {"precision": "auto"})).precision == precision
 
 
 def test_experts_may_be_the_file_of_a_plan(recipe_fields, write_recipe, tmp_path):
