@@ -20,8 +20,9 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
         help="share of the experts' own change (1); once for all, or once a group",
     )  # fmt: skip
     parser.add_argument(
-        "--target", choices=("stock", "adapter"), default="stock",
-        help="a stand-alone checkpoint, or an adapter over the post-trained model",
+        "--target", choices=("stock", "remote_code", "adapter"), default="stock",
+        help="a stand-alone checkpoint (stock), one with a modelling file of its own, which holds what no stock "
+        "architecture does, or an adapter over the post-trained model",
     )  # fmt: skip
     parser.add_argument("--language", help="for routing by language: what this language runs on")
     parser.add_argument(

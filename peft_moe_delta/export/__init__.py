@@ -5,9 +5,10 @@ from .choice import Fit, choose, choose_layout, every_fit, explain_choice, stock
 from .gate import check_equal_logits
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .remote_code import RemoteCodeLayout
-from .weights import LazyTensors, UpcycledWeights
+from .weights import AttentionWeights, LazyTensors, UpcycledWeights
 
 __all__ = [
+    "AttentionWeights",
     "Fit",
     "Layout",
     "LazyTensors",

@@ -6,6 +6,7 @@ one first, and the layout that was chosen.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..errors import GraftError
@@ -55,7 +56,7 @@ def stock_fits(weights: UpcycledWeights) -> list[Fit]:
     if not weights.moe_layers:
         return [Fit(kind, Layout())]
     layouts = [layout for layout in MOE_LAYOUTS if kind in layout.dense_types]
-    routed = () if weights.languages is None else ("it has no input for a token's language",)
+    routed = tuple(_beyond_stock(weights))
     found = [Fit(layout.name, layout, (*routed, *layout.misfits(weights))) for layout in layouts]
     if weights.dense_layers:
         replicated = weights.with_dense_layers_replicated()
@@ -69,6 +70,18 @@ def stock_fits(weights: UpcycledWeights) -> list[Fit]:
             if not layout.keeps_dense_layers
         ]
     return found
+
+
+def _beyond_stock(weights: UpcycledWeights) -> Iterator[str]:
+    """What no stock mixture has."""
+    if weights.languages is not None:
+        yield "it has no input for a token's language"
+    if weights.classifiers:
+        yield f"its routers have no gate before them (routing 'classifier', in the layers {list(weights.classifiers)})"
+    if weights.attention is not None:
+        yield f"it has no attention experts (attention_experts={weights.attention.kind!r})"
+    if not weights.renormalise:
+        yield "it renormalises the weights of a token's experts, and norm_topk_prob=False does not"
 
 
 def every_fit(weights: UpcycledWeights) -> list[Fit]:
@@ -109,7 +122,8 @@ def choose(weights: UpcycledWeights, *, replicate_dense_layers: bool = False, re
     if remote_code:
         return Fit(RemoteCodeLayout.name, RemoteCodeLayout())
     raise GraftError(
-        f"{_why_not(weights, found)} Pass remote_code=True for a model with its own small modelling file. {_KEEP}."
+        f"{_why_not(weights, found)} Pass remote_code=True (from file to file: "
+        f'target="remote_code") for a model with its own small modelling file. {_KEEP}.'
     )
 
 

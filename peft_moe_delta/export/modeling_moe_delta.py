@@ -20,43 +20,66 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LlamaConfig as HostConfig
 from transformers import LlamaForCausalLM as HostModel
 
-from ..routing.base import Routes, choose_experts
+from ..routing import Routes, choose_experts, classifier_logits, recognised, router_logits
 
 
-class Router(nn.Module):
-    """`logits = W_r x`, in fp32 whatever the model's dtype. `weight` is (E, D)."""
+class Rows(nn.Module):
+    """A router's rows, (E, D), or those of the gate before it; in fp32 whatever the model's dtype."""
 
-    def __init__(self, hidden_size: int, num_experts: int) -> None:
+    def __init__(self, number: int, width: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size, dtype=torch.float32))
+        self.weight = nn.Parameter(torch.zeros(number, width, dtype=torch.float32))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return F.linear(x_TD.float(), self.weight.float())
+        return router_logits(x_TD, self.weight)
 
 
 class Mixture(nn.Module):
-    """Equally shaped MLP blocks and their router, in the place and with the call of one block."""
+    """Equally shaped modules of a decoder layer and their router, in the place and with the call of one of them."""
 
-    def __init__(
-        self, mlp: nn.Module, hidden_size: int, num_experts: int, top_k: int, allowed: list[list[bool]] | None
-    ) -> None:
+    def __init__(self, first: nn.Module, config: MoeDeltaConfig, layer: str) -> None:
         super().__init__()
-        self.experts = nn.ModuleList([mlp, *(copy.deepcopy(mlp) for _ in range(num_experts - 1))])
-        self.router = Router(hidden_size, num_experts)
-        self.top_k, self.allowed = top_k, allowed
+        moe = config.moe_delta
+        self.experts = nn.ModuleList([first, *(self.copy_of(first) for _ in range(moe["experts"][layer] - 1))])
+        self.router = Rows(len(self.experts), config.hidden_size)
+        self.allowed: list[list[bool]] | None = None if moe["languages"] is None else moe["allowed"][layer]
         self.groups_T: Tensor | None = None  # set in the model's forward pass
+
+    @staticmethod
+    def copy_of(first: nn.Module) -> nn.Module:
+        return copy.deepcopy(first)
+
+    def allowed_TE(self) -> Tensor | None:
+        """The experts that each token's language may use; None where all may use all."""
+        if self.allowed is None or self.groups_T is None:
+            return None
+        return torch.tensor(self.allowed, device=self.groups_T.device)[self.groups_T]
+
+
+class MlpMixture(Mixture):
+    """MLP blocks: each token is sent to its top k."""
+
+    def __init__(self, first: nn.Module, config: MoeDeltaConfig, layer: str) -> None:
+        super().__init__(first, config, layer)
+        moe = config.moe_delta
+        self.top_k, self.renormalise = moe["top_k"], moe["norm_topk_prob"]
+        gates = moe["classifiers"].get(layer, 0)
+        self.classifier = Rows(gates, config.hidden_size + 1) if gates else None
+
+    def routes(self, x_TD: Tensor) -> Routes:
+        """Where tokens go."""
+        allowed_TE = self.allowed_TE()
+        if self.classifier is not None:  # what it takes for an original language stays on expert 0
+            original_T = recognised(classifier_logits(x_TD, self.classifier.weight))
+            allowed_TE = ~original_T[:, None] | (torch.arange(len(self.experts), device=x_TD.device) == 0)
+        return choose_experts(self.router(x_TD), self.top_k, allowed_TE, renormalise=self.renormalise)
 
     def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        allowed_TE = None
-        if self.allowed is not None:
-            allowed_TE = torch.tensor(self.allowed, device=x_TD.device)[self.groups_T]
-        routes: Routes = choose_experts(self.router(x_TD), self.top_k, allowed_TE)
+        routes = self.routes(x_TD)
         y_TD = torch.zeros_like(x_TD, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         for index, expert in enumerate(self.experts):
             token, rank = (routes.indices_TK == index).nonzero(as_tuple=True)
@@ -68,12 +91,16 @@ class Mixture(nn.Module):
         return y if residual is None else residual + y
 
 
+MIXTURES: dict[str, type[Mixture]] = {"mlp": MlpMixture}
+
+
 class MoeDeltaConfig(HostConfig):
     """The host's config with one more field, `moe_delta`: a dictionary.
 
-    - mlp: name of the MLP inside a decoder layer
-    - experts: layer (as a string) -> number of experts; other layers stay dense
-    - top_k: experts a token
+    - parts: name of a module inside a decoder layer -> what it is, "mlp" or "attention"
+    - experts: layer (as a string) -> number of experts of each part; other layers stay dense
+    - top_k, norm_topk_prob: experts a token, and whether their weights are renormalised
+    - classifiers: layer -> rows of the gate that keeps tokens of original languages on expert 0
     - languages: codes by id, under routing by language; else None
     - group_of: index of each language's group, by id
     - allowed: layer -> (G, E) booleans, the experts a group may use
@@ -84,18 +111,16 @@ class MoeDeltaConfig(HostConfig):
 
 class MoeDeltaForCausalLM(HostModel):
     config_class = MoeDeltaConfig
-    _keep_in_fp32_modules_strict = [*(HostModel._keep_in_fp32_modules_strict or []), "router"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = [*(HostModel._keep_in_fp32_modules_strict or []), "router", "classifier"]  # noqa: RUF012
 
     def __init__(self, config: MoeDeltaConfig) -> None:
         super().__init__(config)
         moe = config.moe_delta
         for name, block in list(self.named_modules()):
             layer = name.rpartition(".")[2]
-            if layer in moe["experts"] and hasattr(block, moe["mlp"]):
-                allowed = None if moe["languages"] is None else moe["allowed"][layer]
-                mlp = getattr(block, moe["mlp"])
-                mixture = Mixture(mlp, config.hidden_size, moe["experts"][layer], moe["top_k"], allowed)
-                setattr(block, moe["mlp"], mixture)
+            if layer in moe["experts"] and all(hasattr(block, part) for part in moe["parts"]):
+                for part, kind in moe["parts"].items():
+                    setattr(block, part, MIXTURES[kind](getattr(block, part), config, layer))
         self.post_init()
 
     def forward(self, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:

@@ -1,13 +1,15 @@
 """Remote code: an architecture of its own for what no stock one holds, as one readable file beside the weights.
 
-In: `UpcycledWeights` of any family, with any number of experts a layer and routing learned or by language. Out: a
+In: `UpcycledWeights` of any family, with any number of experts a layer, any routing, and attention experts. Out: a
 layout whose folder needs torch, transformers and `trust_remote_code=True`, and not this package. The file is
-`modeling_moe_delta.py` for the host at hand, with the source of this package's own routing in the place of its import:
-there is no second copy that could drift, and the gate runs the very file that is shipped.
+`modeling_moe_delta.py` for the host at hand, with the source of this package's own routing in the place of its import
+and, for attention experts, of their caches: there is no second copy that could drift, and the gate runs the very file
+that is shipped.
 """
 
 from __future__ import annotations
 
+import ast
 import atexit
 import importlib.util
 import inspect
@@ -15,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -24,14 +26,27 @@ from typing import Any
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
-from ..architectures import mlp_module_name
-from ..routing import LanguageRouting, Routes, choose_experts
+from ..architectures import attention_module_name, mlp_module_name
+from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
+from ..routing import LanguageRouting, Routes, choose_experts, classifier_logits, recognised, router_logits
 from .layout import Layout, add_legacy_rope
 from .weights import UpcycledWeights
 
 MODULE = "modeling_moe_delta"
 _TEMPLATE = Path(__file__).with_name(f"{MODULE}.py")
-_IMPORT = re.compile(r"from \.\.routing\.base import .*\n")
+_ATTENTION_TEMPLATE = Path(__file__).with_name("modeling_attention.py")
+_IMPORT = re.compile(r"from \.\.routing import .*\n")
+_IMPORTED = {
+    "import inspect\n": "from dataclasses import dataclass\n",
+    "from torch import Tensor, nn\n": "from torch.nn import functional as F\n",
+}
+"""Line of the template -> what is imported beside it by the sources that go into the file."""
+_ROUTING = (Routes, router_logits, choose_experts, classifier_logits, recognised)
+_ATTENTION: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "shared_kv": ((Borrowed, SharedKeyValues), "SharedAttention"),
+    "full": ((OwnSlot, cache_slots), "OwnAttention"),
+}
+"""Kind of attention experts -> what they use of `attention`, and their class in the template."""
 _HOST = re.compile(r"from transformers import (\w+) as (HostConfig|HostModel)")
 
 
@@ -45,19 +60,23 @@ class RemoteCodeLayout(Layout):
         for written_anew in ("model_type", "architectures", "transformers_version", "dtype"):
             fields.pop(written_anew, None)
         table = weights.languages
-        moe_delta = {
-            "mlp": mlp_module_name(weights.config.model_type),
+        moe_delta: dict[str, Any] = {
+            "parts": {mlp_module_name(weights.config.model_type): "mlp"},
             "experts": {str(layer): len(weights.selected(layer)) for layer in weights.moe_layers},
             "top_k": weights.top_k,
+            "norm_topk_prob": weights.renormalise,
+            "classifiers": {str(layer): len(rows()) for layer, rows in weights.classifiers.items()},
             "languages": None if table is None else list(table.codes),
         }
+        if weights.attention is not None:
+            moe_delta["parts"][attention_module_name(weights.config.model_type)] = "attention"
         if table is not None:
             counts = dict(zip(weights.plan.layers, weights.plan.counts, strict=True))
             moe_delta["group_of"] = list(table.group_of)
             moe_delta["allowed"] = {
                 str(layer): LanguageRouting().allowed_experts(counts[layer]) for layer in weights.moe_layers
             }
-        module = modelling_module(weights.config)
+        module = modelling_module(weights)
         config: PretrainedConfig = module.MoeDeltaConfig(
             **fields,
             moe_delta=moe_delta,
@@ -72,11 +91,11 @@ class RemoteCodeLayout(Layout):
         return config
 
     def model_class(self, weights: UpcycledWeights) -> type[PreTrainedModel]:
-        model_class: type[PreTrainedModel] = modelling_module(weights.config).MoeDeltaForCausalLM
+        model_class: type[PreTrainedModel] = modelling_module(weights).MoeDeltaForCausalLM
         return model_class
 
     def files(self, weights: UpcycledWeights) -> Mapping[str, str]:
-        return {f"{MODULE}.py": modelling_source(*_host_names(weights.config))}
+        return {f"{MODULE}.py": modelling_source(*_names(weights))}
 
     def mlp(self, weights: UpcycledWeights, layer: int) -> Iterator[tuple[str, Tensor]]:
         if layer not in weights.moe_layers:
@@ -85,38 +104,87 @@ class RemoteCodeLayout(Layout):
         matrix, name = next(iter(weights.mlp_names[layer].items()))
         mlp = name.removesuffix(matrix)
         yield f"{mlp}router.weight", weights.routers(layer)[list(weights.selected(layer))].float()
+        if layer in weights.classifiers:
+            yield f"{mlp}classifier.weight", weights.classifiers[layer]().float()
         for position in range(len(weights.selected(layer))):
             for matrix, tensor in weights.expert(layer, position).items():
                 yield f"{mlp}experts.{position}.{matrix}", tensor
 
+    def outside_mlp(self, weights: UpcycledWeights, name: str) -> Iterator[tuple[str, Tensor]]:
+        layer = next((n for n in weights.moe_layers if name in weights.attention_names.get(n, {}).values()), None)
+        if weights.attention is None or layer is None:
+            yield from super().outside_mlp(weights, name)
+            return
+        inner, first = next(iter(weights.attention_names[layer].items()))
+        if name != first:
+            return  # all of a layer's attention comes with its first tensor
+        prefix, selected = name.removesuffix(inner), weights.selected(layer)
+        yield f"{prefix}router.weight", weights.attention.routers(layer)[list(selected)].float()
+        for position in range(len(selected)):
+            for key, tensor in weights.attention_expert(layer, position).items():
+                borrowed = weights.attention.kind == "shared_kv" and key.partition(".")[0] in Borrowed.PARTS
+                if position == 0 or not borrowed:
+                    yield f"{prefix}experts.{position}.{key}", tensor
 
-def modelling_source(config_class: str, model_class: str) -> str:
-    """The modelling file for a host, by the names of its config and model class in transformers."""
+
+def modelling_source(config_class: str, model_class: str, attention: str | None = None) -> str:
+    """The modelling file for a host.
+
+    Args:
+        config_class, model_class: names of its config and model class in transformers.
+        attention: kind of attention experts; None without.
+    """
     hosts = {"HostConfig": config_class, "HostModel": model_class}
     source = _HOST.sub(
         lambda match: f"from transformers import {hosts[match[2]]} as {match[2]}", _TEMPLATE.read_text(encoding="utf-8")
     )
-    routing = "\n\n".join(inspect.getsource(part).rstrip() for part in (Routes, choose_experts))
-    return _IMPORT.sub(lambda _: f"from dataclasses import dataclass\n\n\n{routing}\n", source, count=1)
+    source = re.sub(r"  # noqa: .*", "", source)
+    source = _IMPORT.sub(lambda _: f"\n{_sources(_ROUTING)}\n", source, count=1)
+    for line, also in _IMPORTED.items():
+        source = source.replace(line, line + also, 1)
+    if attention is None:
+        return source
+    used, name = _ATTENTION[attention]
+    parts = [_sources(used), *(_definition(part) for part in ("AttentionMixture", name))]
+    # Errors of this package are ValueErrors, which is what they are where it is not installed.
+    text = re.sub(r"\b(Language|Architecture)Error\b", "ValueError", "\n\n\n".join(parts))
+    source = source.replace("import inspect\n", "import inspect\nfrom collections.abc import Iterator\n", 1)
+    before, config, after = source.partition("class MoeDeltaConfig")
+    return f'{before}{text}\n\n\nMIXTURES["attention"] = {name}\n\n\n{config}{after}'
 
 
-def modelling_module(config: PretrainedConfig) -> ModuleType:
+def _sources(parts: Iterable[Any]) -> str:
+    return "\n\n\n".join(inspect.getsource(part).rstrip() for part in parts)
+
+
+def _definition(name: str) -> str:
+    """A class of the template for attention, which is read without importing a host's modelling code."""
+    source = _ATTENTION_TEMPLATE.read_text(encoding="utf-8")
+    node = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
+    definition = ast.get_source_segment(source, node)
+    assert definition is not None
+    return definition
+
+
+def modelling_module(weights: UpcycledWeights) -> ModuleType:
     """The modelling file as a module, in a file of its own, which `save_pretrained` copies beside the weights."""
-    return _load(*_host_names(config))
+    return _load(*_names(weights))
 
 
-def _host_names(config: PretrainedConfig) -> tuple[str, str]:
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return type(config).__name__, model_class.__name__
+def _names(weights: UpcycledWeights) -> tuple[str, str, str | None]:
+    """What `modelling_source` takes."""
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(weights.config)]
+    attention = None if weights.attention is None else weights.attention.kind
+    return type(weights.config).__name__, model_class.__name__, attention
 
 
 @lru_cache
-def _load(config_class: str, model_class: str) -> ModuleType:
+def _load(config_class: str, model_class: str, attention: str | None) -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="moe_delta_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{MODULE}.py"
-    path.write_text(modelling_source(config_class, model_class), encoding="utf-8")
-    name = f"moe_delta_{config_class}.{MODULE}"  # transformers takes the last part as the file's name
+    path.write_text(modelling_source(config_class, model_class, attention), encoding="utf-8")
+    name = f"moe_delta_{config_class}_{attention}.{MODULE}"  # transformers takes the last part as the file's name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

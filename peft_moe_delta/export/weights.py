@@ -10,14 +10,14 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..architectures import mlp_module_name
+from ..architectures import attention_module_name, mlp_module_name
 from ..errors import GraftError
 from ..languages import LanguageTable
 from ..plan import ExpertPlan
@@ -51,6 +51,22 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
+class AttentionWeights:
+    """The attention experts of an upcycled model: in its MoE layers, as many as there are MLP experts.
+
+    Attributes:
+        kind: `"full"` or `"shared_kv"`.
+        experts: (layer, expert >= 1) -> the expert's tensors, named as inside the dense attention module; keys and
+            values are the dense model's where they are shared.
+        routers: layer -> router weight (E, d).
+    """
+
+    kind: str
+    experts: Callable[[int, int], Mapping[str, Tensor]]
+    routers: Callable[[int], Tensor]
+
+
+@dataclass(frozen=True)
 class UpcycledWeights:
     """An upcycled model as tensors; every token may use every expert that is exported, unless `languages` are given.
 
@@ -61,6 +77,9 @@ class UpcycledWeights:
         dense: the dense model's state dict, in its own names; its MLPs are expert 0.
         experts: (layer, expert >= 1) -> the expert's tensors, named as inside the dense MLP (`gate_proj.weight`).
         routers: layer -> router weight (E, d), rows in the plan's order, for layers with more than one expert.
+        renormalise: whether the weights of a token's experts are made to sum to 1.
+        classifiers: layer -> what gives the rows (S, d + 1) of the gate before its router, where there is one.
+        attention: the attention experts; None where there are none.
         group: None for the whole model under learned routing; else the one group that is exported (`for_group`).
         languages: for the whole model under routing by language, its languages and groups; None otherwise.
         replicated: whether a layer with one expert is exported as equal copies of it (`with_dense_layers_replicated`).
@@ -72,6 +91,9 @@ class UpcycledWeights:
     dense: Mapping[str, Tensor]
     experts: Callable[[int, int], Mapping[str, Tensor]]
     routers: Callable[[int], Tensor]
+    renormalise: bool = True
+    classifiers: Mapping[int, Callable[[], Tensor]] = field(default_factory=dict)
+    attention: AttentionWeights | None = None
     group: str | None = None
     languages: LanguageTable | None = None
     replicated: bool = False
@@ -86,7 +108,31 @@ class UpcycledWeights:
         """
         if group not in self.plan.groups:
             raise GraftError(f"Cannot export group {group!r}: the plan has {', '.join(self.plan.groups)}. Choose one.")
-        return dataclasses.replace(self, group=group, languages=None)
+        share = dataclasses.replace(self, group=group, languages=None)
+        if self.attention is None:
+            return share
+        # Where one expert is left there is no mixture: its attention is the layer's own.
+        share = dataclasses.replace(
+            share, dense=LazyTensors(tuple(self.dense), share._with_attention_of_one(self.dense))
+        )
+        return share if share.moe_layers else dataclasses.replace(share, attention=None)
+
+    def _with_attention_of_one(self, dense: Mapping[str, Tensor]) -> Callable[[str], Tensor]:
+        """The dense weights, with the attention of the expert that is left in a layer."""
+        attention = self.attention
+        places: dict[str, tuple[int, int, str]] = {}
+        assert attention is not None
+        for layer, names in _names_inside(dense, attention_module_name(self.config.model_type)).items():
+            if layer in self.plan.layers and len(chosen := self.selected(layer)) == 1 and chosen != (0,):
+                places |= {name: (layer, chosen[0], inner) for inner, name in names.items()}
+
+        def tensor(name: str) -> Tensor:
+            if name not in places:
+                return dense[name]
+            layer, expert, inner = places[name]
+            return attention.experts(layer, expert)[inner].to(dense[name].dtype)
+
+        return tensor
 
     def with_dense_layers_replicated(self) -> UpcycledWeights:
         """The same model for an architecture whose layers are all MoE: equal experts give equal outputs, so a layer
@@ -142,12 +188,14 @@ class UpcycledWeights:
     @cached_property
     def mlp_names(self) -> Mapping[int, Mapping[str, str]]:
         """Layer -> {name inside the MLP: name in `dense`}."""
-        pattern = re.compile(rf"(?:.*?\.)?(\d+)\.{re.escape(mlp_module_name(self.config.model_type))}\.(.+)")
-        names: dict[int, dict[str, str]] = {}
-        for name in self.dense:
-            if match := pattern.fullmatch(name):
-                names.setdefault(int(match[1]), {})[match[2]] = name
-        return names
+        return _names_inside(self.dense, mlp_module_name(self.config.model_type))
+
+    @cached_property
+    def attention_names(self) -> Mapping[int, Mapping[str, str]]:
+        """Layer -> {name inside the attention module: name in `dense`}, where attention experts are exported."""
+        if self.attention is None:
+            return {}
+        return _names_inside(self.dense, attention_module_name(self.config.model_type))
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -162,8 +210,25 @@ class UpcycledWeights:
         tensors = self.experts(layer, expert)
         return LazyTensors(tensors, lambda matrix: tensors[matrix].to(self.dtype))
 
+    def attention_expert(self, layer: int, position: int) -> Mapping[str, Tensor]:
+        """As `expert`, of a layer's attention."""
+        assert self.attention is not None
+        names, expert = self.attention_names[layer], self.selected(layer)[position]
+        tensors = {} if expert == 0 else self.attention.experts(layer, expert)
+        return LazyTensors(names, lambda name: tensors[name].to(self.dtype) if expert else self.dense[names[name]])
+
     def router(self, layer: int) -> Tensor:
         """Router rows of the selected experts, (E, d), in `dtype`: stock architectures keep no fp32 router."""
         if len(self._chosen(layer)) == 1:  # between equal experts any router will do
             return torch.zeros(len(self.selected(layer)), self.config.hidden_size, dtype=self.dtype)
         return self.routers(layer)[list(self.selected(layer))].to(self.dtype)
+
+
+def _names_inside(dense: Iterable[str], module: str) -> dict[int, dict[str, str]]:
+    """Layer -> {name inside a module of the decoder layer: whole name}."""
+    pattern = re.compile(rf"(?:.*?\.)?(\d+)\.{re.escape(module)}\.(.+)")
+    names: dict[int, dict[str, str]] = {}
+    for name in dense:
+        if match := pattern.fullmatch(name):
+            names.setdefault(int(match[1]), {})[match[2]] = name
+    return names

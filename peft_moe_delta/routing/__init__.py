@@ -1,6 +1,6 @@
 """Who may serve a token.
 
-- `base`: `Routing`, the rule's interface; `choose_experts`, the top-k choice; `Routes`, its result
+- `base`: `Routing`, the rule's interface; `router_logits` and `choose_experts`, the top-k choice; `Routes`, its result
 - `learned`: every expert of the layer (MoE-LPR)
 - `language`: the experts of the token's language group (X-MOD, DMoE)
 - `classifier`: every expert, but expert 0 alone for what a gate takes for an original language (LayerMoE)
@@ -8,8 +8,8 @@
 """
 
 from ..errors import PlanError
-from .base import Routes, Routing, choose_experts
-from .classifier import ClassifierRouting, most_similar_layers
+from .base import Routes, Routing, choose_experts, router_logits
+from .classifier import ClassifierRouting, classifier_logits, most_similar_layers, recognised
 from .growth import within_reach
 from .language import LanguageRouting
 from .learned import LearnedRouting
@@ -38,7 +38,10 @@ __all__ = [
     "Routes",
     "Routing",
     "choose_experts",
+    "classifier_logits",
     "most_similar_layers",
+    "recognised",
+    "router_logits",
     "routing_named",
     "within_reach",
 ]

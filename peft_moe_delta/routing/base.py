@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,12 @@ class Routing(ABC):
 
         Expert 0 belongs to group 0; the experts of group 1 follow, and so on.
         """
+
+
+def router_logits(x_TD: Tensor, rows: Tensor) -> Tensor:
+    """`W_r x`, (T, E), in fp32 whatever the model's dtype and whatever autocast would do."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.float(), rows.float())
 
 
 def choose_experts(

@@ -12,6 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from ..errors import PlanError
 from .learned import LearnedRouting
 
@@ -20,6 +24,17 @@ class ClassifierRouting(LearnedRouting):
     """All experts for every token that the gate of its layer lets through; layers without a gate have it so for all."""
 
     name = "classifier"
+
+
+def classifier_logits(x_TD: Tensor, rows: Tensor) -> Tensor:
+    """`W x + b`, (T, S), in fp32: one logit a growth step, above 0 for "original"; `rows` is (S, D + 1), b last."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD.float(), rows[:, :-1].float(), rows[:, -1].float())
+
+
+def recognised(logits_TS: Tensor) -> Tensor:
+    """(T,) booleans: all steps agree that a token is of an original language."""
+    return logits_TS.amin(dim=-1) > 0
 
 
 def most_similar_layers(

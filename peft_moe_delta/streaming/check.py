@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..checkpoint import CheckpointReader
 from ..export import build_model, check_equal_logits
 from ..tuner import MoeDeltaModel
-from ..tuner.agreement import mean_route_agreement
+from ..tuner.comparison import compare_export, rounded_routes
 from ..tuner.grafting import GraftReport, grafted_adapter
 from .adapter import AdapterFile
-from .targets import StockTarget, Target
+from .targets import RemoteCodeTarget, StockTarget, Target
 from .weights import Sources
 
 
@@ -40,22 +40,18 @@ def check_output(
     sources.dry = False
     if not isinstance(destination, StockTarget):
         return dataclasses.replace(report, max_logit_difference=_check_adapter(folder, sources, folders))
-    exact = _grafted(sources, folders, torch.float32)
-    wide = destination.weights.dtype != torch.float32
-    found = _in_fp32(sources, destination) if wide else _load(folder, torch.float32)
-    tuner = cast("MoeDeltaModel", exact.base_model)
-    with tuner.in_language(report.language):
-        difference = check_equal_logits(exact, found)
-    routes = wide and report.language is None and bool(destination.weights.moe_layers)
-    agreement = mean_route_agreement(exact, _load(folder, "auto")) if routes else None
+    weights, exact = destination.weights, _grafted(sources, folders, torch.float32)
+    wide = weights.dtype != torch.float32
+    found = _in_fp32(sources, destination) if wide else _written(destination, folder, torch.float32)
+    difference = compare_export(weights, exact, found, language=report.language)
+    agreement = rounded_routes(weights, exact, _written(destination, folder, "auto")) if wide else None
     return dataclasses.replace(report, max_logit_difference=difference, route_agreement=agreement)
 
 
 def _check_adapter(folder: Path, sources: Sources, folders: Mapping[str, Path]) -> float:
     """The grafted adapter against the one that is grafted in memory, for every language that routing tells apart."""
     expected = _grafted(sources, folders, "auto").float()
-    found = PeftModel.from_pretrained(_load(folders["post_trained"], "auto"), folder, autocast_adapter_dtype=False)
-    found = found.float().eval()
+    found = _with_adapter(_load(folders["post_trained"], "auto"), folder, sources.adapter).float().eval()
     config = sources.adapter.config
     differences = []
     for code in config.language_table.codes if config.routing_rule.needs_language else (None,):
@@ -68,9 +64,16 @@ def _check_adapter(folder: Path, sources: Sources, folders: Mapping[str, Path]) 
 def _grafted(sources: Sources, folders: Mapping[str, Path], dtype: Any) -> PeftModel:
     """The adapter, grafted in memory."""
     base, post_trained = (_load(folders[role], dtype) for role in ("base", "post_trained"))
-    adapter = PeftModel.from_pretrained(base, folders["adapter"], autocast_adapter_dtype=dtype == torch.float32)
+    adapter = _with_adapter(base, folders["adapter"], sources.adapter)
     tuner = cast("MoeDeltaModel", adapter.base_model)
     return grafted_adapter(tuner, post_trained, sources.scale, sources.expert_scales).eval()
+
+
+def _with_adapter(model: PreTrainedModel, folder: Path, adapter: AdapterFile) -> PeftModel:
+    """A model with an adapter in the dtype of its file: as PEFT keeps it over a 16-bit model, fp32 where that is so."""
+    experts = next(iter(adapter.mlps.values())).experts[1]
+    in_fp32 = adapter.reader.dtypes[next(iter(experts.values()))] == torch.float32
+    return PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=in_fp32)
 
 
 def _in_fp32(sources: Sources, destination: StockTarget) -> PreTrainedModel:
@@ -82,8 +85,15 @@ def _in_fp32(sources: Sources, destination: StockTarget) -> PreTrainedModel:
         sources.scale, sources.expert_scales, sources.vocabulary,
     )  # fmt: skip
     wide.dry = False
-    weights = dataclasses.replace(wide.upcycled(), group=destination.weights.group)
-    return build_model(weights, destination.layout)
+    return build_model(destination.share_of(wide), destination.layout)
+
+
+def _written(destination: StockTarget, folder: Path, dtype: Any) -> PreTrainedModel:
+    """What lies on the disk; a modelling file's model by our own copy of that file, so that no foreign code can run."""
+    if not isinstance(destination, RemoteCodeTarget):
+        return _load(folder, dtype)
+    model: PreTrainedModel = destination.layout.model_class(destination.weights).from_pretrained(folder, dtype=dtype)
+    return model.eval()
 
 
 def _load(folder: Path, dtype: Any) -> PreTrainedModel:

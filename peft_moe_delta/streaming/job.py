@@ -1,7 +1,7 @@
 """`graft_checkpoint`: files to files, in bounded memory, complete or not at all.
 
-In: base, post-trained model and adapter, as folders or Hub ids. Out: a folder with a stock checkpoint, or with the
-adapter over the post-trained model; config, tokenizer, and a manifest of what it came from. No model is built.
+In: base, post-trained model and adapter, as folders or Hub ids. Out: a folder with a stock checkpoint, remote code, or
+the adapter over the post-trained model; config, tokenizer, and a manifest of what it came from. No model is built.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,6 @@ from ..checkpoint import (
     ADAPTER_FILES,
     MANIFEST_FILE,
     CheckpointReader,
-    Job,
     check_space,
     file_sha256,
     inside,
@@ -41,16 +39,13 @@ from ..checkpoint import (
 from ..delta import Scale
 from ..errors import CheckpointError, GraftError
 from ..tuner.grafting import GraftReport, check_has_delta, check_same_kind
-from ..tuner.vocabulary import match_tokenizers
+from ..tuner.grafting.report import new_tokens_of
+from ..tuner.vocabulary import match_tokenizers, num_rows
 from .adapter import CONFIG_FILE, AdapterFile
-from .targets import AdapterTarget, StockTarget, Target
-from .weights import Sources, num_rows
+from .side_files import grown_tokenizer, side_files, write_side_files
+from .targets import AdapterTarget, RemoteCodeTarget, StockTarget, Target
+from .weights import Sources
 
-SIDE_FILES = (
-    "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
-    "*.jinja", "chat_template.json", "*.model",
-)  # fmt: skip
-"""What is taken from the post-trained model as it is."""
 _VERSIONS = ("peft-moe-delta", "peft", "safetensors", "torch", "transformers")
 _SPARE = 1 << 24
 """Bytes of disk asked for beyond the planned files."""
@@ -78,13 +73,15 @@ def graft_checkpoint(
 
     Args:
         base: the model that the adapter was trained on: folder or Hub id, as the two below.
-        post_trained: its post-trained descendant. Tokenizer, chat template and generation config come from here.
+        post_trained: its post-trained descendant. Tokenizer (with the adapter's new tokens), chat template and
+            generation config come from here.
         adapter: the trained adapter.
         output: the folder to make.
         scale: share of the post-training delta: a number, or `{pattern: number}` over tensor names.
         expert_scale: share of the experts' own change: a number, or `{group: number}`.
-        target: `"stock"` for a stand-alone checkpoint in a stock architecture; `"adapter"` for an adapter over the
-            post-trained model (scale 1).
+        target: `"stock"` for a stand-alone checkpoint in a stock architecture; `"remote_code"` for one with a small
+            modelling file of its own, which holds every plan, as `merge_and_graft(..., remote_code=True)` writes it;
+            `"adapter"` for an adapter over the post-trained model (scale 1).
         language: for routing by language, what that language runs on.
         replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert.
         shard_size: most bytes of a weights file; a number, or such as `"5GB"`.
@@ -102,6 +99,7 @@ def graft_checkpoint(
     """
     inputs = _Inputs.open(base, post_trained, adapter)
     sources = inputs.sources(Scale(scale), expert_scale)
+    tokenizer = grown_tokenizer(inputs.folders["post_trained"], sources.grafted_config)
     destination = _destination(target, sources, language, replicate_dense_layers, str(post_trained))
     shards = plan_shards(destination.tensors(), _bytes_of(shard_size), destination.single_file)
     request: dict[str, Any] = {
@@ -121,6 +119,7 @@ def graft_checkpoint(
         layout=destination.name,
         language=language,
         replicated_bytes=destination.replicated_bytes,
+        **new_tokens_of(sources.grafted_config),
     )
     output = Path(output).expanduser().resolve()
     if not overwrite and _is_done(output, record, inputs):
@@ -137,7 +136,8 @@ def graft_checkpoint(
             with tqdm(total=total, unit="B", unit_scale=True, desc="graft", disable=None) as bar:
                 write_shards(job, shards, _resuming(sources, destination.tensors), bar.update)
             write_index(job.folder, shards)
-            _write_side_files(job, destination, inputs)
+            write_side_files(job.folder, inputs.folders["post_trained"], tokenizer)
+            destination.write_config(job.folder)
             if check:
                 from .check import check_output
 
@@ -179,8 +179,9 @@ class _Inputs:
         vocabulary = match_tokenizers(
             str(self.folders["base"]),
             str(self.folders["post_trained"]),
-            base_rows=num_rows(self.base),
-            post_trained_rows=num_rows(self.post_trained),
+            base_rows=num_rows(self.base.shapes),
+            post_trained_rows=num_rows(self.post_trained.shapes),
+            new_tokens=self.adapter.config.new_tokens or (),
         )
         return Sources.open(self.base, self.post_trained, self.adapter, self.config, scale, expert_scale, vocabulary)
 
@@ -190,16 +191,13 @@ class _Inputs:
         folders = self.folders
         return {
             "base": [*self.base.files, folders["base"] / "config.json"],
-            "post_trained": [*self.post_trained.files, folders["post_trained"] / "config.json", *self.side_files],
+            "post_trained": [
+                *self.post_trained.files,
+                folders["post_trained"] / "config.json",
+                *side_files(folders["post_trained"]),
+            ],
             "adapter": [*self.adapter.reader.files, folders["adapter"] / CONFIG_FILE],
         }
-
-    @property
-    def side_files(self) -> list[Path]:
-        """Tokenizer and the like, beside the post-trained model's weights."""
-        folder = self.folders["post_trained"]
-        names = {path.name for pattern in SIDE_FILES for path in folder.glob(pattern) if path.is_file()}
-        return [inside(folder, name) for name in sorted(names)]
 
     def in_reading_order(self) -> list[Path]:
         """All files, those that are read at about the same time beside each other: hashing reads ahead for grafting."""
@@ -226,7 +224,9 @@ def _destination(
         return AdapterTarget(sources, language, post_trained)
     if target == "stock":
         return StockTarget(sources, language, replicate_dense_layers)
-    raise GraftError(f"Unknown target {target!r}; expected one of: stock, adapter.")
+    if target == "remote_code":
+        return RemoteCodeTarget(sources, language, replicate_dense_layers)
+    raise GraftError(f"Unknown target {target!r}; expected one of: stock, remote_code, adapter.")
 
 
 def _resuming(
@@ -249,14 +249,6 @@ def _resuming(
             sources.dry = index + 1 < first
 
     return stream
-
-
-def _write_side_files(job: Job, destination: Target, inputs: _Inputs) -> None:
-    for file in inputs.side_files:
-        shutil.copyfile(file, job.folder / file.name)
-    destination.write_config(job.folder)
-    if (job.folder / MANIFEST_FILE).exists():
-        raise CheckpointError(f"The post-trained model brings a file named {MANIFEST_FILE}, which is taken.")
 
 
 def _is_done(output: Path, record: Mapping[str, Any], inputs: _Inputs) -> bool:

@@ -1,4 +1,4 @@
-"""What a graft can be written as: a stock checkpoint, or an adapter over the post-trained model.
+"""What a graft can be written as: a stock checkpoint, remote code, or an adapter over the post-trained model.
 
 In: `Sources`. Out: a stream of (on-disk name, tensor) and a config.
 """
@@ -17,8 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..checkpoint import SINGLE_FILE
 from ..delta import Scale
 from ..errors import GraftError
-from ..export import ReplicatedLayout, choose_layout
+from ..export import Layout, RemoteCodeLayout, ReplicatedLayout, UpcycledWeights, choose_layout
 from ..tuner.grafting import GraftReport, exported_share
+from ..tuner.grafting.report import new_tokens_of
 from .adapter import WEIGHTS_FILE
 from .weights import Sources
 
@@ -46,14 +47,20 @@ class StockTarget(Target):
     """A stand-alone checkpoint in a stock architecture, through the layout that the in-memory export uses too."""
 
     single_file = SINGLE_FILE
+    remote_code = False
 
     def __init__(self, sources: Sources, language: str | None, replicate_dense_layers: bool) -> None:
-        self.weights = exported_share(sources.upcycled(), sources.adapter.config, language)
-        self.layout = choose_layout(self.weights, replicate_dense_layers=replicate_dense_layers)
+        self.language = language
+        self.weights = self.share_of(sources)
+        self.layout = self._layout(replicate_dense_layers)
         self.config = self.layout.config(self.weights)
         self.name = self.config.model_type
         if isinstance(self.layout, ReplicatedLayout):
             self.replicated_bytes = self.weights.replicated_bytes
+
+    def share_of(self, sources: Sources) -> UpcycledWeights:
+        """What is written of a graft."""
+        return exported_share(sources.upcycled(), sources.adapter.config, self.language, remote_code=self.remote_code)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         return self.layout.tensors(self.weights)
@@ -64,6 +71,30 @@ class StockTarget(Target):
         if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
+
+    def _layout(self, replicate_dense_layers: bool) -> Layout:
+        return choose_layout(self.weights, replicate_dense_layers=replicate_dense_layers)
+
+
+class RemoteCodeTarget(StockTarget):
+    """A stand-alone checkpoint with its modelling file, which keeps routers in fp32 also where a stock one would do."""
+
+    remote_code = True
+
+    def write_config(self, folder: Path) -> None:
+        super().write_config(folder)
+        for name, text in self.layout.files(self.weights).items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def _layout(self, replicate_dense_layers: bool) -> Layout:
+        if replicate_dense_layers:
+            raise GraftError("Remote code keeps dense layers as they are; leave out replicate_dense_layers=True.")
+        if not self.weights.moe_layers:
+            raise GraftError(
+                f"What {self.language!r} runs on is a plain {self.weights.config.model_type!r} model, which needs no "
+                'modelling file of its own. Use target="stock".'
+            )
+        return RemoteCodeLayout()
 
 
 class AdapterTarget(Target):
@@ -84,20 +115,25 @@ class AdapterTarget(Target):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         sources, adapter = self.sources, self.sources.adapter
-        owner = {key: (layer, e, name) for (layer, e), keys in adapter.experts.items() for name, key in keys.items()}
+        owner = {
+            key: (names[layer].get(inner), layer, expert)
+            for blocks, names in ((adapter.mlps, sources.mlp_names), (adapter.attentions, sources.attention_names))
+            for layer, block in blocks.items()
+            for expert, keys in block.experts.items()
+            for inner, key in keys.items()
+        }
         saved = {key: name for name, key in adapter.saved.items()}
         for key in adapter.reader:
             if key in owner:
-                layer, expert, name = owner[key]
-                yield key, sources.grafted(key, sources.mlp_names[layer].get(name), layer, expert)
+                yield key, sources.grafted(key, *owner[key])
             elif key in saved:
                 yield key, sources.saved(key, saved[key])
             else:
                 yield key, sources.stored(key)
 
     def write_config(self, folder: Path) -> None:
-        config = copy.deepcopy(self.sources.adapter.config)
+        config = copy.deepcopy(self.sources.grafted_config)
         config.base_model_name_or_path, config.revision = self.post_trained, None
         config.base_fingerprint = self.sources.fingerprint_of_post_trained()
-        config.graft = asdict(GraftReport(self.post_trained, 1.0, self.sources.expert_scales))
+        config.graft = asdict(GraftReport(self.post_trained, 1.0, self.sources.expert_scales, **new_tokens_of(config)))
         config.save_pretrained(str(folder))

@@ -7,24 +7,26 @@ how a job knows every file's layout before it starts.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..architectures import TRANSPOSED_MLP, mlp_module_name
+from ..attention import Borrowed
 from ..checkpoint import CheckpointReader, first_few
 from ..delta import PostTrainingDelta, Scale, all_finite, graft_tensor, low_rank_weight, scale_of_groups
-from ..delta.vocabulary import VocabularyMap, is_embedding
+from ..delta.vocabulary import VocabularyMap, is_embedding, with_new_rows
 from ..errors import CheckpointError, GraftError
-from ..export import LazyTensors, UpcycledWeights
+from ..export import AttentionWeights, LazyTensors, UpcycledWeights
 from ..plan import ExpertPlan
-from ..tuner import MoeDeltaConfig
 from ..tuner.fingerprint import check_fingerprint, fingerprint_of, sampled_blocks
-from .adapter import AdapterFile
+from ..tuner.vocabulary import first_new_id
+from .adapter import AdapterFile, Block
 
 _LEFTOVERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 """Endings of buffers in old files that models compute themselves."""
@@ -40,10 +42,11 @@ class Sources:
         base_files, post_trained: the dense checkpoints.
         base: the base's weights, embeddings in the post-trained model's rows.
         adapter: the adapter.
-        config: of the post-trained model.
+        config: of the post-trained model; its vocabulary is the grafted model's.
         plan: the adapter's experts.
         scale: share of the delta.
         expert_scales: group -> share of its experts' own change.
+        vocabulary: how embedding rows belong together; None where row r is row r.
         dry: whether tensors come without content.
     """
 
@@ -55,6 +58,7 @@ class Sources:
     plan: ExpertPlan
     scale: Scale
     expert_scales: dict[str, float]
+    vocabulary: VocabularyMap | None
     dry: bool = True
 
     @classmethod
@@ -68,44 +72,66 @@ class Sources:
             GraftError: base and post-trained model have other names or shapes.
             CheckpointError: the adapter belongs to another base.
         """
-        if parts := _only_in_memory(adapter.config):
-            raise GraftError(
-                f"The adapter has {parts}, which cannot be grafted from file to file yet. Load it as a model, and use "
-                "graft or merge_and_graft."
-            )
         aligned = PostTrainingDelta.from_checkpoints(base, post_trained, vocabulary).base
         plan = adapter.plan(config.num_hidden_layers)
         scales = scale_of_groups(plan.groups[1:], expert_scale)
-        sources = cls(base, aligned, post_trained, adapter, config, plan, scale, scales)
-        for layer, module in adapter.modules.items():
-            if module.rpartition(".")[2] != mlp_module_name(config.model_type):
-                raise GraftError(f"The experts of layer {layer} stand for {module}, which is not the MLP.")
-        sources.sampled_matrix, sources.vocabulary = sources._check_base(), vocabulary
+        sources = cls(base, aligned, post_trained, adapter, config, plan, scale, scales, vocabulary)
+        for layer, block in adapter.mlps.items():
+            if block.module.rpartition(".")[2] != mlp_module_name(config.model_type):
+                raise GraftError(f"The experts of layer {layer} stand for {block.module}, which is not the MLP.")
+        sources.sampled_matrix = sources._check_base()
         return sources
 
     def __post_init__(self) -> None:
-        self.mlp_names = self.upcycled().mlp_names
-        self.sampled_matrix, self.vocabulary = "", cast("VocabularyMap | None", None)
+        self.sampled_matrix = ""
+        self.grafted_config = copy.deepcopy(self.adapter.config)
+        self.grafted_config.first_new_token_id = first_new_id(self.adapter.config, self.vocabulary)
+        weights = self.upcycled()
+        self.mlp_names, self.attention_names = weights.mlp_names, weights.attention_names
+        if self.adapter.new_rows:
+            self.config = copy.deepcopy(self.config)
+            self.config.vocab_size = len(self.dense(next(iter(self.adapter.new_rows))))
 
     def upcycled(self) -> UpcycledWeights:
         """The grafted model, for layouts."""
+        adapter, kind = self.adapter, self.adapter.config.attention_experts
         return UpcycledWeights(
             config=self.config,
             plan=self.plan,
-            top_k=self.adapter.config.experts_per_token,
+            top_k=adapter.config.experts_per_token,
             dense=GraftedDense(self),
-            experts=lambda layer, expert: LazyTensors(
-                self.mlp_names[layer], lambda matrix: self.expert(layer, expert, matrix)
+            experts=lambda layer, e: self._expert(adapter.mlps[layer], self.mlp_names[layer], layer, e),
+            routers=lambda layer: self._rows(adapter.mlps[layer].router),
+            classifiers={n: partial(self._rows, mlp.classifier) for n, mlp in adapter.mlps.items() if mlp.classifier},
+            attention=None if kind is None else AttentionWeights(
+                kind,
+                experts=lambda layer, e: self._expert(adapter.attentions[layer], self.attention_names[layer], layer, e),
+                routers=lambda layer: self._rows(adapter.attentions[layer].router),
             ),
-            routers=lambda layer: torch.cat([self.stored(key) for key in self.adapter.routers[layer]]),
-        )
+        )  # fmt: skip
+
+    def _rows(self, parts: list[str]) -> Tensor:
+        """The rows of a router or a gate."""
+        return torch.cat([self.stored(key) for key in parts])
+
+    def _expert(self, block: Block, names: Mapping[str, str], layer: int, expert: int) -> LazyTensors:
+        """An expert's tensors by their names inside of the module, `names` being the dense model's."""
+        return LazyTensors(names, lambda inner: self.expert(block, names[inner], inner, layer, expert))
 
     def stored(self, key: str) -> Tensor:
         """A tensor of the adapter as it is."""
         return self.adapter.reader.meta(key) if self.dry else _finite(self.adapter.reader[key], key)
 
     def dense(self, name: str) -> Tensor:
-        """`W_0 + s (P - W_0)`; at scale 1 the post-trained file's own bytes."""
+        """`W_0 + s (P - W_0)`; at scale 1 the post-trained file's own bytes. Embeddings have the new tokens' rows."""
+        rows = self.adapter.new_rows
+        if not rows or not is_embedding(name):
+            return self._dense(name)
+        new = self.stored(rows.get(name) or next(iter(rows.values())))  # a tied output embedding has none of its own
+        assert self.grafted_config.first_new_token_id is not None
+        return with_new_rows(self._dense(name), new, self.grafted_config.first_new_token_id)
+
+    def _dense(self, name: str) -> Tensor:
         post, scale, key = self.post_trained, self.scale.of(name), self.adapter.saved.get(name)
         if self.dry:
             return post.meta(name)
@@ -118,28 +144,37 @@ class Sources:
 
     def saved(self, key: str, name: str) -> Tensor:
         """A tensor of `modules_to_save`, grafted whole, in the adapter's dtype."""
+        dtype, post = self.adapter.reader.dtypes[key], self.post_trained
         if self.dry:
-            return self.adapter.reader.meta(key)
-        trained = self.adapter.reader[key]
-        scale = self.scale.of(name)
-        return graft_tensor(
-            self._base(name), self.post_trained[name], trained, scale=scale, dtype=trained.dtype, name=name
-        )
+            return torch.empty(post.shapes[name], dtype=dtype, device="meta")
+        trained, after = self.adapter.reader[key], post[name]
+        if self.vocabulary is not None and is_embedding(name):
+            trained = self.vocabulary.align(trained, after)
+        return graft_tensor(self._base(name), after, trained, scale=self.scale.of(name), dtype=dtype, name=name)
 
-    def expert(self, layer: int, expert: int, matrix: str) -> Tensor:
-        """An expert's weight: `D + a (E - W_0)`, or `D + a B A` over the dense weight `D`."""
-        name = self.mlp_names[layer][matrix]
-        keys = self.adapter.experts[layer, expert]
+    def expert(self, block: Block, name: str, inner: str, layer: int, expert: int) -> Tensor:
+        """An expert's weight: `D + a (E - W_0)`, or `D + a B A` over the dense weight `D`.
+
+        Args:
+            block: the module that has experts.
+            name: of the dense weight.
+            inner: the same inside of the module.
+            layer, expert: whose it is.
+        """
+        keys = block.experts[expert]
         if self.dry:
-            dtype = self.adapter.reader.dtypes[keys[matrix]] if matrix in keys else self.post_trained.dtypes[name]
+            dtype = self.adapter.reader.dtypes[keys[inner]] if inner in keys else self.post_trained.dtypes[name]
             return torch.empty(self.post_trained.shapes[name], dtype=dtype, device="meta")
-        if matrix in keys:
-            return self.grafted(keys[matrix], name, layer, expert)
-        owner, _, attribute = matrix.rpartition(".")
+        if inner in keys:
+            return self.grafted(keys[inner], name, layer, expert)
+        owner, _, attribute = inner.rpartition(".")
+        shared = self.adapter.config.attention_experts == "shared_kv" and block is self.adapter.attentions.get(layer)
+        if shared and owner in Borrowed.PARTS:
+            return self.dense(name)
         if attribute == "bias":
             return self.dense(name)  # low-rank experts keep the frozen map's
         if f"{owner}.A" not in keys or f"{owner}.B" not in keys:
-            raise CheckpointError(f"{self.adapter.reader.path} lacks {matrix} of expert {expert} in layer {layer}.")
+            raise CheckpointError(f"{self.adapter.reader.path} lacks {inner} of expert {expert} in {block.module}.")
         A, B = self.stored(keys[f"{owner}.A"]), self.grafted(keys[f"{owner}.B"], None, layer, expert)
         weight = low_rank_weight(self.dense(name), A, B, transposed=self.config.model_type in TRANSPOSED_MLP)
         return _finite(weight, f"expert {expert} of {name}")
@@ -195,15 +230,10 @@ class Sources:
     def _fingerprint(self, reader: CheckpointReader, matrix: str) -> dict[str, object]:
         layers = self.adapter.config.wanted_layers or sorted(self.mlp_names)
         if self.adapter.config.base_fingerprint and self.adapter.config.base_fingerprint["blocks"] != len(layers):
-            layers = sorted(self.adapter.modules)
+            layers = sorted(self.adapter.mlps)
         shapes = [{m: list(reader.shapes[name]) for m, name in self.mlp_names[layer].items()} for layer in layers]
         sampled = [reader[self.mlp_names[layers[index]][matrix]] for index in sampled_blocks(len(layers))]
         return fingerprint_of(shapes, sampled)
-
-
-def num_rows(reader: CheckpointReader) -> int:
-    """Rows of the embeddings in a checkpoint."""
-    return next((shape[0] for name, shape in reader.shapes.items() if is_embedding(name)), 0)
 
 
 class GraftedDense(Mapping[str, Tensor]):
@@ -212,7 +242,7 @@ class GraftedDense(Mapping[str, Tensor]):
     def __init__(self, sources: Sources) -> None:
         self._sources = sources
         self._names = [name for name in sources.post_trained if not name.endswith(_LEFTOVERS)]
-        unknown = set(sources.adapter.saved) - set(self._names)
+        unknown = {*sources.adapter.saved, *sources.adapter.new_rows} - set(self._names)
         if unknown:
             raise CheckpointError(
                 f"The adapter holds {first_few(sorted(unknown))}, which the post-trained model lacks. It belongs to "
@@ -237,14 +267,3 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     if not all_finite(tensor):
         raise GraftError(f"{name} holds values that are not finite. The checkpoint is damaged; fetch it again.")
     return tensor
-
-
-def _only_in_memory(config: MoeDeltaConfig) -> str:
-    """The parts of an adapter that this job does not know; empty where it knows all."""
-    parts = {
-        f"{len(config.new_tokens or ())} new tokens": config.new_tokens,
-        "attention experts": config.attention_experts,
-        "classifiers": config.classifier_layers,
-        "a base model of averaged weights": (config.mixed or {}).get("others", "seed") != "seed",
-    }
-    return ", ".join(name for name, present in parts.items() if present)

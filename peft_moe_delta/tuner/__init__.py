@@ -4,7 +4,8 @@
 experts from one, `router` scores them, `attention` mixes attention modules, `vocabulary` adds rows for new tokens,
 `initialisation` fills experts from checkpoints, `growing` adds languages to a trained adapter, `fingerprint` knows the
 base model, `grafting/` moves an adapter onto a post-trained model, `recording` writes down where tokens go, `agreement`
-compares that between two models, `explain` says what an adapter can be shipped as.
+compares that between two models, `comparison` holds an export against its adapter, `explain` says what an adapter can
+be shipped as.
 """
 
 from .agreement import route_agreement

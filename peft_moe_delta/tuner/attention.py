@@ -13,80 +13,17 @@ Shape legend: B batch, S sequence, T = B * S tokens, D hidden size, E experts.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArchitectureError, LanguageError
+from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
 from .context import constant
 from .experts import full_expert, low_rank_expert
 from .layer import MoeDeltaLayer, trainable
-
-Slots = dict[int, int]
-"""Expert -> its layer in the host's cache."""
-
-_KEYS_AND_VALUES = ("k_proj", "v_proj", "k_norm")
-
-
-class Borrowed(nn.Module):
-    """A projection of the base model's own attention inside an expert: called, not owned.
-
-    Attributes:
-        idle: whether keys and values are known already; then nothing is computed and the result, in the right shape,
-            is thrown away by `SharedKeyValues`.
-    """
-
-    def __init__(self, frozen: nn.Module) -> None:
-        super().__init__()
-        self._frozen = (frozen,)  # in a tuple, so that torch does not register it
-        self.idle = False
-
-    @property
-    def weight(self) -> Tensor:
-        """The base model's own."""
-        return self._frozen[0].get_parameter("weight")
-
-    @property
-    def bias(self) -> Tensor:
-        """The base model's own."""
-        return self._frozen[0].get_parameter("bias")
-
-    def forward(self, x: Tensor) -> Tensor:
-        frozen = self._frozen[0]
-        if not self.idle:
-            return frozen(x.to(self.weight.dtype)).to(x.dtype)
-        return x.new_zeros(()).expand(*x.shape[:-1], frozen.out_features) if isinstance(frozen, nn.Linear) else x
-
-
-class SharedKeyValues:
-    """What attention modules see as their cache: the first one's keys and values, kept in the real cache, for all."""
-
-    def __init__(self, cache: Any, dtype: torch.dtype) -> None:
-        self.cache, self.dtype = cache, dtype
-        self.states: tuple[Tensor, Tensor] | None = None
-
-    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Keys and values of all tokens so far, (B, heads, length, head size), in the caller's dtype."""
-        if self.states is None:
-            self.states = keys.to(self.dtype), values.to(self.dtype)
-            if self.cache is not None:
-                self.states = self.cache.update(*self.states, *args, **kwargs)
-        return tuple(state.to(keys.dtype) for state in self.states)
-
-
-class OwnSlot:
-    """What an attention module sees as its cache: the real one, at another layer."""
-
-    def __init__(self, cache: Any, slot: int) -> None:
-        self.cache, self.slot = cache, slot
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `Cache.update`, with the slot in place of the layer."""
-        return self.cache.update(keys, values, self.slot, *args, **kwargs)
 
 
 class MoeDeltaAttention(MoeDeltaLayer):
@@ -99,10 +36,9 @@ class MoeDeltaAttention(MoeDeltaLayer):
 
     def new_expert(self, config: MoeDeltaConfig) -> nn.Module:
         """An untrained expert. All experts read the host's one config, as where it switches its implementation."""
-        children = dict(self.base_layer.named_children())
         keep: dict[int, Any] = {id(self.base_layer.config): self.base_layer.config}
         if config.attention_experts == "shared_kv":
-            keep |= {id(children[n]): Borrowed(children[n]) for n in _KEYS_AND_VALUES if n in children}
+            keep |= Borrowed.of(self.base_layer)
         rank = config.expert_rank
         return full_expert(self.base_layer, keep) if rank is None else low_rank_expert(self.base_layer, rank, keep)
 
@@ -115,9 +51,9 @@ class MoeDeltaAttention(MoeDeltaLayer):
         weights_BSE, usable = self._weights(hidden_states, name)
         experts, settings = self.experts(name), self.settings[name]
         shared = SharedKeyValues(past_key_values, hidden_states.dtype)
-        slots: Slots = {}
+        slots: dict[int, int] = {}
         if settings.config.attention_experts == "full" and past_key_values is not None:
-            slots = self._slots(past_key_values, usable)
+            slots = cache_slots(past_key_values, self.base_layer, usable)
         y_BSD: Any = 0
         for index in slots or usable:
             cache: Any = OwnSlot(past_key_values, slots[index]) if slots else None
@@ -147,44 +83,10 @@ class MoeDeltaAttention(MoeDeltaLayer):
             logits_TE = logits_TE.masked_fill(~constant(allowed, x_TD.device)[sets_T], -torch.inf)
         return logits_TE.softmax(dim=-1).view(*x_BSD.shape[:-1], -1), usable
 
-    def _slots(self, cache: Any, usable: Sequence[int]) -> Slots:
-        """The experts' layers in the cache; chosen when this decoder layer first meets the cache, and kept on it.
-
-        The first expert takes the host's own layer, from which the host reads how many tokens there are; for the
-        others, empty copies of that layer are appended.
-
-        Raises:
-            LanguageError: a token needs an expert that has not seen the tokens before.
-            ArchitectureError: the cache was begun without attention experts.
-        """
-        base: Any = self.base_layer
-        layer = base.layer_idx
-        all_slots: dict[int, Slots] = cache.__dict__.setdefault("moe_delta_slots", {})
-        if layer not in all_slots:
-            while len(cache.layers) < base.config.num_hidden_layers:  # a cache that was made without config
-                cache.layers.append(cache.layer_class_to_replicate())
-            if cache.layers[layer].get_seq_length():
-                raise ArchitectureError(
-                    "The cache holds tokens that attention experts have not seen. Begin generation with an empty cache."
-                )
-            all_slots[layer] = {usable[0]: layer}
-            for expert in usable[1:]:
-                all_slots[layer][expert] = len(cache.layers)
-                cache.layers.append(copy.deepcopy(cache.layers[layer]))
-        if not set(usable) <= set(all_slots[layer]):
-            raise LanguageError(
-                'With attention_experts="full" each language has keys and values of its own, and this one\'s lack the '
-                "text so far. Begin with an empty cache, or name every language of a text in its prompt; "
-                'attention_experts="shared_kv" has no such limit.'
-            )
-        return all_slots[layer]
-
     def _attend(self, expert: nn.Module, x_BSD: Tensor, cache: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
         """One expert in its own dtype (new experts are fp32 by PEFT's default)."""
         if isinstance(cache, SharedKeyValues):
-            for part in expert.children():
-                if isinstance(part, Borrowed):
-                    part.idle = cache.states is not None
+            cache.lend(expert)
         if not torch.is_autocast_enabled(x_BSD.device.type):
             dtype = next(expert.parameters()).dtype
             x_BSD = x_BSD.to(dtype)

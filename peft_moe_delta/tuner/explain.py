@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..architectures import layer_index
 from ..errors import CheckpointError, GraftError
-from ..export import Fit, Layout, UpcycledWeights, choose, every_fit
+from ..export import AttentionWeights, Fit, Layout, UpcycledWeights, choose, every_fit
+from ..routing import ClassifierRouting
 from .blocks import is_target
 from .config import MoeDeltaConfig
 from .grafting import why_not_encodable
@@ -75,6 +76,8 @@ def _weights(config: MoeDeltaConfig, name: str) -> UpcycledWeights:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base, dtype=base.dtype or torch.float32)
     targets = [module for module, _ in model.named_modules() if is_target(config, module)]
+    gates = config.classifier_layers if isinstance(config.routing_rule, ClassifierRouting) else None
+    kind = config.attention_experts
     return UpcycledWeights(
         config=base,
         plan=config.plan(sorted(map(layer_index, targets))),
@@ -82,6 +85,9 @@ def _weights(config: MoeDeltaConfig, name: str) -> UpcycledWeights:
         dense=model.state_dict(),
         experts=_no_weights,
         routers=_no_weights,
+        renormalise=config.norm_topk_prob,
+        classifiers=dict.fromkeys(gates or (), _no_weights),
+        attention=None if kind is None else AttentionWeights(kind, _no_weights, _no_weights),
         languages=config.language_table if config.routing_rule.needs_language else None,
     )
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -57,7 +56,7 @@ def _routes(module: nn.Module) -> bool:
 
 
 def _is_remote_code(module: nn.Module) -> bool:
-    return hasattr(module, "groups_T")
+    return hasattr(module, "groups_T") and hasattr(module, "routes")
 
 
 def _listen(module: nn.Module, note: Callable[[Routes], None], forced: bool) -> RemovableHandle:
@@ -71,14 +70,9 @@ def _listen(module: nn.Module, note: Callable[[Routes], None], forced: bool) -> 
         return module.register_forward_pre_hook(before)
     if _is_remote_code(module):
         mixture: Any = module
-
-        def scored(router: nn.Module, inputs: Any, logits_TE: Tensor) -> None:
-            allowed_TE = None
-            if mixture.allowed is not None:
-                allowed_TE = torch.tensor(mixture.allowed, device=logits_TE.device)[mixture.groups_T]
-            note(choose_experts(logits_TE, mixture.top_k, allowed_TE))
-
-        return module.get_submodule("router").register_forward_hook(scored)
+        return module.register_forward_pre_hook(
+            lambda _, inputs: note(mixture.routes(inputs[0].reshape(-1, inputs[0].shape[-1])))
+        )
 
     def chosen(router: nn.Module, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits_TE, _, indices_TK = output

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from ..routing import classifier_logits, recognised, router_logits
 
 
 class Router(nn.Module):
@@ -45,14 +46,11 @@ class Router(nn.Module):
         return torch.cat(list(self.parameters()))
 
     def forward(self, x_TD: Tensor) -> Tensor:
-        with torch.autocast(x_TD.device.type, enabled=False):
-            x_TD = x_TD.float()
-            parts = [self._logits(x_TD, rows.float()) for rows in self.parameters()]
+        parts = [self.logits(x_TD, rows) for rows in self.parameters()]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    @staticmethod
-    def _logits(x_TD: Tensor, rows: Tensor) -> Tensor:
-        return F.linear(x_TD, rows)
+    logits = staticmethod(router_logits)
+    """(T, D) hidden states and rows -> logits of these rows."""
 
     @staticmethod
     def _rows(hidden_size: int, num_experts: int, device: torch.device) -> nn.Parameter:
@@ -78,11 +76,9 @@ class Classifier(Router):
 
     def recognises(self, x_TD: Tensor, open_steps: int) -> Tensor:
         """(T,) booleans: the rows of all steps up to `open_steps` agree that a token is of an original language."""
-        return self(x_TD)[:, : 1 + open_steps].amin(dim=-1) > 0
+        return recognised(self(x_TD)[:, : 1 + open_steps])
 
-    @staticmethod
-    def _logits(x_TD: Tensor, rows: Tensor) -> Tensor:
-        return F.linear(x_TD, rows[:, :-1], rows[:, -1])
+    logits = staticmethod(classifier_logits)
 
     @staticmethod
     def _rows(hidden_size: int, num_experts: int, device: torch.device) -> nn.Parameter:

@@ -268,6 +268,16 @@ def match_tokenizers(
     )
 
 
+def first_new_id(config: MoeDeltaConfig, vocabulary: VocabularyMap | None) -> int | None:
+    """Id of an adapter's first new token over the post-trained model: behind that model's own; None without any.
+
+    Args:
+        config: the adapter's.
+        vocabulary: from `match_tokenizers`; None leaves the ids as they are.
+    """
+    return vocabulary.next_id if config.new_tokens and vocabulary is not None else config.first_new_token_id
+
+
 def num_rows(shapes: Mapping[str, Sequence[int]]) -> int:
     """Rows of the embeddings among a model's tensors, given by name and shape.
 

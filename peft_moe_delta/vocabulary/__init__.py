@@ -1,7 +1,7 @@
 """New tokens for new languages: choose them from text, give them to a tokenizer and to an upcycled model."""
 
-from .extend import extend_vocabulary
+from .extend import extend_vocabulary, give_tokens
 from .growth import TokenizerGrowth
 from .propose import propose_tokens
 
-__all__ = ["TokenizerGrowth", "extend_vocabulary", "propose_tokens"]
+__all__ = ["TokenizerGrowth", "extend_vocabulary", "give_tokens", "propose_tokens"]

@@ -74,8 +74,21 @@ def _give_known_tokens(model: PeftModel | PreTrainedModel, tokenizer: PreTrained
     tuner = getattr(model, "base_model", None)
     owner = tuner.active_config if isinstance(tuner, MoeDeltaModel) else getattr(model, "graft_report", None)
     tokens, first = (getattr(owner, name, None) for name in ("new_tokens", "first_new_token_id"))
-    if not tokens or first is None:
-        return
+    if tokens and first is not None:
+        give_tokens(tokenizer, tokens, first)
+
+
+def give_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], first: int) -> None:
+    """Give a tokenizer the tokens that a model has learnt already, in place; one that knows them is left as it is.
+
+    Args:
+        tokenizer: a fast tokenizer of the model's own base.
+        tokens: in the order of their ids.
+        first: id of the first.
+
+    Raises:
+        DataError: a token cannot be taken, or another tokenizer than the model's.
+    """
     vocabulary = tokenizer.get_vocab()
     if all(vocabulary.get(token) == first + index for index, token in enumerate(tokens)):
         return

@@ -24,6 +24,9 @@ def main(*folders):
         batch = load_file(f"{folder}/batch.safetensors")
         with torch.no_grad():
             proof = {"logits": model(**batch).logits}
+            mask = torch.ones_like(batch["input_ids"])
+            mask[0, :2] = mask[1, :4] = 0
+            proof["padded"] = model(**batch, attention_mask=mask).logits
             greedy = {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
             greedy |= {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
             proof["cached"] = model.generate(**greedy)
@@ -34,6 +37,9 @@ def main(*folders):
         router = next(parameter for name, parameter in model.named_parameters() if "router" in name)
         expert = next(parameter for name, parameter in model.named_parameters() if "experts.1." in name)
         proof["gradients"] = torch.stack([router.grad.abs().sum().float(), expert.grad.abs().sum().float()])
+        proof["without_gradient"] = torch.tensor(
+            [p.grad is None for name, p in model.named_parameters() if "classifier" not in name]
+        )
         proof["router"] = router.detach()
         model.eval()
         model.save_pretrained(f"{folder}/again")

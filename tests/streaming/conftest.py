@@ -1,5 +1,6 @@
 """Pico checkpoints on disk: a base, its post-trained sibling, and an adapter trained on the base."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from builders import perturbed, pico, upcycle
+from builders import moe_layers, perturbed, pico, randomise, upcycle
+from greek import GREEK, make_tokenizer
+from peft_moe_delta import extend_vocabulary, propose_tokens
+from peft_moe_delta.tuner.vocabulary import grown_layers
 
 
 @dataclass
@@ -40,9 +44,37 @@ def make_trio(tmp_path):
         model = upcycle(
             AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtypes[0]), trained=True, **options
         )
+        for number, layer in enumerate(moe_layers(model)):
+            randomise(layer.moe_delta_classifier, number)
         for name, parameter in model.named_parameters():
             if "moe_delta_experts" in name:
                 parameter.data = parameter.data.to(dtypes[2])
+        model.save_pretrained(tmp_path / "adapter")
+        return Trio(tmp_path, model)
+
+    return make
+
+
+@pytest.fixture
+def make_trio_with_tokens(tmp_path):
+    """The same with tokenizers, the post-trained one with two special tokens more, and Greek tokens in the adapter."""
+
+    def make(family="llama", dtype=torch.float32, tied=False, new_tokens=True, **options):
+        tokenizer = make_tokenizer()
+        base = pico(family, vocab_size=len(tokenizer) + 6, tie_word_embeddings=tied)
+        store(base, tmp_path / "base", dtype)
+        tokenizer.save_pretrained(tmp_path / "base")
+        chat = copy.deepcopy(tokenizer)
+        chat.add_special_tokens({"additional_special_tokens": ["<chat>", "</chat>"]})
+        post = perturbed(base)
+        post.resize_token_embeddings(len(chat) + 3, mean_resizing=False)
+        store(post, tmp_path / "post", dtype)
+        chat.save_pretrained(tmp_path / "post")
+        model = upcycle(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype), trained=True, **options)
+        if new_tokens:
+            extend_vocabulary(model, tokenizer, propose_tokens(GREEK, tokenizer, 20))
+            for layer in grown_layers(model.base_model.model):
+                randomise(layer.moe_delta_rows, 3, 0.5)
         model.save_pretrained(tmp_path / "adapter")
         return Trio(tmp_path, model)
 

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import logits, token_batch
-from peft_moe_delta import graft_checkpoint
+from peft_moe_delta import extend_vocabulary, graft_checkpoint
 from peft_moe_delta.checkpoint import CheckpointReader, verify
 from peft_moe_delta.errors import CheckpointError, GraftError
 from peft_moe_delta.tuner.grafting import to_stock
@@ -114,11 +114,9 @@ def test_one_language_in_other_families(make_trio, family, expert_rank):
     torch.testing.assert_close(logits(stock, TOKENS), logits(grafted, TOKENS, language="az"), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("expert_rank", [None, 4])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_grafted_adapter(make_trio, family, expert_rank):
-    trio = make_trio(family, expert_rank=expert_rank, modules_to_save=["lm_head"] if family == "llama" else None)
-    graft_checkpoint(*trio.paths, trio.folder / "out", target="adapter", expert_scale=0.5)
+def assert_same_adapter(trio, **options):
+    """`graft_checkpoint(target="adapter")` against `graft`."""
+    graft_checkpoint(*trio.paths, trio.folder / "out", target="adapter", expert_scale=0.5, **options)
     trio.model.graft(trio.folder / "post", expert_scale=0.5).save_pretrained(trio.folder / "expected")
     file = "adapter_model.safetensors"
     assert_same_tensors(CheckpointReader(trio.folder / "out" / file), CheckpointReader(trio.folder / "expected" / file))
@@ -126,8 +124,76 @@ def test_a_grafted_adapter(make_trio, family, expert_rank):
     assert ours == theirs
     post = AutoModelForCausalLM.from_pretrained(trio.folder / "post")
     PeftModel.from_pretrained(post, trio.folder / "out")
+
+
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_grafted_adapter(make_trio, family, expert_rank):
+    trio = make_trio(family, expert_rank=expert_rank, modules_to_save=["lm_head"] if family == "llama" else None)
+    assert_same_adapter(trio)
     with pytest.raises(GraftError, match="scale must be 1"):
         graft_checkpoint(*trio.paths, trio.folder / "no", target="adapter", scale=0.5)
+
+
+@pytest.mark.parametrize("expert_rank", [None, 4])
+@pytest.mark.parametrize("kind", ["shared_kv", "full"])
+@pytest.mark.parametrize("routing", ["learned", "language"])
+def test_a_grafted_adapter_with_attention_experts(make_trio, kind, routing, expert_rank):
+    trio = make_trio("qwen3", attention_experts=kind, routing=routing, expert_rank=expert_rank)
+    assert_same_adapter(trio, check=True)
+    with pytest.raises(GraftError, match="no attention experts|cannot be encoded"):
+        graft_checkpoint(*trio.paths, trio.folder / "no")
+
+
+def test_a_grafted_adapter_with_classifiers_that_has_grown(make_trio):
+    trio = make_trio(routing="classifier", classifier_layers=[0, 1])
+    trio.model.add_languages({"bn": "indic"}, {"indic": 1})
+    trio.model.start_review()
+    trio.model.save_pretrained(trio.folder / "adapter")
+    assert_same_adapter(trio, check=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_grafted_adapter_with_new_tokens(make_trio_with_tokens, tied, dtype):
+    assert_same_adapter(make_trio_with_tokens(tied=tied, dtype=dtype), check=True)
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama", False), ("qwen3", True)])
+@pytest.mark.parametrize("options", [{"scale": 0.5}, {"expert_scale": 0.5}])
+def test_new_tokens_get_rows_and_the_tokenizer_knows_them(make_trio_with_tokens, family, tied, options):
+    trio = make_trio_with_tokens(family, tied=tied)
+    report = graft_checkpoint(*trio.paths, trio.folder / "out", check=True, **options)
+    merged = trio.model.merge_and_graft(trio.folder / "post", **options)
+    merged.save_pretrained(trio.folder / "expected")
+    assert_same_tensors(CheckpointReader(trio.folder / "out"), CheckpointReader(trio.folder / "expected"))
+    ours, theirs = (json.loads((trio.folder / f / "config.json").read_text()) for f in ("out", "expected"))
+    assert ours == theirs
+    assert report.new_tokens == merged.graft_report.new_tokens and report.new_tokens
+    assert report.first_new_token_id == merged.graft_report.first_new_token_id
+    chat = AutoTokenizer.from_pretrained(trio.folder / "post")
+    written = AutoTokenizer.from_pretrained(trio.folder / "out")
+    assert written.get_vocab() == extend_vocabulary(merged, chat).get_vocab()
+    assert len(written) == ours["vocab_size"]
+    assert (trio.folder / "out" / "tokenizer.json").name in verify(trio.folder / "out")["files"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_embeddings_of_another_number_of_rows_are_matched_by_token(make_trio_with_tokens, scale):
+    trio = make_trio_with_tokens(new_tokens=False, modules_to_save=["lm_head"])
+    graft_checkpoint(*trio.paths, trio.folder / "out", scale=scale, check=True)
+    assert_same_tensors(CheckpointReader(trio.folder / "out"), in_memory(trio, trio.folder / "expected", scale=scale))
+    before, after = ((trio.folder / f / "tokenizer.json").read_bytes() for f in ("post", "out"))
+    assert before == after
+
+
+def test_a_base_of_averaged_weights_is_refused_as_in_memory(make_trio):
+    trio = make_trio()
+    trio.model.peft_config["default"].mixed = {"others": "average"}
+    trio.model.save_pretrained(trio.folder / "adapter")
+    for graft in (trio.model.graft, lambda post: graft_checkpoint(*trio.paths, trio.folder / "out")):
+        with pytest.raises(GraftError, match="are an average of the models"):
+            graft(trio.folder / "post")
 
 
 def test_a_wrong_base_is_refused_before_anything_is_written(make_trio):

@@ -44,6 +44,22 @@ def test_routing_by_language_names_what_each_language_runs_on(tmp_path):
     assert found['language="en": llama'] == ()
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"routing": "classifier", "classifier_layers": [1]}, "no gate before them"),
+        ({"attention_experts": "full"}, "no attention experts (attention_experts='full')"),
+        ({"norm_topk_prob": False, "top_k": 1}, "norm_topk_prob=False does not"),
+    ],
+)
+def test_what_only_remote_code_holds(tmp_path, changes, reason):
+    model, adapter = saved(tmp_path, **changes)
+    found = by_target(explain(adapter))
+    assert reason in found["mixtral"][0]
+    assert found["remote code (trust_remote_code=True)"] == ()
+    assert to_stock(model, remote_code=True).config.model_type == "moe_delta_llama"
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "granite", "gemma", "phi3"])
 @pytest.mark.parametrize("experts", [{"uralic": 2, "turkic": 1}, {"uralic": [2, 0], "turkic": [1, 0]}])
 def test_it_agrees_with_exporting(family, experts, tmp_path):

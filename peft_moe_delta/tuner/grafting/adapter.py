@@ -23,7 +23,7 @@ from ...delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ...delta.vocabulary import is_embedding
 from ...errors import GraftError
 from ..experts import LowRankLinear
-from ..vocabulary import grown_layers, match_tokenizers, num_rows
+from ..vocabulary import first_new_id, grown_layers, match_tokenizers, num_rows
 from .checks import check_has_delta, check_siblings
 from .report import GraftReport, new_tokens_of
 from .search import Validation, search
@@ -113,8 +113,7 @@ class _Graft:
         scales = scale_of_groups(self.groups, 1.0 if expert_scale == "auto" else expert_scale)
         config = copy.deepcopy(self.tuner.peft_config[self.name])
         config.base_fingerprint = config.base_model_name_or_path = None  # it gets a new base
-        if config.new_tokens and self.vocabulary is not None:
-            config.first_new_token_id = self.vocabulary.next_id
+        config.first_new_token_id = first_new_id(config, self.vocabulary)
         experts = next(iter(self.tuner.layers().values())).moe_delta_experts[self.name]
         keep_fp32 = next(experts.parameters()).dtype == torch.float32
         # The stage's frozen parts stay frozen: what may follow is a short review.

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...delta import Scale
 from ...errors import GraftError
-from ...export import ReplicatedLayout, UpcycledWeights, build_model, check_equal_logits, choose, explain_choice
+from ...export import AttentionWeights, ReplicatedLayout, UpcycledWeights, build_model, choose, explain_choice
 from ...routing import ClassifierRouting
-from ..agreement import mean_route_agreement
+from ..attention import MoeDeltaAttention
+from ..comparison import compare_export, rounded_routes
 from ..config import MoeDeltaConfig
+from ..router import Router
 from .adapter import grafted_adapter
 from .report import GraftReport, new_tokens_of
 from .search import Validation
@@ -48,9 +52,10 @@ def merge_and_graft(
             expert a layer, else a stock mixture of its group's experts.
         replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert; the report
             says what that costs.
-        remote_code: where no stock architecture is exact (unequal experts a layer, other families, routing by language
-            for all languages, which then takes `language_ids`), use the dense architecture with a small modelling
-            file of its own, which is saved along and loads with `trust_remote_code=True`, without this package.
+        remote_code: where no stock architecture is exact (unequal experts a layer, other families, classifiers,
+            attention experts, routing by language for all languages, which then takes `language_ids`), use the dense
+            architecture with a small modelling file of its own, which is saved along and loads with
+            `trust_remote_code=True`, without this package.
         tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
 
     Returns:
@@ -89,23 +94,18 @@ def to_stock(
     in_fp32 = weights.dtype == torch.float32
     exact = model if in_fp32 else copy.deepcopy(model).float()
     exported = build_model(_weights(tuner_of(exact), language, remote_code), chosen.layout)
-    languages = None if weights.languages is None else len(weights.languages.codes)
-    with tuner_of(exact).in_language(language):
-        difference = check_equal_logits(exact, exported, languages=languages, tolerance=tolerance)
+    difference = compare_export(weights, exact, exported, language=language, tolerance=tolerance)
     if not in_fp32:
         exported = build_model(weights, chosen.layout)
     exported.generation_config = copy.deepcopy(tuner.model.generation_config)
     config = tuner.active_config
     report = config.graft or asdict(GraftReport(str(tuner.model.name_or_path), 0.0, {}, **new_tokens_of(config)))
-    agreement = None
-    if not in_fp32 and weights.moe_layers and language is None:
-        agreement = mean_route_agreement(model, exported, languages)
     found = {
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
         "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
-        "route_agreement": agreement,
+        "route_agreement": None if in_fp32 else rounded_routes(weights, model, exported),
         "choice": explain_choice(weights, chosen),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # torch names only tensors and modules
@@ -115,27 +115,49 @@ def to_stock(
 def _weights(tuner: MoeDeltaModel, language: str | None, remote_code: bool) -> UpcycledWeights:
     """What is exported of a model in memory."""
     name, config, layers = tuner.active_adapters[0], tuner.active_config, tuner.layers()
+    gates = {n: gate for n, layer in layers.items() if (gate := layer.classifier(name)) is not None}
     weights = UpcycledWeights(
         config=config_in_force(tuner),
         plan=tuner.plan(),
         top_k=config.experts_per_token,
         dense=trained_weights(tuner),
         experts=lambda layer, expert: layers[layer].expert_weights(name, expert),
-        routers=lambda layer: layers[layer].router(name).rows.detach(),
+        routers=lambda layer: _rows(layers[layer].router(name)),
+        classifiers={n: partial(_rows, gate) for n, gate in gates.items()},
+        attention=_attention_weights(tuner),
     )
     return exported_share(weights, config, language, remote_code=remote_code)
+
+
+def _rows(router: Router) -> Tensor:
+    return router.rows.detach()
+
+
+def _attention_weights(tuner: MoeDeltaModel) -> AttentionWeights | None:
+    name, kind = tuner.active_adapters[0], tuner.active_config.attention_experts
+    if kind is None:
+        return None
+    found = {n: layer for n, _, layer in tuner.expert_layers() if isinstance(layer, MoeDeltaAttention)}
+    return AttentionWeights(
+        kind,
+        experts=lambda layer, expert: found[layer].expert_weights(name, expert),
+        routers=lambda layer: _rows(found[layer].router(name)),
+    )
 
 
 def exported_share(
     weights: UpcycledWeights, config: MoeDeltaConfig, language: str | None, *, remote_code: bool = False
 ) -> UpcycledWeights:
-    """What is exported: everything under learned routing, one group's share under routing by language.
+    """What is exported, of weights that know all of an adapter: the group's share that a language runs on, or all.
 
     Raises:
         GraftError: no stock architecture can say how this adapter routes; or a language is missing, or given where
             routing does not ask for one.
     """
     table = config.language_table
+    weights = replace(weights, renormalise=config.norm_topk_prob)
+    if not isinstance(config.routing_rule, ClassifierRouting):
+        weights = replace(weights, classifiers={})
     if reason := why_not_encodable(config):
         raise GraftError(f"{reason} Or use graft() and share the adapter.")
     if config.routing_rule.needs_language and language is None:
@@ -144,7 +166,8 @@ def exported_share(
         raise GraftError(
             f"Routing {config.routing!r} cannot be encoded in a stock architecture, which has no input for a token's "
             f"language. Pass language=... (one of {', '.join(table.codes)}) for the model that this language runs "
-            "on, remote_code=True for a model with its own modelling file, or use graft() and share the adapter."
+            'on, remote_code=True (from file to file: target="remote_code") for a model with its own modelling file, '
+            "or use graft() and share the adapter."
         )
     if not config.routing_rule.needs_language and language is not None:
         raise GraftError(
@@ -156,21 +179,6 @@ def exported_share(
 
 def why_not_encodable(config: MoeDeltaConfig) -> str | None:
     """Why no stand-alone form can say what an adapter's routing does, and what to do; None where one may."""
-    if config.attention_experts is not None:
-        return (
-            f"No stand-alone form holds attention experts (attention_experts={config.attention_experts!r}). Train with "
-            "MLP experts alone for one."
-        )
-    if not config.norm_topk_prob:
-        return (
-            "Stand-alone forms renormalise the weights of a token's experts, and norm_topk_prob=False does not. Train "
-            "with norm_topk_prob=True for one."
-        )
-    if isinstance(config.routing_rule, ClassifierRouting):
-        return (
-            "Routing 'classifier' cannot be encoded in a stand-alone model, whose routers have no gate before them. "
-            'Review it under routing="learned" and export that.'
-        )
     if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
         groups = zip(config.language_table.groups, config.steps, strict=True)
         closed = [group for group, step in groups if step > config.open_steps]
