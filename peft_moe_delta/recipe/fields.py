@@ -203,7 +203,7 @@ def settled_precision(precision: str, where: str) -> str:
         raise RecipeError(f'{where}: `precision` must be "auto", "bf16" or "fp32"; got {precision!r}.')
     if precision != "auto":
         return precision
-    knows: dict[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    knows: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     matrix_units = knows.get("amx_bf16", False)
     return "bf16" if matrix_units or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()) else "fp32"
 
