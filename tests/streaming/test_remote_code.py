@@ -115,7 +115,7 @@ def test_where_a_stock_architecture_would_do_the_target_is_still_what_was_asked_
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("0.mlp.moe_delta_classifier", "lacks gates of the layers"),
+        ("0.mlp.moe_delta_classifier", "lacks classifiers of the layers"),
         ("1.self_attn.moe_delta_experts.1", "attention experts in the layers"),
         ("1.mlp.moe_delta_router", "MLP experts in the layers"),
         ("embed_tokens.moe_delta_rows", "lacks the rows of its config's new tokens"),
