@@ -105,8 +105,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, default=Path("build/demo/inputs/more_text"), help="folder of the text")
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--pretraining-steps", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=40, help="of expansion; review takes a quarter of them")
+    parser.add_argument("--pretraining-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=120, help="of expansion; review takes a quarter of them")
     parser.add_argument("--test-bytes", type=int, default=12_000, help="of each language")
     arguments = parser.parse_args()
     if not all((arguments.text / code).is_dir() for code in LANGUAGES):
