@@ -29,10 +29,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from peft_moe_delta import MoeDeltaConfig, extend_vocabulary, propose_tokens
 from peft_moe_delta.evaluation import bits_per_byte, fertility
+from peft_moe_delta.recipe.fields import settled_precision
 
 ROWS, LENGTH = 8, 128
 EXPERT_RATE = 4e-4
 """The experts' learning rate; new rows, which belong to tokens and not to layers, have one of their own."""
+
+
+def arithmetic() -> torch.autocast:
+    """bf16 where the machine is faster in it."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=settled_precision("auto", "") == "bf16")
 
 
 def read(inputs: Path, name: str, limit: int | None = None) -> list[str]:
@@ -94,7 +100,7 @@ def train(
     for step in range(1, steps + 1):
         model.train()
         ids = stream.batch()
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             model(input_ids=ids, labels=ids, language="el").loss.backward()
         optimizer.step()
         schedule.step()
@@ -104,7 +110,7 @@ def train(
 
 
 def score(model: PeftModel, tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> float:
-    with torch.autocast("cpu", torch.bfloat16):
+    with arithmetic():
         return bits_per_byte(model, tokenizer, texts, language="el").value
 
 
@@ -169,15 +175,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", type=Path, required=True, help="what examples/demo_inputs.py wrote")
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--tokens", type=int, default=1000, help="how many new tokens")
-    parser.add_argument("--fit-bytes", type=int, default=60_000, help="text that the rows are fitted to; 0 for none")
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=400, help="how many new tokens")
+    parser.add_argument("--fit-bytes", type=int, default=160_000, help="text that the rows are fitted to; 0 for none")
     parser.add_argument("--token-rate", type=float, default=1e-3, help="learning rate of the new rows")
     parser.add_argument("--test-bytes", type=int, default=15_000)
     arguments = parser.parse_args()
     keep_memory()
     inputs, steps = arguments.inputs, arguments.steps
-    texts, test = read(inputs, "el.train"), read(inputs, "el.test", arguments.test_bytes)
+    texts, test = read(inputs, "el.train"), read(inputs, "el.validation", arguments.test_bytes)
     english = read(inputs, "en.train")
     random.Random(0).shuffle(texts)
     milestones = sorted({min(12, steps), min(24, steps), steps})
@@ -199,7 +205,7 @@ def main() -> None:
         head = beginning(texts, arguments.fit_bytes)
         model, grown = upcycled(inputs), AutoTokenizer.from_pretrained(inputs / "model")
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
+        with arithmetic():
             extend_vocabulary(model, grown, tokens, texts=head, language="el")
         seconds = time.perf_counter() - start
         read_bytes = sum(len(text.encode()) for text in head)
