@@ -134,7 +134,8 @@ def test_padding_changes_nothing(side):
         model.zero_grad()
         add_gradients(model, [batch])
         gradients.append(concatenated(p.grad for p in model.parameters()))
-    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-7)
+    rounding = 1e-5 * np.abs(gradients[0]).max()  # sums of other lengths are added up in another order
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=rounding)
 
 
 def test_the_model_is_left_as_it_was():
