@@ -210,14 +210,14 @@ def test_auto_finds_the_expert_scale_that_scores_best():
     base = pico()
     post = perturbed(base)
     model = upcycle(base, trained=True)
-    target = logits(model.graft(copy.deepcopy(post), expert_scale=0.625), TOKENS)
+    target = logits(model.graft(copy.deepcopy(post), expert_scale=0.75), TOKENS)
 
     def closeness(grafted: PeftModel) -> float:
         return -float((logits(grafted, TOKENS) - target).square().mean())
 
     grafted = model.graft(copy.deepcopy(post), expert_scale="auto", validation=closeness)
-    assert grafted.graft_report.expert_scale == {"uralic": 0.625, "turkic": 0.625}
-    assert [a for a, _ in grafted.graft_report.trials][:4] == [0.25, 0.5, 0.75, 1.0]
+    assert grafted.graft_report.expert_scale == {"uralic": 0.75, "turkic": 0.75}
+    assert [a for a, _ in grafted.graft_report.trials] == [0.25, 0.5, 0.75, 1.0]
     torch.testing.assert_close(logits(grafted, TOKENS), target)
 
 

@@ -6,7 +6,7 @@
 """
 
 from .branches import mix
-from .routers import fit_routers
+from .routers import EARLIER_WEIGHT, fit_routers
 from .statistics import RouterStatistics
 
-__all__ = ["RouterStatistics", "fit_routers", "mix"]
+__all__ = ["EARLIER_WEIGHT", "RouterStatistics", "fit_routers", "mix"]

@@ -15,6 +15,9 @@ squares puts its argument at a margin m, above 0 for its own group's tokens and 
 
     c = sum_l mean_{t in l} x_t o(x_t)       w_e = (A + r tr(A)/D I)^-1 (c + m (b_g - sum_{h != g} b_h))
 
+There an earlier language weighs more than a new one, in A, b and c: between languages that no linear row can tell
+apart, it is the new one that gives way.
+
 Gates (`"classifier"` routing) are the linear discriminant of the original languages, of mean u, from the others, of
 mean v: with C the covariance, `w = (C + r tr(C)/D I)^-1 (u - v)`, and 0 half-way between the means.
 
@@ -38,6 +41,9 @@ from ..routing import routing_named
 from ..tuner import MoeDeltaLayer, MoeDeltaModel
 from .statistics import RouterStatistics
 
+EARLIER_WEIGHT = 2.0
+"""Of a language, beside 1 for those of the newest growth step."""
+
 
 def fit_routers(
     model: PeftModel,
@@ -49,6 +55,7 @@ def fit_routers(
     ridge: float = 1e-2,
     temperature: float = 0.1,
     margin: float = 5.0,
+    earlier_weight: float = EARLIER_WEIGHT,
     max_length: int = 512,
     batch_size: int = 8,
     progress: Callable[[Iterable[str]], Iterable[str]] | None = None,
@@ -71,6 +78,8 @@ def fit_routers(
         ridge: strength of the regularisation, relative to the mean of A's diagonal.
         temperature: of the softmax.
         margin: with `only="newest"`, how far above or below the earlier experts' logits a new one's are put.
+        earlier_weight: with `only="newest"`, how many times as much an earlier language weighs as one of the newest
+            step. At 1 the routers err as often on either side; more costs the new languages some of their gain.
         max_length: tokens of a document that are used.
         batch_size: documents in one pass.
         progress: wraps each language's documents, e.g. `tqdm.tqdm`.
@@ -90,8 +99,9 @@ def fit_routers(
             f"logits that new rows are fitted beside: give text of every group. Got {only!r}."
         )
     fitted = RouterStatistics() if statistics is None else statistics
-    _check(tuner, texts_by_language, fitted, (ridge, temperature, margin))
-    beside = only == "newest" and tuner.active_config.newest_step > 0
+    _check(tuner, texts_by_language, fitted, ridge=ridge, temperature=temperature, margin=margin, weight=earlier_weight)
+    newest = tuner.active_config.newest_step
+    beside = only == "newest" and newest > 0
     offsets: dict[str, Tensor] = {}
     tokenizer = tokenizer or _tokenizer_of(tuner.model)
     with _routed_by_language(tuner, zeroed=not beside and only != "gates"):
@@ -104,11 +114,11 @@ def fit_routers(
                     tuner.model(**{k: v.to(device) for k, v in batch.items()}, language=code, use_cache=False)
             if not tokens:
                 raise DataError(f"There is no text of {code!r}. Give at least one document with one token.")
-            fitted.add(
-                code, table.groups[table.group_of[table.id_of(code)]], {n: s[:2] for n, s in sums.items()}, tokens
-            )
+            group = table.group_of[table.id_of(code)]
+            weight = earlier_weight if beside and tuner.active_config.steps[group] < newest else 1.0
+            fitted.add(code, table.groups[group], {n: s[:2] for n, s in sums.items()}, tokens / weight)
             for name, (_, _, offset) in sums.items():
-                offsets[name] = offsets.get(name, 0.0) + offset / tokens
+                offsets[name] = offsets.get(name, 0.0) + offset * weight / tokens
     if only != "gates":
         tuner.active_config.open_steps = tuner.active_config.newest_step  # what was added may serve from now on
     if beside:
@@ -119,12 +129,10 @@ def fit_routers(
     return fitted
 
 
-def _check(
-    tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, numbers: tuple[float, float, float]
-) -> None:
+def _check(tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, **numbers: float) -> None:
     """Refuse what would end in a router that knows nothing of some group."""
-    if not min(numbers) > 0:
-        raise DataError("ridge, temperature and margin must be positive; got {}, {} and {}.".format(*numbers))
+    if not min(numbers.values()) > 0:
+        raise DataError(f"ridge, temperature, margin and earlier_weight must be positive; got {numbers}.")
     table = tuner.active_config.language_table
     for code in (*fitted.languages, *texts):
         table.id_of(code)

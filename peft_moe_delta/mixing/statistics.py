@@ -33,8 +33,8 @@ class RouterStatistics:
     b: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     languages: list[str] = field(default_factory=list)
 
-    def add(self, language: str, group: str, sums: Mapping[str, tuple[Tensor, Tensor]], tokens: int) -> None:
-        """Add a language: for every router `sum x x^T` and `sum x` over its tokens."""
+    def add(self, language: str, group: str, sums: Mapping[str, tuple[Tensor, Tensor]], tokens: float) -> None:
+        """Add a language: for every router `sum x x^T` and `sum x` over its tokens, which the sums are divided by."""
         for name, (outer, total) in sums.items():
             self.A[name] = self.A.get(name, torch.zeros_like(outer)) + outer / tokens
             columns = self.b.setdefault(name, {})

@@ -5,6 +5,7 @@ The file's fields are those of `Growth`. Languages that the adapter knows alread
 
 from __future__ import annotations
 
+import math
 import random
 from bisect import bisect_left
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
-from ..mixing import fit_routers
+from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..tuner import MoeDeltaModel
 from .data import read_texts
 from .fields import Review, Training, read_fields, settled_precision
@@ -59,8 +60,9 @@ class Growth:
         start_from: `"closest"` for the group whose experts write the new text in the fewest bits, a group's name, one
             a new group, or None for expert 0.
         expand: training of the new experts on the new languages; None to leave them untrained.
-        review: training of the new router rows, on equally much text of every group, from where `fit_routers` puts
-            them; None to leave it out.
+        review: training of the new router rows, from where `fit_routers` puts them, on equally much text of every
+            group, but for the new ones, of which there is as much less as `fit_routers` weighs them less; None to leave
+            it out.
         precision, seed: as in `Recipe`.
     """
 
@@ -151,7 +153,9 @@ def _fitted(growth: Growth) -> dict[str, list[str]]:
 
 
 def _balanced(growth: Growth, tuner: MoeDeltaModel, tokenizer: PreTrainedTokenizerBase, fields: Training) -> Features:
-    """Equally many blocks of every group, and within a group of each of its languages that the file gives.
+    """`EARLIER_WEIGHT` times as many blocks of every earlier group as of a new one.
+
+    Within a group, equally many of each of its languages that the file gives.
 
     Raises:
         RecipeError: a group without text.
@@ -164,8 +168,10 @@ def _balanced(growth: Growth, tuner: MoeDeltaModel, tokenizer: PreTrainedTokeniz
             f"A review needs text of every group, and `languages` has none of {', '.join(without)}. Add one of its "
             f"languages with its file: {', '.join(code for group in without for code in table.members(group))}."
         )
-    groups = [codes for codes in members.values() if codes]
-    share = replace(fields, steps=-(-fields.steps // len(groups)))
-    features = [feature for codes in groups for feature in blocks(growth, tokenizer, codes, share)]
+    weights = {group: 1.0 if group in growth.experts else EARLIER_WEIGHT for group, codes in members.items() if codes}
+    features = []
+    for group, weight in weights.items():
+        share = replace(fields, steps=math.ceil(fields.steps * weight / sum(weights.values())))
+        features += blocks(growth, tokenizer, members[group], share)
     random.Random(growth.seed).shuffle(features)
     return features

@@ -235,6 +235,11 @@ class ForwardContext:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         language = kwargs.pop("language", None)
         language_ids = kwargs.pop("language_ids", None)
+        if language is not None and language_ids is not None:
+            raise LanguageError(
+                f"Both `language` ({language!r}) and `language_ids` were given, and one of them would be ignored. Pass "
+                "one; LanguageCollator's batches hold `language_ids`."
+            )
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:

@@ -215,7 +215,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             for expert, rows in zip(experts, slices, strict=True)
             if len(rows) or (torch.is_grad_enabled() and trainable(expert))
         ]
-        rows = torch.cat(outputs)
+        rows = torch.cat(outputs) if outputs else x_TD  # no token, no output
         if len(used) == len(chosen):
             place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
             y_TKD = rows.index_select(0, place)
@@ -223,7 +223,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             y_TKD = rows.new_zeros(len(chosen), rows.shape[-1]).index_copy(0, used, rows)
         if top_k == 1 and routes.normalised:
             return y_TKD  # a single weight is 1
-        y_TKD = y_TKD.view(num_tokens, top_k, -1)
+        y_TKD = y_TKD.view(num_tokens, top_k, y_TKD.shape[-1])
         return (y_TKD * routes.weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
 
     def _run(self, expert: nn.Module, x_TD: Tensor) -> Tensor:

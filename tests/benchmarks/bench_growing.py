@@ -45,6 +45,7 @@ from transformers import (
 from peft_moe_delta import MoeDeltaConfig, fit_routers
 from peft_moe_delta.allocation import Measurement, measure_languages
 from peft_moe_delta.evaluation import bits_per_byte
+from peft_moe_delta.mixing import EARLIER_WEIGHT
 from peft_moe_delta.routing import most_similar_layers
 from peft_moe_delta.tuner import MoeDeltaLayer
 
@@ -109,23 +110,35 @@ def mostly_english(rows: Mapping[str, Tensor], steps: int) -> Tensor:
 
 
 def train(
-    model: nn.Module, rows: Mapping[str, Tensor], codes: Sequence[str], steps: int, rate: float, label: str
+    model: nn.Module,
+    rows: Mapping[str, Tensor],
+    codes: Sequence[str],
+    steps: int,
+    rate: float,
+    label: str,
+    *,
+    newest: str | None = None,
 ) -> None:
-    """AdamW with a cosine over equally many rows of each language a step; bf16 autocast over fp32 weights."""
+    """AdamW with a cosine; bf16 autocast over fp32 weights.
+
+    Equally many rows of each language a step, but for a `newest`, of which there are as many fewer as `fit_routers`
+    weighs it less.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
     warm_up = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1.0, (i + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
     )
-    each = ROWS // len(codes)
+    weights = {c: 1.0 if c == newest or newest is None else EARLIER_WEIGHT for c in codes}
+    each = {c: int(ROWS * weight / sum(weights.values())) for c, weight in weights.items()}
     table = model.active_peft_config.language_table if isinstance(model, PeftModel) else None
     model.train()
     for step in tqdm(range(steps), desc=label, disable=None):
-        picked = {c: rows[c][[(step * each + i) % len(rows[c]) for i in range(each)]] for c in codes}
+        picked = {c: rows[c][[(step * n + i) % len(rows[c]) for i in range(n)]] for c, n in each.items()}
         batch: dict[str, Tensor] = {"input_ids": torch.cat(list(picked.values()))}
         if table is not None:
-            batch["language_ids"] = torch.tensor([table.id_of(c) for c in codes]).repeat_interleave(each)
+            batch["language_ids"] = torch.tensor([table.id_of(c) for c, n in each.items() for _ in range(n)])
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
         loss.backward()
@@ -182,7 +195,8 @@ def insert(model: PeftModel, way: str, code: str, rows: Mapping[str, Tensor], to
         groups = list(model.active_peft_config.group_order)
         model.start_review(routing="learned", language_prior_groups=groups, language_prior_coef=1.0)
         fit_routers(model, documents(tokenizer, rows, known), tokenizer, only="newest", max_length=LENGTH)
-    train(model, rows, known, review_steps(steps), 1e-2 if way == "published" else 2e-3, f"{way}: review")
+    rate, newest = (1e-2, None) if way == "published" else (1e-3, code)
+    train(model, rows, known, review_steps(steps), rate, f"{way}: review", newest=newest)
 
 
 def documents(tokenizer: Any, rows: Mapping[str, Tensor], codes: Sequence[str], number: int = 200) -> Text:

@@ -143,15 +143,16 @@ GROWN = {**TEXTS, "bn": documents(70, 99, 8)}
 def test_newest_rows_are_the_direct_least_squares_solution_beside_the_earlier_ones():
     fitted = grown()
     earlier = router_weights(fitted)
-    fit(fitted, GROWN, only="newest", margin=3.0, ridge=1e-3)
+    fit(fitted, GROWN, only="newest", margin=3.0, earlier_weight=4.0, ridge=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(earlier, router_weights(fitted), strict=True))
     for layer, module in enumerate(moe_layers(fitted)):
         rows, targets = [], []
         for code, texts in GROWN.items():
             x = torch.cat([inputs_of(fitted, code, text)[layer] for text in texts]).double()
             offset = (x @ earlier[layer].double().T).logsumexp(dim=-1)
-            rows.append(x / len(x) ** 0.5)
-            targets.append((offset + (3.0 if code == "bn" else -3.0)) / len(x) ** 0.5)
+            root = ((1.0 if code == "bn" else 4.0) / len(x)) ** 0.5
+            rows.append(x * root)
+            targets.append((offset + (3.0 if code == "bn" else -3.0)) * root)
         x, y = torch.cat(rows), torch.cat(targets)[:, None]
         damping = (1e-3 * (x.T @ x).trace() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
         w = torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 1)])).solution

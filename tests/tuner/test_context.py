@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from builders import LANGUAGES, logits, pico, token_batch, upcycle
+from builders import HIDDEN, LANGUAGES, logits, pico, token_batch, upcycle
+from peft_moe_delta.errors import LanguageError
 from peft_moe_delta.languages import LanguageTable
 from peft_moe_delta.tuner.context import ForwardContext, ForwardState
 
@@ -49,3 +50,18 @@ def test_a_model_is_copied_after_a_pass_whose_loss_nobody_took():
     assert model.base_model.auxiliary_loss is not None
     assert copied.base_model.auxiliary_loss is None
     assert logits(copied.eval(), token_batch()).equal(logits(model.eval(), token_batch()))
+
+
+def test_a_language_and_ids_together_are_refused():
+    model = upcycle(pico())
+    with pytest.raises(LanguageError, match="Both `language` \\('hu'\\) and `language_ids`"):
+        model(input_ids=torch.tensor([[3, 4]]), language="hu", language_ids=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("routing", ["learned", "language"])
+def test_a_layer_without_tokens_gives_none_back(routing):
+    model = upcycle(pico(), routing=routing).eval()
+    layer = next(iter(model.layers().values()))
+    model.set_language("hu")
+    with torch.no_grad():
+        assert layer(torch.zeros(1, 0, HIDDEN)).shape == (1, 0, HIDDEN)

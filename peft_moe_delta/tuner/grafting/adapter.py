@@ -26,7 +26,7 @@ from ..experts import LowRankLinear
 from ..vocabulary import first_new_id, grown_layers, match_tokenizers, num_rows
 from .checks import check_has_delta, check_siblings
 from .report import GraftReport, new_tokens_of
-from .search import Validation, search
+from .search import EXPERT_SCALES, Validation
 from .weights import base_weights, saved_modules, tuner_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def graft(
             `get_peft_model` does.
         scale: only 1: the adapter cannot carry part of a delta to attention, norms and embeddings.
         expert_scale: `a`, the share of the expert's own change to keep: a number, `{group: number}`, or `"auto"` for
-            the best under `validation`.
+            the best of `EXPERT_SCALES` under `validation`.
         validation: scores a grafted model, higher is better; with `expert_scale="auto"` only.
 
     Raises:
@@ -125,7 +125,7 @@ class _Graft:
         self._fill(scales)
         trials: list[tuple[float, float]] = []
         if validation is not None:
-            trials = search(lambda share: self._score(grafted, share, validation))
+            trials = [(share, self._score(grafted, share, validation)) for share in EXPERT_SCALES]
             scales = scale_of_groups(self.groups, max(trials, key=lambda trial: trial[1])[0])
             self._fill(scales)
         scale = dict(self.scale.value) if isinstance(self.scale.value, Mapping) else self.scale.value
