@@ -18,21 +18,20 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
+from learning import cosine, train
 from measure import conditions, print_table
 from peft import PeftModel, get_peft_model
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -109,7 +108,7 @@ def mostly_english(rows: Mapping[str, Tensor], steps: int) -> Tensor:
     return torch.stack(picked)
 
 
-def train(
+def learn(
     model: nn.Module,
     rows: Mapping[str, Tensor],
     codes: Sequence[str],
@@ -119,34 +118,24 @@ def train(
     *,
     newest: str | None = None,
 ) -> None:
-    """AdamW with a cosine; bf16 autocast over fp32 weights.
+    """Train on equally many rows of each language a step.
 
-    Equally many rows of each language a step, but for a `newest`, of which there are as many fewer as `fit_routers`
-    weighs it less.
+    But for a `newest`, of which there are as many fewer as `fit_routers` weighs it less.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.01)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min(1.0, (i + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
-    )
     weights = {c: 1.0 if c == newest or newest is None else EARLIER_WEIGHT for c in codes}
     each = {c: int(ROWS * weight / sum(weights.values())) for c, weight in weights.items()}
-    table = model.active_peft_config.language_table if isinstance(model, PeftModel) else None
-    model.train()
-    for step in tqdm(range(steps), desc=label, disable=None):
-        picked = {c: rows[c][[(step * n + i) % len(rows[c]) for i in range(n)]] for c, n in each.items()}
-        batch: dict[str, Tensor] = {"input_ids": torch.cat(list(picked.values()))}
-        if table is not None:
-            batch["language_ids"] = torch.tensor([table.id_of(c) for c, n in each.items() for _ in range(n)])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
+    arguments: dict[str, Any] = {"use_cache": False}
+    if isinstance(model, PeftModel):
+        table = model.active_peft_config.language_table
+        arguments["language_ids"] = torch.tensor([table.id_of(c) for c, n in each.items() for _ in range(n)])
+
+    def batches() -> Iterator[dict[str, Any]]:
+        for step in range(steps):
+            ids = torch.cat([rows[c][[(step * n + i) % len(rows[c]) for i in range(n)]] for c, n in each.items()])
+            yield {"input_ids": ids, "labels": ids, **arguments}
+
+    schedule = cosine(steps, warm_up=max(1, steps // 10), floor=0.0)
+    train(model, batches(), rate, schedule, steps=steps, label=label, weight_decay=0.01)
 
 
 def score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: Text, limit: int = 20_000) -> dict[str, float]:
@@ -187,16 +176,16 @@ def insert(model: PeftModel, way: str, code: str, rows: Mapping[str, Tensor], to
             for part, initial in zip(parts, fresh.split([len(p) for p in parts]), strict=True):
                 part.data.copy_(initial)
         model.start_expansion(routing="learned", train_earlier_rows=True)
-        train(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
+        learn(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
         model.start_review(train_earlier_rows=True, language_prior_groups=["original"])
     else:
         model.start_expansion(routing="language")
-        train(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
+        learn(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
         groups = list(model.active_peft_config.group_order)
         model.start_review(routing="learned", language_prior_groups=groups, language_prior_coef=1.0)
         fit_routers(model, documents(tokenizer, rows, known), tokenizer, only="newest", max_length=LENGTH)
     rate, newest = (1e-2, None) if way == "published" else (1e-3, code)
-    train(model, rows, known, review_steps(steps), rate, f"{way}: review", newest=newest)
+    learn(model, rows, known, review_steps(steps), rate, f"{way}: review", newest=newest)
 
 
 def documents(tokenizer: Any, rows: Mapping[str, Tensor], codes: Sequence[str], number: int = 200) -> Text:
@@ -216,14 +205,14 @@ def growing(inputs: Path, steps: int, seed: int) -> dict[str, Any]:
     tokenizer = make_tokenizer(text)
     rows, test_rows = rows_of(tokenizer, text, seed), rows_of(tokenizer, held_out, seed)
     base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, eos_token_id=0, bos_token_id=0, pad_token_id=0, **SHAPE))
-    train(base, {"base": mostly_english(rows, 7 * steps)}, ["base"], 7 * steps, 3e-3, "pre-training")
+    learn(base, {"base": mostly_english(rows, 7 * steps)}, ["base"], 7 * steps, 3e-3, "pre-training")
     scores = {"base": score(base, tokenizer, held_out)}
 
     languages = {ENGLISH: "original", HUNGARIAN: "hungarian"}
     model = get_peft_model(base, MoeDeltaConfig(languages=languages, experts={"hungarian": 1}, routing="language"))
-    train(model, rows, [HUNGARIAN], steps, EXPANSION_RATE, "expansion, hu")
+    learn(model, rows, [HUNGARIAN], steps, EXPANSION_RATE, "expansion, hu")
     model.start_review(routing="learned", language_prior_groups=["original", "hungarian"], language_prior_coef=1.0)
-    train(model, rows, [ENGLISH, HUNGARIAN], review_steps(steps), 1e-2, "review")
+    learn(model, rows, [ENGLISH, HUNGARIAN], review_steps(steps), 1e-2, "review")
     scores["en, hu"] = score(model, tokenizer, held_out)
 
     equal = True
@@ -301,7 +290,7 @@ def classifiers(inputs: Path, steps: int, tokens: int, seed: int) -> dict[str, A
     fit_routers(model, documents(tokenizer, rows, codes), tokenizer, only="gates", max_length=LENGTH)
     fitted = recognised(model, test_rows)
     model.start_review(language_prior_groups=["original", "hungarian", "greek"], language_prior_coef=1.0)
-    train(model, rows, codes, steps, 2e-3, "gates")
+    learn(model, rows, codes, steps, 2e-3, "gates")
     return {"layers": layers, "similarity": similarity, "fitted": fitted, "reviewed": recognised(model, test_rows)}
 
 
