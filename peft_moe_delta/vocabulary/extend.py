@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
 from ..tuner import MoeDeltaModel
+from .distil import distil_rows
 from .fit import check_can_fit, fit_rows
 from .growth import TokenizerGrowth
 
@@ -27,9 +28,9 @@ def extend_vocabulary(
     """Teach a model and its tokenizer new tokens; their embeddings train in expansion, and they alone.
 
     Call it between `get_peft_model` and training. An input row, and an output row where the two are not tied, starts as
-    the mean of the rows of the known tokens that spell the new one. With `texts`, the output rows are then fitted to
-    predict the new tokens in them (see `fit`), which takes one pass over the texts and no training of the model. The
-    rows are saved with the adapter and frozen in review.
+    the mean of the rows of the known tokens that spell the new one. With `texts`, input rows are then distilled, so
+    that the model reads a new token as it reads its pieces (see `distil`), and output rows fitted to predict the new
+    tokens (see `fit`); nothing else moves. The rows are saved with the adapter and frozen in review.
 
     Later, `extend_vocabulary(model, tokenizer)` without tokens gives those of a loaded adapter to the base model's
     tokenizer, or those of a grafted adapter or stock model to the post-trained model's, to be saved beside it.
@@ -66,6 +67,7 @@ def extend_vocabulary(
     tuner.add_tokens(list(growth.tokens), growth.first_id, [list(ids) for ids in growth.pieces])
     growth.apply(tokenizer)
     if texts:
+        distil_rows(tuner, tokenizer, texts, language, growth.pieces)
         fit_rows(tuner, tokenizer, texts, language)
     return tokenizer
 

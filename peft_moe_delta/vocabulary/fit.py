@@ -6,10 +6,9 @@ the input rows, too, where the two are tied) that minimise
     mean_t -log softmax([W h_t, R h_t])[y_t]  +  TETHER * mean_i |R_i - M_i|^2 / mean_j |W_j|^2
 
 h_t is what the output embedding gets at position t, read once with the rows as they are, y_t the next token, W the
-known rows, which stay as they are, and M the mean of each new token's pieces. With means, a model is mostly worse
-because it reads them less well than their pieces; the fit does not mend that, but makes the output expect the states
-that come of it, and learns how frequent the tokens are in the text. The problem is convex and needs no gradient through
-the model. The tether keeps a tied row readable, and a rare token's row near its pieces.
+known rows, which stay as they are, and M the rows before: distilled ones where the two are tied (`distil`), else the
+mean of each new token's pieces. The fit learns how frequent the tokens are and after what; the problem is convex and
+needs no gradient through the model. The tether keeps a tied row readable, and a rare token's row near where it was.
 
 Shape legend: T positions, N new tokens, D hidden size, V known tokens.
 """
@@ -24,17 +23,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ArchitectureError, DataError
+from ..errors import ArchitectureError
 from ..export.gate import evaluating
 from ..tuner import MoeDeltaModel
 from ..tuner.vocabulary import grown_layers
+from .text import beginning_of, longest, padded
 
 TETHER = 3.0
 """Weight of the squared distance to the mean of the pieces. On Greek, ten times more and a thirtieth did worse."""
 STEPS, POSITIONS = 100, 1024
 RATE = 0.02
 """Adam's first learning rate as a multiple of the root mean square of a known row's entries; it falls to 0."""
-BATCH, LENGTH = 4, 128
+BATCH = 4
 
 
 class States(NamedTuple):
@@ -58,7 +58,7 @@ def check_can_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, la
     hook = model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: found.append(out))
     try:
         with evaluating(model), torch.no_grad():
-            ids = torch.tensor([[_beginning(tokenizer)]], device=model.device)
+            ids = torch.tensor([[beginning_of(tokenizer)]], device=model.device)
             logits = model(input_ids=ids, **_options(language)).logits
     finally:
         hook.remove()
@@ -119,13 +119,12 @@ def _read(
     language: str | None,
 ) -> States:
     """One pass over the texts."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     seen: list[tuple[Tensor, Tensor]] = []
     hook = head.register_forward_hook(lambda _module, args, out: seen.append((args[0], out)))
     parts: list[States] = []
     try:
         with evaluating(model):
-            for ids, mask in _batches(tokenizer, texts, min(LENGTH, positions)):
+            for ids, mask in _batches(tokenizer, texts, longest(model)):
                 ids, mask = ids.to(model.device), mask.to(model.device)
                 model(input_ids=ids, attention_mask=mask, use_cache=False, **_options(language))
                 hidden, logits = seen.pop()
@@ -142,24 +141,9 @@ def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: i
     """Ids and attention mask, (BATCH, up to `length`), each row begun as a document is."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     cuts = [ids[at : at + length - 1] for ids in encoded for at in range(0, len(ids), length - 1)]
-    rows = sorted(([_beginning(tokenizer), *cut] for cut in cuts), key=len)
+    rows = sorted(([beginning_of(tokenizer), *cut] for cut in cuts), key=len)
     for start in range(0, len(rows), BATCH):
-        batch = rows[start : start + BATCH]
-        mask = (torch.arange(len(batch[-1])) < torch.tensor([len(row) for row in batch])[:, None]).long()
-        ids = torch.zeros_like(mask)
-        for index, row in enumerate(batch):
-            ids[index, : len(row)] = torch.tensor(row)
-        yield ids, mask
-
-
-def _beginning(tokenizer: PreTrainedTokenizerBase) -> int:
-    beginning = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if beginning is None:
-        raise DataError(
-            "The tokenizer has neither a bos nor an eos token; expected one of them to begin a text with. Set "
-            "tokenizer.bos_token."
-        )
-    return int(beginning)
+        yield padded(rows[start : start + BATCH])
 
 
 def _options(language: str | None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Do new tokens pay? SmolLM2 learns Greek with and without them: fertility, bits per byte, and what must not change.
 
-    python examples/demo_inputs.py --output inputs
-    python tests/benchmarks/bench_vocabulary.py --inputs inputs
+    python examples/demo_inputs.py --output build/demo/inputs
+    python tests/benchmarks/bench_vocabulary.py
 
 Both arms train one Greek expert on the same documents in the same order, in batches of as many tokens. The
-rows of the new tokens are first fitted to the documents that training reads first; the table says what that takes. A
+rows of the new tokens are first distilled and fitted on documents that training reads first; the table says what that
+takes. A
 new token carries more text, so the arm with them has read as many bytes as the other one earlier ("same bytes") and
 more of them after as many steps.
 """
@@ -173,7 +174,9 @@ def curve(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=Path, required=True, help="what examples/demo_inputs.py wrote")
+    parser.add_argument(
+        "--inputs", type=Path, default=Path("build/demo/inputs"), help="what examples/demo_inputs.py wrote"
+    )
     parser.add_argument("--output", type=Path, help="a JSON file for the figures")
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=400, help="how many new tokens")
@@ -181,6 +184,11 @@ def main() -> None:
     parser.add_argument("--token-rate", type=float, default=1e-3, help="learning rate of the new rows")
     parser.add_argument("--test-bytes", type=int, default=15_000)
     arguments = parser.parse_args()
+    if not (arguments.inputs / "text").is_dir():
+        print(
+            f"skipped: no text in {arguments.inputs}; make it with examples/demo_inputs.py --output build/demo/inputs"
+        )
+        return
     keep_memory()
     inputs, steps = arguments.inputs, arguments.steps
     texts, test = read(inputs, "el.train"), read(inputs, "el.validation", arguments.test_bytes)

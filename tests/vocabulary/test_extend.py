@@ -10,11 +10,13 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from builders import logits, perturbed, pico, randomise, upcycle
+from builders import HIDDEN, logits, perturbed, pico, randomise, upcycle
 from greek import GREEK, make_tokenizer
 from peft_moe_delta import extend_vocabulary, propose_tokens
 from peft_moe_delta.errors import ArchitectureError, DataError, GraftError, LanguageError, PlanError
 from peft_moe_delta.tuner.vocabulary import grown_layers
+from peft_moe_delta.vocabulary import TokenizerGrowth
+from peft_moe_delta.vocabulary.distil import distil_rows, windows_of
 from peft_moe_delta.vocabulary.fit import States, cross_entropy
 
 FAMILIES = ("llama", "qwen3", "gemma", "gemma3_text", "gpt2")
@@ -173,9 +175,45 @@ def test_fitted_rows_predict_text_better_and_no_old_logit_moves(tokenizer, famil
         for each in (mean, model)
     ]
     assert losses[1] < losses[0] - 0.05
-    if not tied:
-        assert torch.equal(rows_of(model)[0], rows_of(mean)[0])  # what reads them stays the mean
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.unload().state_dict().items())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_distilled_rows_are_read_as_their_pieces_are(tokenizer, tied):
+    base = base_model(tokenizer, tie_word_embeddings=tied)
+    mean, grown = extended(copy.deepcopy(base), tokenizer, routing="language")
+    distilled, _ = extended(base, tokenizer, routing="language")
+    spelling = TokenizerGrowth.plan(tokenizer, distilled.active_peft_config.new_tokens).pieces
+    distil_rows(distilled.base_model, grown, GREEK, "hu", spelling)
+    far = [unlike_its_pieces(model, tokenizer, grown) for model in (mean, distilled)]
+    assert far[1] < 0.7 * far[0]
+    before = [rows.clone() for rows in rows_of(distilled)]
+    distil_rows(distilled.base_model, grown, ["the cat"], "hu", spelling)  # no new token to learn
+    assert all(torch.equal(rows, old) for rows, old in zip(rows_of(distilled), before, strict=True))
+    assert all(rows.requires_grad and rows.grad is None for rows in rows_of(distilled))
+
+
+def unlike_its_pieces(model, tokenizer, grown):
+    """Mean square between what enters the first MLP at the end of each text, in new tokens and in known ones."""
+    entered = []
+    block = next(iter(model.layers().values()))
+    hook = block.register_forward_pre_hook(lambda _module, args: entered.append(args[0].reshape(-1, HIDDEN)[-1]))
+    for text in GREEK:
+        for cut in (tokenizer, grown):
+            logits(model, batch(cut, "<bos>" + text), language="hu")
+    hook.remove()
+    states = torch.stack(entered).view(len(GREEK), 2, -1)
+    return (states[:, 0] - states[:, 1]).pow(2).mean().item()
+
+
+def test_windows_by_hand():
+    def cut(_texts, **_options):
+        return {"input_ids": [[10, 50, 11], [12, 13]]}
+
+    spelt = {50: [1, 2, 3]}
+    assert windows_of(cut, ["two texts"], spelt, 128) == [([10, 50, 11], [10, 1, 2, 3, 11], [0, 3, 4])]
+    assert windows_of(cut, ["two texts"], spelt, 5) == [([10, 50], [10, 1, 2, 3], [0, 3])]
+    assert windows_of(cut, ["two texts"], spelt, 2) == [([50], [1, 2, 3], [2])]  # one token, however many pieces
 
 
 def test_a_fit_is_the_same_each_time_and_leaves_rows_ready_to_train(tokenizer):
