@@ -3,11 +3,10 @@
     python examples/demo_inputs.py --output build/demo/inputs
     python tests/benchmarks/bench_vocabulary.py
 
-Both arms train one Greek expert on the same documents in the same order, in batches of as many tokens. The
-rows of the new tokens are first distilled and fitted on documents that training reads first; the table says what that
-takes. A
-new token carries more text, so the arm with them has read as many bytes as the other one earlier ("same bytes") and
-more of them after as many steps.
+Both arms train one Greek expert on the same documents in the same order, in batches of as many tokens. The rows of the
+new tokens are first distilled and fitted on documents that training reads first; the table says what that takes. A new
+token carries more text, so the arm with them has read as many bytes as the other one earlier ("same bytes") and more of
+them after as many steps.
 """
 
 from __future__ import annotations
