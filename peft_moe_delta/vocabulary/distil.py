@@ -31,7 +31,7 @@ from .text import beginning_of, longest, padded
 DEPTH = 4
 """The layer: one in so many."""
 STEPS, BATCH = 60, 8
-RATE = 0.02
+RATE = 0.05
 """Adam's first learning rate as a multiple of the root mean square of a known row's entries; it falls to 0."""
 
 
