@@ -30,7 +30,7 @@ from ..tuner.vocabulary import grown_layers
 from .text import beginning_of, longest, padded
 
 TETHER = 3.0
-"""Weight of the squared distance to the mean of the pieces. On Greek, ten times more and a thirtieth did worse."""
+"""Weight of the squared distance to the rows before. From means, on Greek, ten times more and a thirtieth did worse."""
 STEPS, POSITIONS = 100, 1024
 RATE = 0.02
 """Adam's first learning rate as a multiple of the root mean square of a known row's entries; it falls to 0."""
