@@ -22,9 +22,8 @@ from ..attention import MoeDeltaAttention
 from ..comparison import compare_export, rounded_routes
 from ..config import MoeDeltaConfig
 from ..router import Router
-from .adapter import grafted_adapter
+from .adapter import Validation, grafted_adapter
 from .report import GraftReport, new_tokens_of
-from .search import Validation
 from .weights import config_in_force, trained_weights, tuner_of
 
 if TYPE_CHECKING:
