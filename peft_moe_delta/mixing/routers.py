@@ -99,6 +99,7 @@ def fit_routers(
             f"logits that new rows are fitted beside: give text of every group. Got {only!r}."
         )
     fitted = RouterStatistics() if statistics is None else statistics
+    weighted = RouterStatistics()  # for the newest rows alone: gates, and the caller, get every language alike
     _check(tuner, texts_by_language, fitted, ridge=ridge, temperature=temperature, margin=margin, weight=earlier_weight)
     newest = tuner.active_config.newest_step
     beside = only == "newest" and newest > 0
@@ -115,14 +116,17 @@ def fit_routers(
             if not tokens:
                 raise DataError(f"There is no text of {code!r}. Give at least one document with one token.")
             group = table.group_of[table.id_of(code)]
-            weight = earlier_weight if beside and tuner.active_config.steps[group] < newest else 1.0
-            fitted.add(code, table.groups[group], {n: s[:2] for n, s in sums.items()}, tokens / weight)
-            for name, (_, _, offset) in sums.items():
-                offsets[name] = offsets.get(name, 0.0) + offset * weight / tokens
+            moments = {name: found[:2] for name, found in sums.items()}
+            fitted.add(code, table.groups[group], moments, tokens)
+            if beside:
+                weight = earlier_weight if tuner.active_config.steps[group] < newest else 1.0
+                weighted.add(code, table.groups[group], moments, tokens / weight)
+                for name, (_, _, offset) in sums.items():
+                    offsets[name] = offsets.get(name, 0.0) + offset * weight / tokens
     if only != "gates":
         tuner.active_config.open_steps = tuner.active_config.newest_step  # what was added may serve from now on
     if beside:
-        _set_newest_rows(tuner, fitted, offsets, margin, ridge)
+        _set_newest_rows(tuner, weighted, offsets, margin, ridge)
     elif only != "gates":
         _set_routers(tuner, fitted, ridge, temperature)
     _set_gates(tuner, fitted, beside, ridge)

@@ -226,6 +226,16 @@ def test_a_fitted_gate_recognises_languages_of_words_of_their_own():
         assert share > 0.8 if code == "en" else share < 0.2, (code, share)
 
 
+def test_a_gate_and_what_is_returned_weigh_languages_alike():
+    found = []
+    for weight in (1.0, 4.0):
+        fitted = grown(routing="classifier", classifier_layers=[0])
+        statistics = fit(fitted, GROWN, only="newest", earlier_weight=weight)
+        found.append((gate_rows(fitted)[1], *statistics.A.values()))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_only_the_newest_row_of_a_gate_is_fitted():
     fitted = grown(routing="classifier", classifier_layers=[0])
     first = gate_rows(fitted)[0].detach().clone()
