@@ -6,10 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from builders import perturbed, pico
+import greek
+import peft_moe_delta
+from builders import logits, perturbed, pico, token_batch, upcycle
 from training.common import make_tokenizer
 
 README = Path(__file__).parents[1] / "README.md"
@@ -21,7 +25,7 @@ def snippets() -> list[str]:
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
 def test_the_snippet_runs(tmp_path):
-    snippet, _ = snippets()
+    snippet = snippets()[0]
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -49,6 +53,39 @@ def test_the_snippet_runs(tmp_path):
     assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
 
 
+def test_the_snippet_on_new_tokens_runs(tmp_path, monkeypatch):
+    tokenizer = greek.make_tokenizer()
+    base = pico("qwen3", vocab_size=len(tokenizer))
+    for name, model in (("base", base), ("post-trained", perturbed(base))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names = {
+        **vars(peft_moe_delta), "get_peft_model": get_peft_model, "AutoTokenizer": AutoTokenizer,
+        "base": AutoModelForCausalLM.from_pretrained("base"), "tokenizer": tokenizer,
+        "greek_texts": greek.GREEK, "english_texts": greek.ENGLISH,
+    }  # fmt: skip
+    config = 'MoeDeltaConfig(languages={"en": "original", "el": "greek"}, experts={"greek": 1})'
+    snippet = snippets()[1]
+    assert "MoeDeltaConfig(...)" in snippet and ", 400, " in snippet
+    exec(snippet.replace("MoeDeltaConfig(...)", config).replace(", 400, ", ", 5, "), names)
+    grown = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    assert len(grown) == len(greek.make_tokenizer()) + 5 == names["chat"].get_input_embeddings().num_embeddings
+
+
+def test_the_snippet_on_growing_runs():
+    model = upcycle(pico(), trained=True)
+    before = logits(model, token_batch(), language="hu")
+    texts = {code: [f"w{n} w{n + 1}" for n in range(3, 9)] for code in ("en", "hu", "fi", "az", "bn")}
+    names = {
+        "model": model, "tokenizer": make_tokenizer(), "fit_routers": peft_moe_delta.fit_routers,
+        "bengali_texts": texts["bn"], "texts_of_all_groups": texts,
+    }  # fmt: skip
+    exec(snippets()[2], names)
+    assert torch.equal(logits(model, token_batch(), language="hu"), before)
+    assert "bn" not in model.active_peft_config.languages
+
+
 def test_the_snippet_on_mixing_runs(tmp_path, monkeypatch):
     base = pico("qwen3")
     for number, name in enumerate(("base", "hu-model", "el-model", "instruct")):
@@ -56,5 +93,5 @@ def test_the_snippet_on_mixing_runs(tmp_path, monkeypatch):
         make_tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     texts = {"english_texts": ["w3 w4"], "hungarian_texts": ["w5 w6"], "greek_texts": ["w7 w8"]}
-    exec(snippets()[1], texts)
+    exec(snippets()[3], texts)
     assert texts["chat"].config.model_type == "qwen3_moe"
