@@ -18,6 +18,7 @@ LEVELS = {
     "errors": 0,
     "languages": 0,
     "architectures": 0,
+    "padding": 0,
     "attention": 1,
     "plan": 1,
     "losses": 1,

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..padding import padded
 
 SHUFFLE_BUFFER = 1000
 """Documents held at a time; the next one is drawn from among them."""
@@ -57,16 +58,11 @@ def batches(rows: list[list[int]], batch_size: int, device: torch.device | str =
     """The rows, `batch_size` at a time."""
     if batch_size < 1:
         raise DataError(f"batch_size: got {batch_size}, expected 1 or more.")
-    return [_padded(rows[start : start + batch_size], device) for start in range(0, len(rows), batch_size)]
+    return [_batch(rows[start : start + batch_size], device) for start in range(0, len(rows), batch_size)]
 
 
-def _padded(rows: list[list[int]], device: torch.device | str) -> Batch:
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    ids = torch.zeros_like(mask)  # any id will do for the padding: it is masked
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-    return Batch(ids.to(device), mask.to(device))
+def _batch(rows: list[list[int]], device: torch.device | str) -> Batch:
+    return Batch(*(part.to(device) for part in padded(rows)))
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:

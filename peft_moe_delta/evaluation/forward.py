@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import DataError
 from ..export.gate import evaluating as in_evaluation_mode
+from ..padding import padded
 
 # Wraps the list of batches and yields them in order, as `tqdm.tqdm` does.
 Progress = Callable[[list[Any]], Iterable[Any]]
@@ -43,12 +44,7 @@ def logits_at(
     """
     forward = _inner_forward(model)
     device = next(model.parameters()).device
-    lengths = torch.tensor([len(row) for row in rows])
-    attention_mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    input_ids = torch.zeros_like(attention_mask)  # any id will do for the padding: it is masked and never scored
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row)
-
+    input_ids, attention_mask = padded(rows)
     wanted = torch.tensor(list(positions), device=device)
     options: dict[str, Any] = {} if language is None else {"language": language}
     if "use_cache" in forward:

@@ -37,6 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import DataError, LanguageError
 from ..languages import ORIGINAL_GROUP
+from ..padding import padded
 from ..routing import routing_named
 from ..tuner import MoeDeltaLayer, MoeDeltaModel
 from .statistics import RouterStatistics
@@ -100,19 +101,21 @@ def fit_routers(
         )
     fitted = RouterStatistics() if statistics is None else statistics
     weighted = RouterStatistics()  # for the newest rows alone: gates, and the caller, get every language alike
-    _check(tuner, texts_by_language, fitted, ridge=ridge, temperature=temperature, margin=margin, weight=earlier_weight)
+    numbers = {"ridge": ridge, "temperature": temperature, "margin": margin, "earlier_weight": earlier_weight}
+    _check(tuner, texts_by_language, fitted, numbers)
     newest = tuner.active_config.newest_step
     beside = only == "newest" and newest > 0
     offsets: dict[str, Tensor] = {}
+    device = next(tuner.model.parameters()).device
     tokenizer = tokenizer or _tokenizer_of(tuner.model)
     with _routed_by_language(tuner, zeroed=not beside and only != "gates"):
         for code, texts in texts_by_language.items():
             with _sums(tuner, beside) as sums:
                 tokens = 0
-                for batch in _batches(progress(texts) if progress else texts, tokenizer, max_length, batch_size):
-                    tokens += int(batch["attention_mask"].sum())
-                    device = next(tuner.model.parameters()).device
-                    tuner.model(**{k: v.to(device) for k, v in batch.items()}, language=code, use_cache=False)
+                for ids, mask in _batches(progress(texts) if progress else texts, tokenizer, max_length, batch_size):
+                    tokens += int(mask.sum())
+                    ids, mask = ids.to(device), mask.to(device)
+                    tuner.model(input_ids=ids, attention_mask=mask, language=code, use_cache=False)
             if not tokens:
                 raise DataError(f"There is no text of {code!r}. Give at least one document with one token.")
             group = table.group_of[table.id_of(code)]
@@ -133,10 +136,12 @@ def fit_routers(
     return fitted
 
 
-def _check(tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, **numbers: float) -> None:
+def _check(
+    tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, numbers: Mapping[str, float]
+) -> None:
     """Refuse what would end in a router that knows nothing of some group."""
     if not min(numbers.values()) > 0:
-        raise DataError(f"ridge, temperature, margin and earlier_weight must be positive; got {numbers}.")
+        raise DataError(f"{', '.join(numbers)} must be positive; got {', '.join(map(str, numbers.values()))}.")
     table = tuner.active_config.language_table
     for code in (*fitted.languages, *texts):
         table.id_of(code)
@@ -229,25 +234,17 @@ def _sums(tuner: MoeDeltaModel, beside: bool) -> Iterator[dict[str, tuple[Tensor
 
 def _batches(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
-) -> Iterator[dict[str, Tensor]]:
-    """Right-padded batches; documents without a token are left out."""
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Ids and masks of right-padded batches; documents without a token are left out."""
     rows: list[list[int]] = []
     for text in texts:
         if ids := list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"]):
             rows.append(ids)
         if len(rows) == batch_size:
-            yield _pad(rows)
+            yield padded(rows)
             rows = []
     if rows:
-        yield _pad(rows)
-
-
-def _pad(rows: list[list[int]]) -> dict[str, Tensor]:
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
-    ids = torch.zeros_like(mask)  # any token will do for padding: it is masked
-    ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
-    return {"input_ids": ids, "attention_mask": mask}
+        yield padded(rows)
 
 
 @torch.no_grad()

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..export.gate import evaluating
+from ..padding import padded
 from ..tuner import MoeDeltaModel
 from ..tuner.blocks import mlp_blocks
 from ..tuner.vocabulary import grown_layers
-from .text import beginning_of, longest, padded
+from .text import beginning_of, longest, options_for
 
 DEPTH = 4
 """The layer: one in so many."""
@@ -66,7 +67,7 @@ def distil_rows(
     random.Random(0).shuffle(windows)
     blocks = mlp_blocks(tuner.model, tuner.active_config)
     block = blocks[sorted(blocks)[len(blocks) // DEPTH]][1]
-    beginning, options = beginning_of(tokenizer), {} if language is None else {"language": language}
+    beginning, options = beginning_of(tokenizer), options_for(language)
 
     def states(ids: Sequence[list[int]]) -> Tensor:
         input_ids, mask = padded([[beginning, *row] for row in ids])
@@ -76,7 +77,8 @@ def distil_rows(
     distilled = rows.detach().float().clone().requires_grad_()
     optimizer = torch.optim.Adam([distilled], lr=RATE * scale)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
-    wanted, _ = rows.requires_grad, rows.requires_grad_(True)
+    wanted = rows.requires_grad
+    rows.requires_grad_(True)
     with evaluating(tuner.model), torch.enable_grad():
         for step in range(STEPS):
             batch = [windows[(step * BATCH + index) % len(windows)] for index in range(min(BATCH, len(windows)))]

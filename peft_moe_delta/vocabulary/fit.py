@@ -16,7 +16,7 @@ Shape legend: T positions, N new tokens, D hidden size, V known tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ArchitectureError
 from ..export.gate import evaluating
+from ..padding import padded
 from ..tuner import MoeDeltaModel
 from ..tuner.vocabulary import grown_layers
-from .text import beginning_of, longest, padded
+from .text import beginning_of, longest, options_for
 
 TETHER = 3.0
 """Weight of the squared distance to the rows before. From means, on Greek, ten times more and a thirtieth did worse."""
@@ -59,7 +60,7 @@ def check_can_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, la
     try:
         with evaluating(model), torch.no_grad():
             ids = torch.tensor([[beginning_of(tokenizer)]], device=model.device)
-            logits = model(input_ids=ids, **_options(language)).logits
+            logits = model(input_ids=ids, **options_for(language)).logits
     finally:
         hook.remove()
     if not torch.equal(logits, found[0].to(logits)):
@@ -126,7 +127,7 @@ def _read(
         with evaluating(model):
             for ids, mask in _batches(tokenizer, texts, longest(model)):
                 ids, mask = ids.to(model.device), mask.to(model.device)
-                model(input_ids=ids, attention_mask=mask, use_cache=False, **_options(language))
+                model(input_ids=ids, attention_mask=mask, use_cache=False, **options_for(language))
                 hidden, logits = seen.pop()
                 real = mask[:, 1:].bool()
                 known = logits[:, :-1][real].float()
@@ -144,7 +145,3 @@ def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: i
     rows = sorted(([beginning_of(tokenizer), *cut] for cut in cuts), key=len)
     for start in range(0, len(rows), BATCH):
         yield padded(rows[start : start + BATCH])
-
-
-def _options(language: str | None) -> dict[str, Any]:
-    return {} if language is None else {"language": language}

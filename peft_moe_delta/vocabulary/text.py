@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
@@ -33,9 +29,6 @@ def beginning_of(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(beginning)
 
 
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, (B, longest row), padded on the right."""
-    mask = (torch.arange(max(map(len, rows))) < torch.tensor([len(row) for row in rows])[:, None]).long()
-    ids = torch.zeros_like(mask)
-    ids[mask.bool()] = torch.tensor([token for row in rows for token in row])
-    return ids, mask
+def options_for(language: str | None) -> dict[str, str]:
+    """What the model is called with so that it reads a text as this language."""
+    return {} if language is None else {"language": language}
