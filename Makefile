@@ -17,7 +17,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-quick figures test test-slow test-browser bench cards lint wheel-test clean
+.PHONY: help docs demo demo-quick figures test test-slow test-browser bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -59,6 +59,15 @@ test-browser: $(INSTALLED)  ## the report's page in a headless browser; installs
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium chromium-driver >/dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+docs: $(INSTALLED)  ## the documentation as a site, build/docs/site, with every link checked
+	$(BIN)/python docs/generate.py
+	rm -rf build/docs/pages && mkdir -p build/docs/pages/figures
+	cp examples/figures/*.png build/docs/pages/figures/
+	for page in docs/*.md; do sed 's|\.\./examples/figures/|figures/|' $$page > build/docs/pages/$$(basename $$page); done
+	$(PYTHON) -m venv --clear build/docs/env
+	build/docs/env/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt
+	build/docs/env/bin/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
 
 lint: $(INSTALLED)  ## ruff's rules and formatting, and types
 	$(BIN)/ruff check .

@@ -1,9 +1,12 @@
-"""The README's Python runs as it stands, but for names and numbers of steps."""
+"""README and docs: their Python runs as it stands, but for names and numbers of steps; pages and links are current."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +17,50 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import greek
 import peft_moe_delta
 from builders import logits, perturbed, pico, token_batch, upcycle
+from peft_moe_delta.recipe import read_recipe
 from training.common import make_tokenizer
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def snippets() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
+def snippets(page: str, kind: str = "python") -> list[str]:
+    return re.findall(rf"```{kind}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_a_test_below_runs_every_snippet():
+    found = {str(page.relative_to(ROOT)): len(snippets(page)) for page in PAGES if snippets(page)}
+    run = ["README.md", *(f"docs/{page}.md" for page in ("quickstart", "training", "new-tokens", "growing", "mixing"))]
+    assert found == dict.fromkeys(run, 1)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_or_heading_leads_somewhere(page):
+    for target in re.findall(r"\]\((?!https?://)([^)]+)\)", page.read_text(encoding="utf-8")):
+        file, _, anchor = target.partition("#")
+        other = page.parent / file if file else page
+        assert other.is_file(), target
+        titles = re.findall(r"^#+ (.+)$", other.read_text(encoding="utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
+def test_the_readme_is_read_in_five_minutes():
+    assert len(PAGES[0].read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_pages_made_from_the_code_are_current():
+    made = subprocess.run([sys.executable, ROOT / "docs/generate.py", "--check"], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
+def test_the_recipe_of_the_quickstart_is_one(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(snippets("docs/quickstart.md", "yaml")[0], encoding="utf-8")
+    assert read_recipe(tmp_path / "recipe.yaml").expanded_languages == ["hu"]
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-def test_the_snippet_runs(tmp_path):
-    snippet = snippets()[0]
+def test_the_snippets_of_readme_and_quickstart_run(tmp_path):
+    [snippet] = snippets("README.md")
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *pre_tokenizers.ByteLevel.alphabet()])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -50,7 +85,15 @@ def test_the_snippet_runs(tmp_path):
     ]
     exec(snippet, {"new_text": new_text, "review_text": review_text})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "chat").config.model_type == "qwen3_moe"
-    assert (tmp_path / "adapter/adapter_model.safetensors").is_file()
+    names: dict[str, Any] = {}
+    exec(snippets("docs/quickstart.md")[0].replace('"my-adapter"', f'"{tmp_path / "adapter"}"'), names)
+    assert names["model"].active_peft_config.languages["hu"] == "expanded"
+
+
+def test_the_snippet_on_other_losses_runs():
+    names: dict[str, Any] = {}
+    exec(snippets("docs/training.md")[0], names)
+    assert names["LanguageTrainer"].__mro__[1] is peft_moe_delta.AuxiliaryLossMixin
 
 
 def test_the_snippet_on_new_tokens_runs(tmp_path, monkeypatch):
@@ -66,7 +109,7 @@ def test_the_snippet_on_new_tokens_runs(tmp_path, monkeypatch):
         "greek_texts": greek.GREEK, "english_texts": greek.ENGLISH,
     }  # fmt: skip
     config = 'MoeDeltaConfig(languages={"en": "original", "el": "greek"}, experts={"greek": 1})'
-    snippet = snippets()[1]
+    [snippet] = snippets("docs/new-tokens.md")
     assert "MoeDeltaConfig(...)" in snippet and ", 400, " in snippet
     exec(snippet.replace("MoeDeltaConfig(...)", config).replace(", 400, ", ", 5, "), names)
     grown = AutoTokenizer.from_pretrained(tmp_path / "chat")
@@ -81,7 +124,7 @@ def test_the_snippet_on_growing_runs():
         "model": model, "tokenizer": make_tokenizer(), "fit_routers": peft_moe_delta.fit_routers,
         "bengali_texts": texts["bn"], "texts_of_all_groups": texts,
     }  # fmt: skip
-    exec(snippets()[2], names)
+    exec(snippets("docs/growing.md")[0], names)
     assert torch.equal(logits(model, token_batch(), language="hu"), before)
     assert "bn" not in model.active_peft_config.languages
 
@@ -93,5 +136,5 @@ def test_the_snippet_on_mixing_runs(tmp_path, monkeypatch):
         make_tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     texts = {"english_texts": ["w3 w4"], "hungarian_texts": ["w5 w6"], "greek_texts": ["w7 w8"]}
-    exec(snippets()[3], texts)
+    exec(snippets("docs/mixing.md")[0], texts)
     assert texts["chat"].config.model_type == "qwen3_moe"
