@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..errors import RecipeError
+from ..recipe.reader import read_yaml
 
 
 class Options:
@@ -38,7 +36,7 @@ class Options:
         Raises:
             RecipeError: an unreadable file, an unknown field, a required option that is missing, or a malformed pair.
         """
-        file = {} if arguments.config is None else _fields(arguments.config)
+        file = {} if arguments.config is None else read_yaml(arguments.config)
         unknown = sorted(set(file) - set(self._declared))
         if unknown:
             raise RecipeError(f"{arguments.config}: unknown fields {unknown}. Known: {', '.join(self._declared)}.")
@@ -81,14 +79,3 @@ def _checked(name: str, value: Any, flag: Mapping[str, Any]) -> Any:
     if wrong:
         raise RecipeError(f"{name}: got {wrong}, expected some of: {', '.join(choices or ())}.")
     return read
-
-
-def _fields(path: str) -> dict[str, Any]:
-    """The fields of a YAML file."""
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"Cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} must hold fields, one a line; got {type(data).__name__}.")
-    return data

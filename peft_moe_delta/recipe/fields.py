@@ -1,24 +1,25 @@
 """What a recipe file says, read and checked.
 
-In: a YAML file. Out: `Recipe`, frozen. Every field has the name it has in the file; an unknown or missing field is an
-error that names it. Paths are relative to the working folder; models and checkpoints may be Hub ids.
+In: a YAML file. Out: `Recipe`, frozen. Every field has the name it has in the file; an unknown or missing field, or a
+value out of bounds, is an error that names it. Paths are relative to the working folder; models may be Hub ids.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-import yaml
 
 from ..errors import RecipeError
 from ..plan import ExpertPlan
+from .reader import Count, Finite, NotNegative, Within, read_fields, read_yaml
+
+Seed = Annotated[int, Within(0, 2**32 - 1)]
+"""What NumPy takes as a seed."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +41,21 @@ class Tasks:
     language: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Training:
-    """One run of the plain Trainer. `sequence_length` is in tokens."""
+    """One run of the plain Trainer. `sequence_length` is in tokens: one to read and one to predict at the least."""
 
-    steps: int
-    batch_size: int
-    learning_rate: float
-    sequence_length: int = 128
+    steps: Count
+    batch_size: Count
+    learning_rate: NotNegative
+    sequence_length: Annotated[int, Within(2)] = 128
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tuning(Training):
     """Supervised tuning of the base model on tasks, for recipes that bring no post-trained model."""
 
-    tasks: str = ""
+    tasks: str
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,12 @@ class Adapter:
     layers_to_transform: list[int] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Review(Training):
     """The review stage; the fields beyond `Training` as in `MoeDeltaModel.start_review`."""
 
     routing: str | None = None
-    language_prior_coef: float | None = None
+    language_prior_coef: NotNegative | None = None
     language_prior_groups: list[str] | None = None
 
 
@@ -81,18 +82,18 @@ class Review(Training):
 class Graft:
     """How the post-training delta is applied, as in `merge_and_graft`."""
 
-    expert_scale: float | dict[str, float] | str = 1.0
-    scale: float = 1.0
+    expert_scale: Finite | dict[str, Finite] | str = 1.0
+    scale: Finite = 1.0
 
 
 @dataclass(frozen=True)
 class Limits:
     """How much held-out material is scored; None for all of it."""
 
-    test_bytes: int | None = None
-    validation_bytes: int | None = None
-    test_tasks: int | None = None
-    validation_tasks: int | None = None
+    test_bytes: Count | None = None
+    validation_bytes: Count | None = None
+    test_tasks: Count | None = None
+    validation_tasks: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -156,9 +157,9 @@ class Recipe:
     limits: Limits = field(default_factory=Limits)
     card: Card | None = None
     push: str | None = None
-    num_hidden_layers: int | None = None
+    num_hidden_layers: Count | None = None
     precision: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
     @property
     def expanded_languages(self) -> list[str]:
@@ -172,15 +173,7 @@ def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
     Raises:
         RecipeError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RecipeError(f"No recipe at {path}. Start from examples/demo.yaml.")
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path} must hold fields, one a line; got {type(data).__name__}.")
+    data = read_yaml(path)
     changes = data.pop("quick", None)
     if quick and changes is None:
         raise RecipeError(f"{path} has no section `quick`, so --quick has nothing to change. Add one, or run without.")
@@ -226,49 +219,3 @@ def _laid_over(data: Any, changes: Any) -> Any:
     if not (isinstance(data, Mapping) and isinstance(changes, Mapping)):
         return changes
     return {**data, **{key: _laid_over(data.get(key), value) for key, value in changes.items()}}
-
-
-def read_fields(kind: Any, data: Any, where: str) -> Any:
-    """A value of the kind a field is annotated with."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _read_section(kind, data, where)
-    if origin in (types.UnionType, typing.Union):
-        if data is None and type(None) in arguments:
-            return None
-        kinds = [k for k in arguments if k is not type(None)]
-        fitting = [k for k in kinds if not dataclasses.is_dataclass(k) and _fits(k, data)]
-        return read_fields(fitting[0] if fitting else kinds[0], data, where)
-    if not _fits(kind, data):
-        raise RecipeError(f"{where} must be {getattr(kind, '__name__', kind)}; got {data!r}.")
-    if origin is dict:
-        return {str(key): read_fields(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
-    return float(data) if kind is float else data
-
-
-def _read_section(kind: Any, data: Any, where: str) -> Any:
-    """A dataclass from a mapping with its fields."""
-    if not isinstance(data, Mapping):
-        raise RecipeError(f"{where} must be a section with fields; got {data!r}.")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    unknown = sorted(set(map(str, data)) - set(fields))
-    required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    missing = sorted(required - set(data))
-    if unknown or missing:
-        raise RecipeError(
-            f"{where}: unknown fields {unknown}, missing fields {missing}. Known fields: {', '.join(fields)}."
-        )
-    hints = typing.get_type_hints(kind)
-    return kind(**{name: read_fields(hints[name], value, f"{where}: {name}") for name, value in data.items()})
-
-
-def _fits(kind: Any, data: Any) -> bool:
-    """Whether a YAML value can be read as a kind. YAML 1.1 takes 4e-4 for text: it must be written 4.0e-4."""
-    origin = typing.get_origin(kind) or kind
-    if origin is Any:
-        return True
-    if origin is float:
-        return isinstance(data, int | float) and not isinstance(data, bool)
-    if origin is int:
-        return isinstance(data, int) and not isinstance(data, bool)
-    return isinstance(data, origin)

@@ -14,7 +14,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -24,7 +23,8 @@ from ..evaluation import closest_group
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..tuner import MoeDeltaModel
 from .data import read_texts
-from .fields import Review, Training, read_fields, settled_precision
+from .fields import Review, Seed, Training, settled_precision
+from .reader import read_fields, read_yaml
 from .stages import Features, blocks, load_model, save_adapter, train
 
 CLOSEST = "closest"
@@ -40,7 +40,7 @@ class GrowthLanguage:
     train: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GrowthTraining(Training):
     """Expansion; `routing` as in `MoeDeltaModel.start_expansion`."""
 
@@ -75,7 +75,7 @@ class Growth:
     expand: GrowthTraining | None = None
     review: Review | None = None
     precision: str = "auto"
-    seed: int = 0
+    seed: Seed = 0
 
 
 def read_growth(path: str | Path) -> Growth:
@@ -84,13 +84,7 @@ def read_growth(path: str | Path) -> Growth:
     Raises:
         RecipeError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
     """
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"No file at {path}. It names an adapter, an output folder and languages.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from error
-    growth: Growth = read_fields(Growth, data, str(path))
+    growth: Growth = read_fields(Growth, read_yaml(path), str(path))
     return replace(growth, precision=settled_precision(growth.precision, str(path)))
 
 

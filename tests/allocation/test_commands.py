@@ -112,7 +112,7 @@ def test_what_is_wrong_is_said(inputs, statistics, capsys):
         ("strategy: best", "strategy: got \\['best'\\]"),
         ("language: hu", "language takes NAME=VALUE"),
         ("- budget", "must hold fields"),
-        ("budget: [", "Cannot read"),
+        ("budget: [", "is not YAML"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(config, message, statistics, tmp_path):

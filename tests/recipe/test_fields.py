@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from peft_moe_delta import ExpertPlan
 from peft_moe_delta.errors import RecipeError
 from peft_moe_delta.recipe import read_recipe
+from peft_moe_delta.recipe.reader import read_yaml
 
 
 def test_a_recipe_is_read_in_the_order_it_was_written(recipe_fields, write_recipe):
@@ -26,10 +29,34 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
     ("change", "message"),
     [
         ({"modle": "x"}, r"unknown fields \['modle'\]"),
-        ({"model": None}, "model must be str"),
+        ({"model": None}, "model must be text"),
+        ({"model": ""}, "model must be text that is not empty"),
+        (
+            {"expand": {"steps": -3, "batch_size": 1, "learning_rate": 1.0}},
+            "steps must be a whole number of at least 1; got -3",
+        ),
+        ({"expand": {"steps": 1, "batch_size": 0, "learning_rate": 1.0}}, "batch_size must be.* at least 1; got 0"),
+        (
+            {"expand": {"steps": 1, "batch_size": 1, "learning_rate": -1.0}},
+            "learning_rate must be a finite number of at",
+        ),
+        ({"expand": {"steps": 1, "batch_size": 1, "learning_rate": float("nan")}}, "must be a finite number.*got nan"),
+        ({"seed": -1}, "seed must be a whole number from 0 to"),
+        ({"limits": {"test_bytes": 0}}, "test_bytes must be a whole number of at least 1"),
+        (
+            {"graft": {"expert_scale": {"hu_group": "half"}}},
+            "expert_scale.hu_group must be a finite number; got 'half'",
+        ),
+        ({"graft": {"expert_scale": [1]}}, "must be a finite number or a section or text that is not empty"),
+        (
+            {"adapter": {"experts": {}, "layers_to_transform": ["0"]}},
+            r"layers_to_transform\[0\] must be a whole number",
+        ),
         ({"expand": {"steps": 1}}, r"expand: .*missing fields \['batch_size', 'learning_rate'\]"),
-        ({"expand": {"steps": "many", "batch_size": 1, "learning_rate": 1.0}}, "steps must be int; got 'many'"),
-        ({"expand": {"steps": 1, "batch_size": 1, "learning_rate": "4e-4"}}, "learning_rate must be float; got '4e-4'"),
+        (
+            {"expand": {"steps": "many", "batch_size": 1, "learning_rate": 1.0}},
+            "steps must be a whole number.*; got 'many'",
+        ),
         ({"languages": ["en"]}, "languages must be"),
         ({"post_trained": "x"}, "either `post_trained`.*or `tune`"),
         ({"precision": "fp8"}, "precision.*bf16.*fp8"),
@@ -67,13 +94,60 @@ def test_quick_needs_its_section(recipe_fields, write_recipe):
         read_recipe(write_recipe(recipe_fields), quick=True)
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not YAML"), ("- a", "must hold fields"), ("", "must hold")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not YAML"),
+        ("- a", "must hold fields"),
+        ("", "must hold"),
+        ("a: 1\na: 2", "'a' comes twice; keep one of them.*line 2"),
+        ("a: {b: 1, b: 1}", "'b' comes twice"),
+        ("? [a]\n: b", "expected text as a key"),
+        ("a: &a [*a]", "recursive"),
+        ("a: !!python/object:os.system x", "could not determine a constructor"),
+        ("a: !!int x", "invalid literal"),
+        ("a: 1\n---\nb: 1", "expected a single document"),
+        ("a: " + "[" * 5000, "recursion"),
+    ],
+)
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, message):
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message) as refused:
         read_recipe(tmp_path / "recipe.yaml")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(RecipeError, match=r"No recipe at .*nowhere\.yaml"):
+    with pytest.raises(RecipeError, match=r"Cannot read .*nowhere\.yaml: No such file"):
         read_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_yaml_is_read_as_version_1_2_has_it(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "no: NO\n~: {on: off}\n1: 012\nfloats: [1e-3, .5, -4E+2, 1., .inf]\ndate: 2026-01-01\ntime: 1:30\n"
+        "sizes: [0o14, 0xff, +3, 1_000]\nnothing: [~, null, ]\ntrue: [true, True, yes]\nsame: &x 1\nagain: *x\n",
+        encoding="utf-8",
+    )
+    assert read_yaml(tmp_path / "a.yaml") == {
+        "no": "NO",
+        "~": {"on": "off"},
+        "1": 12,
+        "floats": [1e-3, 0.5, -400.0, 1.0, float("inf")],
+        "date": "2026-01-01",
+        "time": "1:30",
+        "sizes": [12, 255, 3, "1_000"],
+        "nothing": [None, None],
+        "true": [True, True, "yes"],
+        "same": 1,
+        "again": 1,
+    }
+
+
+def test_a_recipe_may_be_about_norwegian_and_write_numbers_as_yaml_does(recipe_fields, write_recipe):
+    recipe_fields["languages"] = {"no": recipe_fields["languages"]["hu"], **recipe_fields["languages"]}
+    path = write_recipe(recipe_fields)
+    text = Path(path).read_text().replace("'no':", "no:").replace("learning_rate: 0.001", "learning_rate: 1e-3")
+    Path(path).write_text(text)
+    recipe = read_recipe(path)
+    assert list(recipe.languages) == ["no", "en", "hu", "el"]
+    assert recipe.expand.learning_rate == 1e-3
