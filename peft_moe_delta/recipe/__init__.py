@@ -1,13 +1,14 @@
 """A pipeline from a file: base model, text and tasks in; a grafted stock checkpoint and a report of what it gained out.
 
-- `fields`: what the file says; `workspace`: steps whose results are kept; `data`: texts and tasks
+- `reader`, `fields`: what the file says; `workspace`: steps whose results are kept; `data`: texts and tasks
 - `stages`: the steps that train; `grafting`: the graft, tried out; `scoring`, `reporting`: what came of it
 - `cards`: what to tell others about it
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from ..evaluation import EvalReport
 from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
 from . import cards, grafting, reporting, scoring, stages
-from .fields import Graft, Recipe, read_recipe
+from .fields import AUTO, Graft, Recipe, read_recipe
 from .reporting import BASE, DENSE, OURS, OURS_WHOLE, POST_TRAINED
-from .workspace import Step, Workspace, file_hash, model_identity
+from .workspace import Step, Workspace, file_hash, model_files
 
 __all__ = ["OURS", "Recipe", "Run", "read_recipe"]
 
@@ -28,13 +29,11 @@ class Run:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.workspace = Workspace(recipe.output)
-        self._common = {"precision": recipe.precision, "seed": recipe.seed}
         self._steps: dict[str, Step] = {}
 
     def base(self) -> Step:
         """The base model; a copy only where the recipe cuts it down."""
         recipe = self.recipe
-        identity = {"model": model_identity(recipe.model), "layers": recipe.num_hidden_layers}
 
         def cut(folder: Path) -> None:
             if recipe.num_hidden_layers is None:
@@ -42,59 +41,102 @@ class Run:
             model = stages.load_model(recipe.model, num_hidden_layers=recipe.num_hidden_layers)
             stages.save_with_tokenizer(model, recipe.model, folder)
 
-        return self._step("base", identity, cut)
+        return self._step(
+            "base", lambda: {"model": model_files(recipe.model), "num_hidden_layers": recipe.num_hidden_layers}, cut
+        )
 
     def post_trained(self) -> Step:
         """The post-trained model: the recipe's own, or tuned on its tasks."""
-        recipe = self.recipe
-        if recipe.tune is None:
+        recipe, tune = self.recipe, self.recipe.tune
+        if tune is None:
             assert recipe.post_trained is not None  # a recipe has one of the two
-            return self._step("post_trained", {"model": model_identity(recipe.post_trained)}, lambda folder: None)
-        depends_on = {"base": self.base(), "tune": recipe.tune, "tasks": file_hash(recipe.tune.tasks)}
-        make = lambda folder: stages.tune(recipe, self.base_model, recipe.tune, folder)  # noqa: E731
-        return self._step("post_trained", depends_on, make)
+            given = recipe.post_trained
+            return self._step("post_trained", lambda: {"post_trained": model_files(given)}, lambda folder: None)
+        return self._step(
+            "post_trained",
+            lambda: {
+                "base": self.base(),
+                "tune": {**asdict(tune), "tasks": file_hash(tune.tasks)},
+                **self._arithmetic,
+            },
+            lambda folder: stages.tune(recipe, self.base_model, tune, folder),
+        )
 
     def expanded(self) -> Step:
         """The adapter after stage 1."""
         recipe = self.recipe
-        depends_on = {"base": self.base(), "adapter": recipe.adapter, "expand": recipe.expand, "text": self._text()}
-        return self._step("expanded", depends_on, lambda folder: stages.expand(recipe, self.base_model, folder))
+        return self._step(
+            "expanded",
+            lambda: {
+                "base": self.base(),
+                "adapter": recipe.adapter,
+                "groups": {code: language.group for code, language in recipe.languages.items()},
+                "expand": recipe.expand,
+                **self._read("train", recipe.languages, recipe.expanded_languages),
+                **self._arithmetic,
+            },
+            lambda folder: stages.expand(recipe, self.base_model, folder),
+        )
 
     def adapter(self) -> Step:
         """The adapter after all its training: reviewed, where the recipe has a review."""
-        recipe, expanded = self.recipe, self.expanded()
-        if recipe.review is None:
-            return expanded
-        depends_on = {"expanded": expanded, "review": recipe.review}
+        recipe, fields = self.recipe, self.recipe.review
+        if fields is None:
+            return self.expanded()
         return self._step(
             "reviewed",
-            depends_on,
-            lambda folder: stages.review(recipe, self.base_model, expanded.folder, recipe.review, folder),
+            lambda: {
+                "expanded": self.expanded(),
+                "review": fields,
+                **self._read("train", recipe.languages),
+                **self._arithmetic,
+            },
+            lambda folder: stages.review(recipe, self.base_model, self.expanded().folder, fields, folder),
         )
 
     def dense(self) -> Step:
         """Dense continual pre-training on the tokens of stage 1, plus the delta; where the recipe has it."""
-        recipe, fields = self.recipe, self.recipe.dense
+        recipe, fields, expand = self.recipe, self.recipe.dense, self.recipe.expand
         assert fields is not None
-        depends_on = {"base": self.base(), "expand": recipe.expand, "dense": fields, "text": self._text()}
-        tuned = self._step("dense", depends_on, lambda folder: stages.dense(recipe, self.base_model, fields, folder))
+        tuned = self._step(
+            "dense",
+            lambda: {
+                "base": self.base(),
+                "dense": fields,
+                "tokens": {n: getattr(expand, n) for n in ("steps", "batch_size", "sequence_length")},
+                **self._read("train", recipe.languages, recipe.expanded_languages),
+                **self._arithmetic,
+            },
+            lambda folder: stages.dense(recipe, self.base_model, fields, folder),
+        )
         return self._step(
             "dense_grafted",
-            {"dense": tuned, "post_trained": self.post_trained()},
+            lambda: {"dense": tuned, "post_trained": self.post_trained()},
             lambda folder: grafting.graft_dense(self.base_model, tuned.folder, self.post_trained_model, folder),
         )
 
     def grafted(self, name: str = "grafted", fields: Graft | None = None) -> Step:
         """The stock checkpoint."""
-        recipe, fields, adapter = self.recipe, fields or self.recipe.graft, self.adapter()
-        depends_on: dict[str, Any] = {"adapter": adapter, "post_trained": self.post_trained(), "graft": fields}
-        if fields.expert_scale == "auto":
-            depends_on |= {"text": self._text(), "tasks": recipe.tasks, "limits": recipe.limits}
+        recipe, fields = self.recipe, fields or self.recipe.graft
+
+        def inputs() -> dict[str, Any]:
+            read = {"adapter": self.adapter(), "post_trained": self.post_trained(), "graft": fields}
+            if fields.expert_scale != AUTO:
+                return read
+            limits = {"bytes": recipe.limits.validation_bytes, "tasks": recipe.limits.validation_tasks}
+            return {
+                **read,
+                "limits": limits,
+                **self._read("validation", recipe.languages, recipe.expanded_languages),
+                **self._read("validation", recipe.tasks),
+                "precision": recipe.precision,
+            }
+
         return self._step(
             name,
-            depends_on,
+            inputs,
             lambda folder: grafting.graft(
-                recipe, self.base_model, adapter.folder, self.post_trained_model, fields, folder
+                recipe, self.base_model, self.adapter().folder, self.post_trained_model, fields, folder
             ),
         )
 
@@ -152,32 +194,41 @@ class Run:
         return self.recipe.post_trained or self.post_trained().folder
 
     def _scores(self, name: str, checkpoint: Path | str, step: Step) -> Step:
-        recipe = self.recipe
-        depends_on = {"model": step, "text": self._text(), "tasks": self._task_files(), "limits": recipe.limits}
-        return self._step(f"scores/{name}", depends_on, lambda folder: scoring.score(recipe, checkpoint, folder))
+        recipe, limits = self.recipe, self.recipe.limits
+        return self._step(
+            f"scores/{name}",
+            lambda: {"model": step, "limits": {"bytes": limits.test_bytes, "tasks": limits.test_tasks}, **self._tested},
+            lambda folder: scoring.score(recipe, checkpoint, folder),
+        )
 
     def _looked(self, models: dict[str, tuple[str, Path | str, Step]]) -> Step:
         recipe, adapter = self.recipe, self.adapter()
         places = {row: place for row, (_, place, _) in models.items()}
-        depends_on = {"models": {row: step for row, (_, _, step) in models.items()}, "adapter": adapter}
         return self._step(
             "looked",
-            depends_on | {"text": self._text(), "tasks": self._task_files()},
+            lambda: {"models": {row: step for row, (_, _, step) in models.items()}, "adapter": adapter, **self._tested},
             lambda folder: reporting.look(recipe, places, self.base_model, adapter.folder, folder),
         )
 
-    def _text(self) -> dict[str, Any]:
-        """Languages with the hashes of their files."""
-        return {
-            code: {"group": language.group}
-            | {s: file_hash(f) for s in ("train", "validation", "test") if (f := getattr(language, s))}
-            for code, language in self.recipe.languages.items()
-        }
+    @property
+    def _arithmetic(self) -> dict[str, Any]:
+        return {"precision": self.recipe.precision, "seed": self.recipe.seed}
 
-    def _task_files(self) -> dict[str, str]:
-        return {name: file_hash(tasks.test) for name, tasks in self.recipe.tasks.items()}
+    @property
+    def _tested(self) -> dict[str, Any]:
+        """What models are scored on, and how."""
+        languages = {name: tasks.language for name, tasks in self.recipe.tasks.items()}
+        read = {**self._read("test", self.recipe.languages), **self._read("test", self.recipe.tasks)}
+        return {**read, "task_languages": languages, "precision": self.recipe.precision}
 
-    def _step(self, name: str, depends_on: dict[str, Any], make: Any) -> Step:
+    def _read(self, split: str, sets: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
+        """A split of languages or of tasks: their order, and the files' contents."""
+        names = [name for name in (sets if names is None else names) if getattr(sets[name], split) is not None]
+        kind = "languages" if sets is self.recipe.languages else "tasks"
+        hashes = {name: {split: file_hash(getattr(sets[name], split))} for name in names}
+        return {f"order of {kind}": names, kind: hashes}
+
+    def _step(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
         if name not in self._steps:
-            self._steps[name] = self.workspace.step(name, self._common | depends_on, make)
+            self._steps[name] = self.workspace.step(name, inputs(), make)
         return self._steps[name]

@@ -18,6 +18,9 @@ from ..errors import RecipeError
 from ..plan import ExpertPlan
 from .reader import Count, Finite, NotNegative, Within, read_fields, read_yaml
 
+AUTO = "auto"
+"""An expert scale that is chosen on held-out text, or the precision that this machine is faster in."""
+
 Seed = Annotated[int, Within(0, 2**32 - 1)]
 """What NumPy takes as a seed."""
 

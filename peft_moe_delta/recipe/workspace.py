@@ -1,8 +1,8 @@
 """Steps whose results are kept.
 
-In: a step's name, everything its result depends on, and the function that makes it. Out: the step's folder, complete or
-absent. A step runs again only when something it depends on has changed: its fields, its input files, or a step before
-it.
+In: a step's name, all that it reads, and the function that makes it. Out: the step's folder, complete or absent. What
+it read is recorded beside the result, item by item. A step runs again only when one of the items has changed, or a file
+of its result has, and says which.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import whole_folder
+from ..checkpoint import file_sha256, resolve, whole_folder
+from ..errors import RecipeError
 from .data import existing
 
 RECORD = "step.json"
 _VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")
+_FREE = ("README", ".")  # how the names of a model's files begin that no model is loaded from
+_TEMPLATES = "additional_chat_templates"  # the one folder that a tokenizer is loaded from
+_SHOWN = 3  # reasons
 
 log = logging.getLogger(__name__)
 
@@ -44,38 +48,121 @@ class Workspace:
 
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output)
-        self.output.mkdir(parents=True, exist_ok=True)
 
-    def step(self, name: str, depends_on: dict[str, Any], make: Callable[[Path], None]) -> Step:
+    def step(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Step:
         """Run `make(folder)` unless the folder holds the result already.
 
         The record beside the result says what it came from: command, versions, inputs, time and the files' hashes.
+
+        Args:
+            name: of the step, and of its folder.
+            inputs: everything that `make` reads: steps before it, `file_hash` and `model_files` of what lies on the
+                disk, dataclasses and plain values.
+            make: writes the result into a folder.
+
+        Raises:
+            RecipeError: in the step's place there is a folder that no step has left.
         """
-        key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=_as_json).encode()).hexdigest()
-        folder = self.output / name
-        record = folder / RECORD
-        if record.is_file() and json.loads(record.read_text(encoding="utf-8"))["key"] == key:
+        read = _flat(inputs)
+        step = Step(self.output / name, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest())
+        reason = _why_again(step.folder, read)
+        if reason is None:
             log.info("%s: kept from an earlier run", name)
-            return Step(folder, key)
+            return step
+        if reason:
+            log.warning("%s: runs again, since %s", name, reason)
         log.info("%s ...", name)
         started = time.time()
-        with whole_folder(folder, overwrite=True) as partial:
+        with whole_folder(step.folder, overwrite=True) as partial:
             make(partial)
             seconds = round(time.time() - started, 1)
-            files = {str(f.relative_to(partial)): file_hash(f) for f in sorted(partial.rglob("*")) if f.is_file()}
-            written = {
-                "key": key,
-                "command": sys.argv,
-                "versions": {package: version(package) for package in _VERSIONS},
-                "depends_on": depends_on,
-                "seconds": seconds,
-                "files": files,
-            }
-            text = json.dumps(written, indent=1, sort_keys=True, default=_as_json)
-            (partial / RECORD).write_text(text, encoding="utf-8")
+            _write_record(partial, read, seconds)
         _release_memory()
         log.info("%s: done in %.0f s", name, seconds)
-        return Step(folder, key)
+        return step
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested inputs as one mapping, from dotted names to what JSON can say."""
+    if isinstance(value, Step):
+        return {name: f"step:{value.key}"}
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if not isinstance(value, Mapping):
+        return {name: json.loads(json.dumps(value))}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flat(item, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _why_again(folder: Path, read: Mapping[str, Any]) -> str | None:
+    """Why a step must run: "" for the first time, None where its result is there and still holds."""
+    record = folder / RECORD
+    if not record.is_file():
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise RecipeError(
+                f"{folder} has no {RECORD}, so it is not the result of a step, and a recipe replaces only those. Move "
+                "it away, or choose another `output`."
+            )
+        return ""
+    try:
+        written = json.loads(record.read_text(encoding="utf-8"))
+        before, files, stats = written["inputs"], written["files"], written["stats"]
+        reasons = _differences(before, read) + _damages(folder, files, stats)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"its {RECORD} is damaged, or of an earlier version"
+    more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
+    return "; ".join(reasons[:_SHOWN]) + more if reasons else None
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What is read now and was not then, or the other way round."""
+    absent = object()
+    found = []
+    for name in {**before, **now}:
+        old, new = before.get(name, absent), now.get(name, absent)
+        if old == new:
+            continue
+        if old is absent or new is absent:
+            found.append(f"{name} is {'new' if old is absent else 'gone'}")
+        elif str(new).startswith("step:"):
+            found.append(f"{name} is another")
+        elif str(new).startswith("sha256:"):
+            found.append(f"the content of {name} has changed")
+        else:
+            found.append(f"{name} was {old} and is {new}")
+    return found
+
+
+def _damages(folder: Path, files: Mapping[str, str], stats: Mapping[str, list[int]]) -> list[str]:
+    """What has become of a result. A file whose size and time are as they were is taken to be what it was."""
+    found = []
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            found.append(f"its {name} is missing")
+        elif _stat(path) != stats[name] and file_hash(path) != digest:
+            found.append(f"its {name} was changed")
+    return found
+
+
+def _write_record(folder: Path, read: Mapping[str, Any], seconds: float) -> None:
+    files = {f.relative_to(folder).as_posix(): f for f in sorted(folder.rglob("*")) if f.is_file()}
+    record = {
+        "command": sys.argv,
+        "versions": {package: version(package) for package in _VERSIONS},
+        "inputs": read,
+        "seconds": seconds,
+        "files": {name: file_hash(file) for name, file in files.items()},
+        "stats": {name: _stat(file) for name, file in files.items()},
+    }
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+
+def _stat(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
 
 
 def _release_memory() -> None:
@@ -89,25 +176,24 @@ def _release_memory() -> None:
 
 
 def file_hash(path: str | Path) -> str:
-    """sha256 of a file.
+    """What stands for a file: its content.
 
     Raises:
         DataError: there is no such file.
     """
-    digest = hashlib.sha256()
-    with existing(path).open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return f"sha256:{file_sha256(existing(path))}"
 
 
-def model_identity(model: str) -> Any:
-    """What stands for a model: the hashes of a folder's weights and config, or a Hub id as it is."""
+def model_files(model: str) -> dict[str, str]:
+    """What stands for a model: every file that one is loaded from, or the commit of a Hub id.
+
+    Raises:
+        CheckpointError: neither a folder nor a repository that can be reached.
+    """
     folder = Path(model)
     if not folder.is_dir():
-        return model
-    return {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix in (".safetensors", ".json", ".jinja")}
-
-
-def _as_json(value: Any) -> Any:
-    return value.key if isinstance(value, Step) else vars(value)
+        return {"revision": resolve(model, files=("config.json",)).name}
+    files = [f for place in (folder, folder / _TEMPLATES) if place.is_dir() for f in sorted(place.iterdir())]
+    return {
+        f.relative_to(folder).as_posix(): file_hash(f) for f in files if f.is_file() and not f.name.startswith(_FREE)
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,33 @@ def test_an_error_is_one_clear_message_and_exit_status_one(recipe_fields, write_
     with pytest.raises(SystemExit, match=r"error: `experts` names the groups"):
         main(["train", write_recipe(recipe_fields)])
     assert not (Path(recipe_fields["output"]) / "expanded").exists()
+
+
+def test_a_step_depends_on_what_it_reads_and_on_nothing_else(recipe_fields, write_recipe, caplog):
+    """A changed tokenizer file trains again, and says so; a changed test set trains nothing."""
+
+    def ran():
+        caplog.clear()
+        run = Run(read_recipe(write_recipe(recipe_fields)))
+        run.expanded()
+        run._scores("base", run.base_model, run.base())
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    assert ran() == []
+    model, hungarian = Path(recipe_fields["model"]), recipe_fields["languages"]["hu"]
+    hungarian["test"] = hungarian["validation"]
+    assert ran() == ["scores/base: runs again, since the content of languages.hu.test has changed"]
+    Path(hungarian["validation"]).rename(model.parent / "renamed.jsonl")
+    hungarian["validation"] = hungarian["test"] = str(model.parent / "renamed.jsonl")
+    assert ran() == [], "the same text under another name"
+    (model / "merges.txt").write_text("a b")
+    assert ran() == [
+        "base: runs again, since model.merges.txt is new",
+        "expanded: runs again, since base is another",
+        "scores/base: runs again, since model is another",
+    ]
+    recipe_fields["languages"] = dict(reversed(recipe_fields["languages"].items()))
+    assert ran()[0].startswith("expanded: runs again, since order of languages was ['hu', 'el'] and is")
 
 
 @pytest.mark.parametrize(
