@@ -133,13 +133,19 @@ def test_a_broken_index_is_refused(tmp_path, content):
         CheckpointReader(tmp_path)
 
 
-def test_links_into_a_hub_cache_are_followed(single):
-    folder, blobs = single[0] / "snapshots" / "0a1b", single[0] / "blobs"
+@pytest.mark.parametrize("inside", ["0a1b", "0a1b/checkpoint-100", "0a1b/runs/2/checkpoint-100"])
+def test_links_into_a_hub_cache_are_followed(single, inside):
+    folder, blobs = single[0] / "snapshots" / inside, single[0] / "blobs"
     folder.mkdir(parents=True)
     blobs.mkdir()
     (single[0] / "model.safetensors").rename(blobs / "c0ffee")
-    (folder / "model.safetensors").symlink_to("../../blobs/c0ffee")
+    (folder / "model.safetensors").symlink_to(os.path.relpath(blobs / "c0ffee", folder))
     assert len(CheckpointReader(folder)) == len(single[1].state_dict())
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(single[0] / "elsewhere.safetensors")
+    (blobs / "c0ffee").rename(single[0] / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match="points outside its folder"):
+        CheckpointReader(folder)
 
 
 def test_resolve_keeps_folders_and_downloads_no_pickles(tmp_path, monkeypatch):

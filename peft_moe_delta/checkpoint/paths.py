@@ -47,7 +47,7 @@ def inside(folder: Path, name: str) -> Path:
 
     Raises:
         CheckpointError: the name leads out of the folder, or the file is a link out of it. Links from a Hub cache's
-            snapshot to its blobs are how that cache works, and stay.
+            snapshot, or a folder within one, to its blobs are how that cache works, and stay.
     """
     path = folder / name
     if not is_plain_name(name):
@@ -56,10 +56,8 @@ def inside(folder: Path, name: str) -> Path:
         real, home = path.resolve(), folder.resolve()
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"Cannot follow {path}: {error}. Fetch the checkpoint again.") from error
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if real.parent not in allowed:
+    snapshots = next((parent for parent in home.parents if parent.name == "snapshots"), None)
+    if real.parent not in (home, snapshots and snapshots.parent / "blobs"):
         raise CheckpointError(
             f"{path} is a link that points outside its folder, to {real}. Copy the file into the folder if you trust "
             "it."

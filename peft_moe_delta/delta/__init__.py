@@ -1,7 +1,7 @@
 """Post-training deltas: what instruction tuning changed, and how it is added to experts. Tensors and files only."""
 
 from .agreement import ExpertAgreement, expert_agreement
-from .arithmetic import all_finite, graft_tensor, low_rank_weight
+from .arithmetic import all_finite, graft_tensor, low_rank_weight, rounded
 from .picture import draw_delta
 from .post_training import PostTrainingDelta
 from .report import DeltaReport, FamilyDelta
@@ -23,5 +23,6 @@ __all__ = [
     "expert_agreement",
     "graft_tensor",
     "low_rank_weight",
+    "rounded",
     "scale_of_groups",
 ]

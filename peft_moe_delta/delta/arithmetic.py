@@ -61,9 +61,9 @@ def graft_tensor(
     _check(name, {"base": base, "post-trained": post_trained, "expert": expert}, (scale, expert_scale))
     dtype = dtype or post_trained.dtype
     if expert is None and scale in (0, 1):
-        return (post_trained if scale else base).detach().to(dtype)
+        return rounded(post_trained if scale else base, dtype, name)
     if expert is not None and scale == 0 and expert_scale == 1:
-        return expert.detach().to(dtype)
+        return rounded(expert, dtype, name)
     wide = _sum_dtype(base, post_trained, base if expert is None else expert)
     grafted = torch.empty(base.shape, dtype=dtype, device=post_trained.device)
     # Block by block: the wide sums stay in the processor's cache, and memory in that of the result.
@@ -96,6 +96,9 @@ def low_rank_weight(base: Tensor, A: Tensor, B: Tensor, *, transposed: bool = Fa
         base: `W_0`, (out, in), or (in, out) if `transposed` (GPT-2's `Conv1D`).
         A: (rank, in).
         B: (out, rank).
+
+    Raises:
+        GraftError: a sum is too large for that dtype, or not finite to begin with.
     """
     left, right = (A.T.double(), B.T.double()) if transposed else (B.double(), A.double())
     weight = torch.empty_like(base)
@@ -103,7 +106,29 @@ def low_rank_weight(base: Tensor, A: Tensor, B: Tensor, *, transposed: bool = Fa
     for start in range(0, base.shape[0], rows):
         block = slice(start, start + rows)
         weight[block] = torch.addmm(base[block].double(), left[block], right)
+    if not all_finite(weight):
+        raise GraftError(
+            f"A low-rank expert's weight of shape {tuple(weight.shape)} is not finite in {weight.dtype}. Graft onto a "
+            "bf16 or fp32 copy of the post-trained model, or with a smaller expert_scale; if that does not help, the "
+            "adapter is damaged."
+        )
     return weight
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A weight in another dtype; as it is where it has that one already.
+
+    Raises:
+        GraftError: a number is too large for the dtype, which would make it infinite.
+    """
+    result = tensor.detach().to(dtype)
+    if result.dtype != tensor.dtype and not result.is_meta and not all_finite(result):
+        raise GraftError(
+            f"{name} holds numbers up to {tensor.abs().max():.3g}, which {dtype} cannot: it ends at "
+            f"{torch.finfo(dtype).max:.3g}. Graft onto a bf16 or fp32 copy of the post-trained model, or a smaller "
+            "expert_scale."
+        )
+    return result
 
 
 def all_finite(tensor: Tensor) -> bool:

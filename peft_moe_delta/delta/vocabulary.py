@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GraftError
+from .arithmetic import rounded
 
 MIN_SHARED = 0.9
 """Share of the base's tokens that its post-trained sibling must know: below, it has another tokenizer."""
@@ -176,11 +177,12 @@ def with_new_rows(embedding: Tensor, new: Tensor, first: int) -> Tensor:
         first: id of the first new token; at most `rows`.
 
     Raises:
-        GraftError: there would be a gap, or the rows are of another width.
+        GraftError: there would be a gap, the rows are of another width, or too large for the dtype.
     """
     if first > len(embedding) or embedding.shape[1:] != new.shape[1:]:
         raise GraftError(
             f"Cannot put rows of shape {tuple(new.shape)} at {first} into an embedding of shape "
             f"{tuple(embedding.shape)}. They were learnt for another model."
         )
-    return torch.cat([embedding[:first], new.to(embedding), embedding[first + len(new) :]])
+    new = rounded(new.to(embedding.device), embedding.dtype, "The rows of new tokens")
+    return torch.cat([embedding[:first], new, embedding[first + len(new) :]])

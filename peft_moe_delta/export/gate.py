@@ -66,6 +66,21 @@ def check_equal_logits(
     return difference
 
 
+@torch.no_grad()
+def check_finite_logits(exported: PreTrainedModel, *, languages: int | None = None) -> None:
+    """Refuse a 16-bit export whose weights are finite but whose states are not: fp16 ends at 65,504.
+
+    Raises:
+        GraftError: a logit over the random batch is infinite or not a number.
+    """
+    batch = random_batch(exported, languages=languages)
+    if not _logits(exported, batch)[batch["attention_mask"].bool()].isfinite().all():
+        raise GraftError(
+            f"The exported {type(exported).__name__} computes logits that are not finite in {exported.dtype}: it "
+            "overflows. Graft onto a bf16 or fp32 copy of the post-trained model."
+        )
+
+
 def random_batch(model: PreTrainedModel, *, languages: int | None = None, seed: int = 0) -> dict[str, Tensor]:
     """What is compared: random `input_ids` on the model's device and an `attention_mask` with left padding."""
     generator = torch.Generator().manual_seed(seed)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..architectures import attention_module_name, mlp_module_name
+from ..delta import rounded
 from ..errors import GraftError
 from ..languages import LanguageTable
 from ..plan import ExpertPlan
@@ -130,7 +131,7 @@ class UpcycledWeights:
             if name not in places:
                 return dense[name]
             layer, expert, inner = places[name]
-            return attention.experts(layer, expert)[inner].to(dense[name].dtype)
+            return rounded(attention.experts(layer, expert)[inner], dense[name].dtype, name)
 
         return tensor
 
@@ -208,20 +209,26 @@ class UpcycledWeights:
         if expert == 0:
             return LazyTensors(self.mlp_names[layer], lambda matrix: self.dense[self.mlp_names[layer][matrix]])
         tensors = self.experts(layer, expert)
-        return LazyTensors(tensors, lambda matrix: tensors[matrix].to(self.dtype))
+        return LazyTensors(tensors, lambda name: self._rounded(tensors, name, f"expert {expert} of layer {layer}"))
 
     def attention_expert(self, layer: int, position: int) -> Mapping[str, Tensor]:
         """As `expert`, of a layer's attention."""
         assert self.attention is not None
         names, expert = self.attention_names[layer], self.selected(layer)[position]
-        tensors = {} if expert == 0 else self.attention.experts(layer, expert)
-        return LazyTensors(names, lambda name: tensors[name].to(self.dtype) if expert else self.dense[names[name]])
+        if expert == 0:
+            return LazyTensors(names, lambda name: self.dense[names[name]])
+        tensors = self.attention.experts(layer, expert)
+        owner = f"attention expert {expert} of layer {layer}"
+        return LazyTensors(names, lambda name: self._rounded(tensors, name, owner))
 
     def router(self, layer: int) -> Tensor:
         """Router rows of the selected experts, (E, d), in `dtype`: stock architectures keep no fp32 router."""
         if len(self._chosen(layer)) == 1:  # between equal experts any router will do
             return torch.zeros(len(self.selected(layer)), self.config.hidden_size, dtype=self.dtype)
-        return self.routers(layer)[list(self.selected(layer))].to(self.dtype)
+        return rounded(self.routers(layer)[list(self.selected(layer))], self.dtype, f"The router of layer {layer}")
+
+    def _rounded(self, tensors: Mapping[str, Tensor], name: str, owner: str) -> Tensor:
+        return rounded(tensors[name], self.dtype, f"{name} of {owner}")
 
 
 def _names_inside(dense: Iterable[str], module: str) -> dict[int, dict[str, str]]:

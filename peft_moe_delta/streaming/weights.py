@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from ..architectures import TRANSPOSED_MLP, mlp_module_name
 from ..attention import Borrowed
 from ..checkpoint import CheckpointReader, first_few
-from ..delta import PostTrainingDelta, Scale, all_finite, graft_tensor, low_rank_weight, scale_of_groups
+from ..delta import PostTrainingDelta, Scale, all_finite, graft_tensor, low_rank_weight, rounded, scale_of_groups
 from ..delta.vocabulary import VocabularyMap, is_embedding, with_new_rows
 from ..errors import CheckpointError, GraftError
 from ..export import AttentionWeights, LazyTensors, UpcycledWeights
@@ -139,7 +139,7 @@ class Sources:
         if not after.is_floating_point() or (key is None and scale == 1):
             return after
         if key is not None:
-            return self.saved(key, name).to(after.dtype)
+            return rounded(self.saved(key, name), after.dtype, name)
         return graft_tensor(self._base(name), after, scale=scale, name=name)
 
     def saved(self, key: str, name: str) -> Tensor:
@@ -176,8 +176,7 @@ class Sources:
         if f"{owner}.A" not in keys or f"{owner}.B" not in keys:
             raise CheckpointError(f"{self.adapter.reader.path} lacks {inner} of expert {expert} in {block.module}.")
         A, B = self.stored(keys[f"{owner}.A"]), self.grafted(keys[f"{owner}.B"], None, layer, expert)
-        weight = low_rank_weight(self.dense(name), A, B, transposed=self.config.model_type in TRANSPOSED_MLP)
-        return _finite(weight, f"expert {expert} of {name}")
+        return low_rank_weight(self.dense(name), A, B, transposed=self.config.model_type in TRANSPOSED_MLP)
 
     def grafted(self, key: str, name: str | None, layer: int, expert: int) -> Tensor:
         """A tensor of an expert for an adapter over the post-trained model, in the adapter's dtype.

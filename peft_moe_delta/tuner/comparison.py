@@ -12,6 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..export import UpcycledWeights, check_equal_logits
+from ..export.gate import check_finite_logits
 from .agreement import mean_route_agreement
 from .model import MoeDeltaModel
 
@@ -46,7 +47,11 @@ def rounded_routes(weights: UpcycledWeights, adapter: PeftModel, exported: PreTr
     """Share of random tokens that a 16-bit export sends to the adapter's experts, averaged over layers.
 
     None where it has no routes, or is one group's: its experts have other numbers then.
+
+    Raises:
+        GraftError: the export overflows in its dtype.
     """
+    check_finite_logits(exported, languages=_languages(weights))
     if not weights.moe_layers or weights.group is not None:
         return None
     return mean_route_agreement(adapter, exported, _languages(weights))

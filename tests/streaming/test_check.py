@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_moe_delta import graft_checkpoint
 from peft_moe_delta.checkpoint import verify
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.streaming.targets import StockTarget
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 
 @pytest.mark.parametrize("expert_rank", [None, 4])
@@ -56,3 +57,32 @@ def test_a_wrong_export_does_not_appear(make_trio, monkeypatch, wrong):
     with pytest.raises(GraftError, match="not exact"):
         graft_checkpoint(*trio.paths, trio.folder / "out", check=True)
     assert sorted(path.name for path in trio.folder.iterdir()) == ["adapter", "base", "post"]
+
+
+def test_what_overflows_in_fp16_is_refused_on_both_roads(make_trio):
+    """An expert, a router and a low-rank expert whose numbers are too large for the post-trained model's dtype."""
+    for kind, rank in (("experts", None), ("router", None), ("experts", 4)):
+        trio = make_trio("llama", (F16, F16, F32), expert_rank=rank)
+        for name, parameter in trio.model.named_parameters():
+            if f"moe_delta_{kind}.default" in name and "layers.1." in name:
+                parameter.data = parameter.data.float() * 1e6
+        trio.model.save_pretrained(trio.folder / "adapter")
+        with pytest.raises(GraftError, match=r"float16"):
+            graft_checkpoint(*trio.paths, trio.folder / "out", check=True)
+        with pytest.raises(GraftError, match=r"float16"):
+            trio.model.merge_and_graft(trio.folder / "post")
+        assert not (trio.folder / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Grafting looks doubtful")
+def test_finite_weights_whose_states_overflow_are_refused(make_trio):
+    trio = make_trio("llama", (F16, F16, F16))
+    files = sorted((trio.folder / "post").glob("*.safetensors"))
+    file = next(file for file in files if any("down_proj" in name for name in load_file(file)))
+    tensors = load_file(file)
+    for name in tensors:
+        if name.endswith("mlp.down_proj.weight"):
+            tensors[name] = (tensors[name].float() * 1e5).clamp(-6e4, 6e4).half()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(GraftError, match="not finite in torch.float16: it overflows"):
+        graft_checkpoint(*trio.paths, trio.folder / "out", check=True)
