@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import DynamicCache
 
-from builders import EXPERTS, logits, moe_layers, perturbed, pico, token_batch, upcycle
+from builders import EXPERTS, HIDDEN, logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import GraftError, LanguageError, PlanError
 from peft_moe_delta.routing import most_similar_layers
@@ -183,20 +183,25 @@ def test_the_classifier_loss_reaches_the_model_loss_and_the_log():
 
 
 def test_a_review_teaches_gates_to_tell_separable_languages_apart():
-    """Four languages of tokens of their own; Hungarian, of id 0, is no original language, English, of id 1, is."""
+    """Four languages of tokens of their own, alike within a language as real ones are, so that a linear gate can tell
+    them apart in either layer. Hungarian, of id 0, is no original language, English, of id 1, is."""
     model = upcycle(pico(num_hidden_layers=3), trained=True, routing="classifier", classifier_layers=[0, 2])
-    model.start_review()
     generator = torch.Generator().manual_seed(0)
-    draw = lambda: 3 + 4 * IDS[:, None] + torch.randint(4, (4, 12), generator=generator)  # noqa: E731
+    with torch.no_grad():
+        alike = torch.randn(len(IDS), HIDDEN, generator=generator)
+        model.get_input_embeddings().weight[3:19] += alike.repeat_interleave(4, dim=0)
+    model.start_review()
+    draw = lambda ids: 3 + 4 * ids[:, None] + torch.randint(4, (len(ids), 12), generator=generator)  # noqa: E731
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(240):
-        tokens = draw()
+    for _ in range(60):
+        tokens = draw(IDS)
         optimizer.zero_grad()
         model.train()(input_ids=tokens, labels=tokens, language_ids=IDS).loss.backward()
         optimizer.step()
-    found, _ = classes_and_logits(model.eval(), draw())
-    assert found[:, 1].float().mean() > 0.95
-    assert found[:, [0, 2, 3]].float().mean() < 0.05
+    ids = IDS.repeat(8)
+    found, _ = classes_and_logits(model.eval(), draw(ids))
+    assert found[:, ids == 1].float().mean() > 0.95
+    assert found[:, ids != 1].float().mean() < 0.05
 
 
 def test_a_training_pass_without_languages_is_refused():
