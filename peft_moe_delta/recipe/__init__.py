@@ -111,30 +111,22 @@ class Run:
         )
         return self._step(
             "dense_grafted",
-            lambda: {"dense": tuned, "post_trained": self.post_trained()},
-            lambda folder: grafting.graft_dense(self.base_model, tuned.folder, self.post_trained_model, folder),
+            lambda: {"dense": tuned, "post_trained": self.post_trained(), **self._validated(recipe.graft)},
+            lambda folder: grafting.graft_dense(recipe, self.base_model, tuned.folder, self.post_trained_model, folder),
         )
 
     def grafted(self, name: str = "grafted", fields: Graft | None = None) -> Step:
         """The stock checkpoint."""
         recipe, fields = self.recipe, fields or self.recipe.graft
 
-        def inputs() -> dict[str, Any]:
-            read = {"adapter": self.adapter(), "post_trained": self.post_trained(), "graft": fields}
-            if fields.expert_scale != AUTO:
-                return read
-            limits = {"bytes": recipe.limits.validation_bytes, "tasks": recipe.limits.validation_tasks}
-            return {
-                **read,
-                "limits": limits,
-                **self._read("validation", recipe.languages, recipe.expanded_languages),
-                **self._read("validation", recipe.tasks),
-                "precision": recipe.precision,
-            }
-
         return self._step(
             name,
-            inputs,
+            lambda: {
+                "adapter": self.adapter(),
+                "post_trained": self.post_trained(),
+                "graft": fields,
+                **self._validated(fields),
+            },
             lambda folder: grafting.graft(
                 recipe, self.base_model, self.adapter().folder, self.post_trained_model, fields, folder
             ),
@@ -193,11 +185,27 @@ class Run:
         """Where the post-trained model is loaded from."""
         return self.recipe.post_trained or self.post_trained().folder
 
+    def _validated(self, fields: Graft) -> dict[str, Any]:
+        """What a share is chosen on, where it is chosen."""
+        recipe, limits = self.recipe, self.recipe.limits
+        if fields.expert_scale != AUTO:
+            return {}
+        return {
+            "limits": (limits.validation_documents, limits.document_bytes, limits.validation_tasks),
+            **self._read("validation", recipe.languages, recipe.expanded_languages),
+            **self._read("validation", recipe.tasks),
+            **self._arithmetic,
+        }
+
     def _scores(self, name: str, checkpoint: Path | str, step: Step) -> Step:
         recipe, limits = self.recipe, self.recipe.limits
         return self._step(
             f"scores/{name}",
-            lambda: {"model": step, "limits": {"bytes": limits.test_bytes, "tasks": limits.test_tasks}, **self._tested},
+            lambda: {
+                "model": step,
+                "limits": (limits.test_documents, limits.document_bytes, limits.test_tasks),
+                **self._tested,
+            },
             lambda folder: scoring.score(recipe, checkpoint, folder),
         )
 
@@ -219,7 +227,7 @@ class Run:
         """What models are scored on, and how."""
         languages = {name: tasks.language for name, tasks in self.recipe.tasks.items()}
         read = {**self._read("test", self.recipe.languages), **self._read("test", self.recipe.tasks)}
-        return {**read, "task_languages": languages, "precision": self.recipe.precision}
+        return {**read, "task_languages": languages, **self._arithmetic}
 
     def _read(self, split: str, sets: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
         """A split of languages or of tasks: their order, and the files' contents."""

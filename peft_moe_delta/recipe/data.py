@@ -6,11 +6,13 @@ In: jsonl files. Out: lists of texts or tasks, cut to a limit where one is set.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from .fields import Limits
 
 
 def read_texts(path: str, limit_bytes: int | None = None) -> list[str]:
@@ -29,6 +31,27 @@ def read_texts(path: str, limit_bytes: int | None = None) -> list[str]:
         if limit_bytes is not None and size >= limit_bytes:
             break
     return texts
+
+
+def held_out(path: str, limits: Limits, documents: int | None, seed: int) -> list[str]:
+    """Documents to score: drawn at random, in the file's order, each cut to its beginning.
+
+    The first ones of a file are no fair sample: files are sorted by name, topic or length.
+
+    Args:
+        path: a jsonl file with a `text` column.
+        limits: whose `document_bytes` counts.
+        documents: how many; None for all.
+        seed: of the draw, the same for every model.
+
+    Raises:
+        DataError: as `read_texts`.
+    """
+    texts = read_texts(path)
+    if documents is not None and documents < len(texts):
+        texts = [texts[i] for i in sorted(random.Random(seed).sample(range(len(texts)), documents))]
+    cut = limits.document_bytes
+    return texts if cut is None else [text.encode()[:cut].decode(errors="ignore") for text in texts]
 
 
 def read_tasks(path: str, limit: int | None = None) -> list[dict[str, str]]:

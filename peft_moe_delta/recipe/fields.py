@@ -91,10 +91,17 @@ class Graft:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much held-out material is scored; None for all of it."""
+    """How much held-out material is scored; None for all of it.
 
-    test_bytes: Count | None = None
-    validation_bytes: Count | None = None
+    Attributes:
+        test_documents, validation_documents: documents of each language, drawn at random.
+        document_bytes: of each of them, from its beginning.
+        test_tasks, validation_tasks: tasks of each set.
+    """
+
+    test_documents: Count | None = None
+    validation_documents: Count | None = None
+    document_bytes: Count | None = None
     test_tasks: Count | None = None
     validation_tasks: Count | None = None
 

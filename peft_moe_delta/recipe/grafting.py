@@ -10,7 +10,6 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,8 +22,10 @@ from ..delta import PostTrainingDelta, graft_tensor
 from ..errors import GraftError
 from ..evaluation import TaskSet
 from ..evaluation.scoring import Material
-from .data import read_tasks, read_texts
-from .fields import Graft, Recipe
+from ..hub.card import GRAFT_FILE
+from ..tuner.grafting.adapter import EXPERT_SCALES
+from .data import held_out, read_tasks
+from .fields import AUTO, Graft, Recipe
 from .scoring import scores_of
 from .stages import load_model, save_with_tokenizer
 
@@ -37,68 +38,95 @@ def graft(
 ) -> None:
     """`merge_and_graft`, saved with the post-trained model's tokenizer, reloaded by plain transformers."""
     model = PeftModel.from_pretrained(load_model(base), adapter)
-    validation = _validation(recipe, base) if fields.expert_scale == "auto" else None
+    validation = _Validation(recipe, base) if fields.expert_scale == AUTO else None
     chat = model.merge_and_graft(
         post_trained, scale=fields.scale, expert_scale=fields.expert_scale, validation=validation
     )
     del model, validation  # memory that saving and reloading need
     save_with_tokenizer(chat, post_trained, folder)
     report = asdict(chat.graft_report) | {"post_trained": str(post_trained), "reload": _reload(chat, folder)}
-    (folder / "graft.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (folder / GRAFT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def graft_dense(base: Path | str, tuned: Path, post_trained: Path | str, folder: Path) -> None:
-    """A continually pre-trained dense model plus the delta: `theta' + (theta_post - theta_base)` (arXiv 2504.21023)."""
+def graft_dense(recipe: Recipe, base: Path | str, tuned: Path, post_trained: Path | str, folder: Path) -> None:
+    """A continually pre-trained dense model T plus the delta: `W_0 + a (T - W_0) + (P - W_0)` (arXiv 2504.21023).
+
+    Where our own share of the experts' change is chosen on validation material, so is `a`: by the same criterion, among
+    the same values, on the same files.
+    """
     model, before, after = load_model(tuned), load_model(base), load_model(post_trained)
     delta = PostTrainingDelta.from_checkpoints(dict(before.named_parameters()), dict(after.named_parameters()))
-    with torch.no_grad():
+    trained = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+    @torch.no_grad()
+    def fill(share: float) -> None:
         for name, parameter in model.named_parameters():
-            parameter.copy_(graft_tensor(delta.base[name], delta.post_trained[name], parameter, name=name))
+            before, after = delta.base[name], delta.post_trained[name]
+            parameter.copy_(graft_tensor(before, after, trained[name], expert_scale=share, name=name))
+
+    share, trials = 1.0, []
+    if recipe.graft.expert_scale == AUTO:
+        validation = _Validation(recipe, base)
+        validation.set_reference(after)
+        for tried in EXPERT_SCALES:
+            fill(tried)
+            trials.append((tried, validation(model)))
+        share = max(trials, key=lambda trial: trial[1])[0]
+    fill(share)
     save_with_tokenizer(model, post_trained, folder)
+    report = {"expert_scale": share, "trials": trials}
+    (folder / GRAFT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
-def _validation(recipe: Recipe, base: Path | str) -> Callable[[PeftModel], float]:
+class _Validation:
     """Score of a grafted model against the post-trained one on validation material, as fractions of equal weight.
 
     `mean over expanded languages of (1 - bits / post-trained's bits) + mean over tasks of (exact match -
     post-trained's)`.
+
+    Raises:
+        GraftError: no expanded language has validation text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    limits = recipe.limits
-    texts = {
-        code: read_texts(file, limits.validation_bytes)
-        for code in recipe.expanded_languages
-        if (file := recipe.languages[code].validation)
-    }
-    tasks = {
-        name: TaskSet(read_tasks(t.validation, limits.validation_tasks))
-        for name, t in recipe.tasks.items()
-        if t.validation
-    }
-    if not texts:
-        raise GraftError(
-            'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. '
-            "Name one, or give a number."
-        )
 
-    material = Material(texts=texts, tasks=tasks)
+    def __init__(self, recipe: Recipe, base: Path | str) -> None:
+        limits = recipe.limits
+        texts = {
+            code: held_out(file, limits, limits.validation_documents, recipe.seed)
+            for code in recipe.expanded_languages
+            if (file := recipe.languages[code].validation)
+        }
+        tasks = {
+            name: TaskSet(read_tasks(t.validation, limits.validation_tasks))
+            for name, t in recipe.tasks.items()
+            if t.validation
+        }
+        if not texts:
+            raise GraftError(
+                'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. '
+                "Name one, or give a number."
+            )
+        self._recipe, self._tokenizer = recipe, AutoTokenizer.from_pretrained(base)
+        self._material = Material(texts=texts, tasks=tasks)
+        self._reference: tuple[list[float], list[float]] | None = None
 
-    def measure(model: PeftModel) -> tuple[list[float], list[float]]:
-        scores = scores_of(model, tokenizer, material, recipe)
-        return [text.value for text in scores.texts.values()], [task.value for task in scores.tasks.values()]
+    def set_reference(self, post_trained: PreTrainedModel | PeftModel) -> None:
+        """Measure what scores are compared with."""
+        self._reference = self._measure(post_trained)
 
-    reference: list[tuple[list[float], list[float]]] = []
-
-    def score(grafted: PeftModel) -> float:
-        if not reference:
+    def __call__(self, grafted: PreTrainedModel | PeftModel) -> float:
+        if self._reference is None:
+            assert isinstance(grafted, PeftModel)
             with grafted.disable_adapter():  # what is left is the post-trained model
-                reference.append(measure(grafted))
-        bits, matches = measure(grafted)
-        gain = statistics.fmean(1 - now / before for now, before in zip(bits, reference[0][0], strict=True))
-        kept = [now - before for now, before in zip(matches, reference[0][1], strict=True)]
+                self.set_reference(grafted)
+        assert self._reference is not None
+        bits, matches = self._measure(grafted)
+        gain = statistics.fmean(1 - now / before for now, before in zip(bits, self._reference[0], strict=True))
+        kept = [now - before for now, before in zip(matches, self._reference[1], strict=True)]
         return gain + (statistics.fmean(kept) if kept else 0.0)
 
-    return score
+    def _measure(self, model: PreTrainedModel | PeftModel) -> tuple[list[float], list[float]]:
+        scores = scores_of(model, self._tokenizer, self._material, self._recipe)
+        return [text.value for text in scores.texts.values()], [task.value for task in scores.tasks.values()]
 
 
 def _reload(chat: PreTrainedModel, folder: Path) -> dict[str, str | float]:

@@ -22,7 +22,7 @@ from ..evaluation import TaskScore, TaskSet, TextScore
 from ..evaluation.forward import Progress
 from ..evaluation.loading import Measured
 from ..evaluation.scoring import Material, Scores, score_material
-from .data import read_tasks, read_texts
+from .data import held_out, read_tasks
 from .fields import Recipe
 from .stages import load_model
 
@@ -35,7 +35,8 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
     """Score a checkpoint in a stock architecture."""
     material = Material(
         texts={
-            code: read_texts(language.test, recipe.limits.test_bytes) for code, language in recipe.languages.items()
+            code: held_out(language.test, recipe.limits, recipe.limits.test_documents, recipe.seed)
+            for code, language in recipe.languages.items()
         },
         tasks={
             name: TaskSet(read_tasks(tasks.test, recipe.limits.test_tasks), tasks.language)

@@ -42,7 +42,7 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
         ),
         ({"expand": {"steps": 1, "batch_size": 1, "learning_rate": float("nan")}}, "must be a finite number.*got nan"),
         ({"seed": -1}, "seed must be a whole number from 0 to"),
-        ({"limits": {"test_bytes": 0}}, "test_bytes must be a whole number of at least 1"),
+        ({"limits": {"test_documents": 0}}, "test_documents must be a whole number of at least 1"),
         (
             {"graft": {"expert_scale": {"hu_group": "half"}}},
             "expert_scale.hu_group must be a finite number; got 'half'",

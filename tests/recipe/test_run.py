@@ -14,6 +14,9 @@ from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import EvalReport
 from peft_moe_delta.recipe import OURS, Run, read_recipe
+from peft_moe_delta.recipe.data import held_out
+from peft_moe_delta.recipe.fields import Limits
+from recipe.pico_recipe import write_lines
 
 
 def test_the_whole_job(recipe_fields, write_recipe, capsys):
@@ -43,7 +46,10 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert AutoTokenizer.from_pretrained(output / "grafted").chat_template == "{{ messages }}"
     graft = json.loads((output / "grafted/graft.json").read_text())
     assert graft["reload"]["architecture"] == "MixtralForCausalLM"
-    assert len(graft["trials"]) == 4
+    dense = json.loads((output / "dense_grafted/graft.json").read_text())
+    for chosen in (graft, dense):  # the baseline's share is chosen as ours is
+        assert [share for share, _ in chosen["trials"]] == [0.25, 0.5, 0.75, 1.0]
+    assert dense["expert_scale"] == max(dense["trials"], key=lambda trial: trial[1])[0]
 
     card = output / "cards/pico/README.md"
     assert f"A model card: {card}" in printed
@@ -61,6 +67,17 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     main(["run", recipe])
     assert {file: file.stat().st_mtime_ns for file in output.rglob("step.json")} == kept
     assert printed == capsys.readouterr().out
+
+
+def test_held_out_documents_are_drawn_at_random_and_cut(tmp_path):
+    path = write_lines(tmp_path / "text.jsonl", [{"text": f"{index:02}" + "é" * 30} for index in range(50)])
+    limits = Limits(document_bytes=11)
+    drawn = [held_out(path, limits, 10, seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] == sorted(set(drawn[0])) and len(drawn[0]) == 10, "in the file's order, none twice"
+    assert max(int(text[:2]) for text in drawn[0]) >= 20, "not just the first"
+    assert {text[2:] for text in drawn[0]} == {"é" * 4}, "no half characters"
+    assert len(held_out(path, Limits(), 100, 0)) == 50
 
 
 def test_train_alone_stops_at_the_adapter(recipe_fields, write_recipe, capsys):
