@@ -33,8 +33,7 @@ def expected_gradients(own_loss):
     model = expert_model(**REVIEW)
     batch = LanguageCollator(make_tokenizer(), model)(DATA)
     labels = batch.pop("labels")
-    items = labels[:, 1:].ne(-100).sum()
-    with context_of(model).collect(items) as collected:
+    with context_of(model).collect(1.0) as collected:
         output = model(**batch)
     (own_loss(output, labels) + collected[0]).backward()
     return gradients(model)
