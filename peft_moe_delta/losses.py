@@ -1,16 +1,49 @@
 """The auxiliary losses of a router, as pure functions.
 
 In: router logits or probabilities of one layer. Out: a scalar tensor (fp32) and the number of tokens it speaks for.
-Returned sums and counts let the caller weight by tokens, so that micro-batches add up (see `tuner/context.py`).
+Returned sums and counts let the caller average over the tokens of a pass; `share_of_step` then makes micro-batches add
+up (see `tuner/context.py`).
 
 Shape legend: T tokens, E experts, K chosen experts a token, S sets of allowed experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+IGNORED_LABEL = -100
+"""The label of a token that is no target."""
+
+
+def share_of_step(inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor | float:
+    """How much of an optimizer step one forward pass is: its targets over those of all passes of the step.
+
+    Trainer accumulates gradients over several passes (micro-batches, processes) and tells each one number, the targets
+    of them all, by which the model divides the sum of its next-token losses. So a pass weighs there by its targets, and
+    it weighs the same here. Shares add up to 1, and what is a mean over a pass becomes a mean over the step whatever is
+    masked: exactly that of the joint batch where the passes have as many targets to a token, else one that leans
+    towards the passes that teach the model more. (The tokens of the whole step would be the better weight; nobody
+    tells them to a pass.)
+
+    Args:
+        inputs: the pass's arguments, of which `labels` (next token's, to be shifted) or `shift_labels` are read.
+        num_items: targets in the whole step, Trainer's `num_items_in_batch`; None where the pass is all of it, or
+            where the caller averages over passes.
+
+    Returns:
+        A number in [0, 1], 0 for a pass without targets. 1 where nobody says.
+    """
+    labels, shifted = inputs.get("labels"), inputs.get("shift_labels")
+    targets = labels[..., 1:] if shifted is None and isinstance(labels, Tensor) else shifted
+    if num_items is None or not isinstance(targets, Tensor):
+        return 1.0
+    # A step without any target has shares of 0, where 0 / 0 would turn the routers into NaN.
+    return (targets != IGNORED_LABEL).sum() / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
 
 def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:

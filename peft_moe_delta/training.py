@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 
 from .errors import DataError
 from .languages import PADDING_LANGUAGE_ID, LanguageTable
+from .losses import IGNORED_LABEL, share_of_step
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
 from .tuner.context import ForwardContext
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
-
-IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class AuxiliaryLossMixin(_Trainer):
         context = _context_of(model)
         if context is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with context.collect(num_items_in_batch) as collected:
+        with context.collect(share_of_step(inputs, num_items_in_batch)) as collected:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # As Trainer does to its own loss: DDP is going to divide what was averaged over the tokens of all processes.
         averaged = self.args.average_tokens_across_devices and num_items_in_batch is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointReader, write_safetensors
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 
 FORMAT = "peft-moe-delta router statistics"
 
@@ -104,4 +104,10 @@ def _solve(matrix: Tensor, target: Tensor, ridge: float) -> Tensor:
     """`(M + ridge tr(M)/D I)^-1 target`."""
     size = len(matrix)
     damping = ridge * matrix.trace() / size * torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve(matrix + damping, target)
+    solution, singular = torch.linalg.solve_ex(matrix + damping, target)
+    if singular:
+        raise DataError(
+            "The router inputs of all texts are the same, so nothing tells their languages apart. Give more text of "
+            "each."
+        )
+    return solution

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID, LanguageTable
+from ..losses import share_of_step
 
 ARGUMENTS = ("language", "language_ids")
 """Keyword arguments that an upcycled model accepts beyond the base model's own."""
@@ -54,7 +55,7 @@ class ForwardState:
         language: a code for the whole batch, or one a row; None where ids were given or nothing is known.
         language_ids: int64, (B, S); -100 for padding; None where nothing is known.
         mask_T: bool, False for padding; None where no token is known to be padding.
-        num_items: tokens the loss is averaged over, where the caller says (Trainer, with gradient accumulation).
+        share: how much of its optimizer step the pass is (`losses.share_of_step`).
         recording: whether the layers must deposit auxiliary losses.
         layers: upcycled layers that have run, with or without a loss to deposit.
     """
@@ -63,7 +64,7 @@ class ForwardState:
     language: str | list[str] | None = None
     language_ids: Tensor | None = None
     mask_T: Tensor | None = None
-    num_items: Tensor | int | None = None
+    share: Tensor | float = 1.0
     recording: bool = False
     layers: int = 0
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -116,17 +117,18 @@ class ForwardState:
         return constant(rows, device).repeat_interleave(sequence), frozenset(rows)
 
     def auxiliary_loss(self) -> Tensor | None:
-        """`sum over losses / tokens`, averaged over all layers; None where no layer deposited anything.
+        """The losses' mean over counted tokens and layers, times the pass's share of its step.
 
-        Each deposit is a sum over tokens. Dividing by the tokens of the whole step (`num_items`), as the model's own
-        loss does, makes micro-batches add up to their batch; without it, by this pass's tokens.
+        None where no layer deposited anything; 0, never NaN, where no token counts or the step has no target. Each
+        deposit is a sum over tokens, with or without a target of the model's own loss: a prompt that is masked for
+        that loss is routed all the same, so what is masked must not change a router's loss.
         """
         if not self.losses:
             return None
         device = self.losses[0][0].device
         total, tokens = (torch.stack([p.to(device) for p in part]) for part in zip(*self.losses, strict=True))
-        items = tokens.max().clamp(min=1) if self.num_items is None else self.num_items
-        return total.sum() / self.layers / (items.to(device) if isinstance(items, Tensor) else items)
+        mean = total.sum() / self.layers / tokens.max().clamp(min=1)
+        return mean * (self.share.to(device) if isinstance(self.share, Tensor) else self.share)
 
 
 class ForwardContext:
@@ -148,7 +150,7 @@ class ForwardContext:
         self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
         self.auxiliary: Tensor | None = None
         self._collected: list[Tensor] | None = None
-        self._num_items: Tensor | int | None = None
+        self._share: Tensor | float | None = None
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -187,19 +189,19 @@ class ForwardContext:
             model.__dict__["forward"] = LanguageForward(model)
 
     @contextmanager
-    def collect(self, num_items: Tensor | int | None = None) -> Iterator[list[Tensor]]:
+    def collect(self, share: Tensor | float) -> Iterator[list[Tensor]]:
         """Hand over the auxiliary losses of the training passes within, instead of adding them to the model's loss.
 
         Args:
-            num_items: tokens the loss is averaged over, where the passes are not told.
+            share: how much of its optimizer step each of the passes is.
         """
         collected: list[Tensor] = []
-        before = self._collected, self._num_items
-        self._collected, self._num_items = collected, num_items
+        before = self._collected, self._share
+        self._collected, self._share = collected, share
         try:
             yield collected
         finally:
-            self._collected, self._num_items = before
+            self._collected, self._share = before
 
     def state(self, num_tokens: int, training: bool) -> ForwardState:
         """The forward pass under way; for a caller of the bare backbone, one that knows the default language.
@@ -260,7 +262,7 @@ class ForwardContext:
             language=(language or self.language) if language_ids is None else None,
             language_ids=language_ids,
             mask_T=mask_T,
-            num_items=kwargs.get("num_items_in_batch", self._num_items),
+            share=share_of_step(kwargs, kwargs.get("num_items_in_batch")) if self._share is None else self._share,
             recording=model.training and torch.is_grad_enabled(),
         )
         if self.current.recording:

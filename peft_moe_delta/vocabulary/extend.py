@@ -61,7 +61,7 @@ def extend_vocabulary(
         )
     growth = TokenizerGrowth.plan(tokenizer, new_tokens)
     if texts:
-        if isinstance(texts, str) or not any(texts):
+        if isinstance(texts, str) or not any(text.strip() for text in texts):
             raise DataError(f"texts must be a list of documents to fit the new rows to; got {texts!r:.60}.")
         check_can_fit(tuner.model, tokenizer, language)
     tuner.add_tokens(list(growth.tokens), growth.first_id, [list(ids) for ids in growth.pieces])

@@ -69,6 +69,11 @@ class TokenizerGrowth:
                 _check_literal(backend, token, parts)
                 merges.append(None)
                 pieces.append(tuple(tokenizer(token, add_special_tokens=False)["input_ids"]))
+        if unspelt := [token for token, ids in zip(tokens, pieces, strict=True) if not ids]:
+            raise DataError(
+                f"new_tokens: the tokenizer spells {unspelt[0]!r} with no token at all, so its row has nothing to "
+                "start from. Leave it out."
+            )
         return cls(tuple(tokens), max(vocabulary.values()) + 1, tuple(pieces), tuple(merges))
 
     def apply(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -264,6 +264,12 @@ def test_what_would_leave_a_router_ignorant_is_refused(texts, options, error, me
     assert all(torch.equal(a, b) for a, b in zip(before, router_weights(fitted), strict=True))
 
 
+def test_gates_cannot_tell_texts_apart_that_are_one_token():
+    texts = {code: ["w3"] for code in TEXTS}
+    with pytest.raises(DataError, match="nothing tells their languages apart"):
+        fit(model(routing="classifier", classifier_layers=[0]), texts)
+
+
 def test_a_missing_tokenizer_and_a_foreign_file_are_refused(tmp_path):
     with pytest.raises(DataError, match="No tokenizer"):
         fit_routers(model(), TEXTS)

@@ -64,6 +64,7 @@ def train(
     trainer_class: type[Trainer] = Trainer,
     callbacks: Sequence[TrainerCallback] = (),
     compute_loss_func: Callable | None = None,
+    collator: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Trainer:
     """A Trainer with a `LanguageCollator`, run; `resume_from_checkpoint` goes to `train`. Returns the trainer."""
@@ -74,7 +75,7 @@ def train(
         model,
         TrainingArguments(str(folder), **{**defaults, **arguments}),
         train_dataset=data,
-        data_collator=LanguageCollator(make_tokenizer(), model),
+        data_collator=LanguageCollator(make_tokenizer(), model, **(collator or {})),
         callbacks=list(callbacks),
         compute_loss_func=compute_loss_func,
     )

@@ -10,7 +10,16 @@ from torch.nn import functional as F
 from builders import LANGUAGES, moe_layers, token_batch
 from peft_moe_delta import LanguageCollator
 from peft_moe_delta.errors import LanguageError
-from training.common import GradientRecorder, assert_equal, documents, expert_model, gradients, make_tokenizer, train
+from training.common import (
+    GradientRecorder,
+    assert_equal,
+    context_of,
+    documents,
+    expert_model,
+    gradients,
+    make_tokenizer,
+    train,
+)
 
 OWN = {"original": [0], "uralic": [1, 2], "turkic": [3]}
 MIXED = documents([7, 5, 3, 6], ["en", "hu", "az", "fi"])
@@ -163,9 +172,10 @@ def test_a_training_pass_without_labels_warns_and_keeps_the_loss():
 
 ACCUMULATION = {
     "equal": documents([6, 6, 6, 6], ["en", "hu", "en", "az"]),
-    "unequal": documents([3, 9, 4, 7], ["en", "hu", "en", "az"]),
-    "originals in one half": documents([3, 9, 4, 7], ["en", "en", "hu", "az"]),
+    "unequal": documents([3, 9, 5, 7], ["en", "hu", "en", "az"]),
+    "originals in one half": documents([3, 9, 4, 8], ["en", "en", "hu", "az"]),
 }
+"""Four documents; whichever two come first, both halves have about as many targets to a token."""
 
 
 @pytest.mark.parametrize("data", ACCUMULATION.values(), ids=ACCUMULATION)
@@ -183,3 +193,67 @@ def test_gradient_accumulation_adds_up(tmp_path, data):
     without = expert_model(stage="review", language_prior_coef=0.0)
     without(**batch_of(without, data)).loss.backward()
     assert all((steps[0][name] - gradient).norm() > gradient.norm() for name, gradient in gradients(without).items())
+
+
+def auxiliary(model, batch):
+    """The auxiliary loss of one training pass."""
+    with context_of(model).collect(1.0) as collected:
+        model.train()(**batch)
+    return collected[0].item()
+
+
+def masked(batch, count):
+    """The same batch with its first `count` tokens no targets, as prompts are in completion-only training."""
+    labels = batch["labels"].clone()
+    labels.view(-1)[:count] = -100
+    return {**batch, "labels": labels}
+
+
+LOSSES = {
+    "balance": {"load_balancing_coef": 1.0},
+    "prior": {"stage": "review", "language_prior_coef": 1.0},
+    "z-loss": {"load_balancing_coef": 0.0, "router_z_loss_coef": 1.0},
+    "gate": {"stage": "review", "routing": "classifier", "classifier_layers": [0, 1], "language_prior_coef": 0.0},
+}
+
+
+@pytest.mark.parametrize("changes", LOSSES.values(), ids=LOSSES)
+def test_auxiliary_losses_do_not_depend_on_what_is_masked(changes):
+    """Of 32 tokens 0 to 31 are no target; routing, and what a router learns from it, is the same."""
+    model = expert_model(**changes)
+    batch = batch_of(model, documents([32], ["en"]))
+    expected = auxiliary(model, batch)
+    assert expected > 0.01
+    for count in (0, 16, 28, 30, 32):
+        step = masked(batch, count)
+        items = step["labels"][:, 1:].ne(-100).sum()
+        own = model.eval()(**step, num_items_in_batch=items.clamp(min=1)).loss
+        total = model.train()(**step, num_items_in_batch=items.clamp(min=1)).loss
+        assert (total - own).item() == pytest.approx(expected if items else 0.0, abs=1e-5)
+
+
+def test_balanced_routing_costs_one_whatever_is_masked():
+    model = expert_model(load_balancing_coef=1.0, trained=False)
+    batch = batch_of(model, documents([32], ["hu"]))
+    for layer in moe_layers(model):
+        layer.router("default").weight.data *= 0.01
+    for count in (0, 28):
+        step = masked(batch, count)
+        total = model.train()(**step, num_items_in_batch=step["labels"][:, 1:].ne(-100).sum()).loss
+        assert (total - model.eval()(**step).loss).item() == pytest.approx(1.0, abs=0.1)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (10, 2), (12, 5)], ids=str)
+def test_a_pass_weighs_as_its_targets_do(counts):
+    """Two passes of one step: shares by targets, which add up to 1, and nothing from a pass without any."""
+    model = expert_model(load_balancing_coef=1.0)
+    passes = [
+        masked(batch_of(model, documents([12], [code], seed=seed)), count)
+        for seed, (code, count) in enumerate(zip(("hu", "az"), counts, strict=True))
+    ]
+    items = [p["labels"][:, 1:].ne(-100).sum().item() for p in passes]
+    for each, own in zip(passes, items, strict=True):
+        expected = auxiliary(model, each) * own / sum(items)
+        total = model(**each, num_items_in_batch=sum(items)).loss
+        found = total - model.eval()(**each, num_items_in_batch=sum(items)).loss
+        assert found.item() == pytest.approx(expected, abs=1e-5)

@@ -33,8 +33,7 @@ def expected_gradients(own_loss):
     model = expert_model(**REVIEW)
     batch = LanguageCollator(make_tokenizer(), model)(DATA)
     labels = batch.pop("labels")
-    items = labels[:, 1:].ne(-100).sum()
-    with context_of(model).collect(items) as collected:
+    with context_of(model).collect(1.0) as collected:
         output = model(**batch)
     (own_loss(output, labels) + collected[0]).backward()
     return gradients(model)
@@ -99,3 +98,36 @@ def test_a_model_without_experts_trains_as_ever(tmp_path):
         trainer.train()
         logs.append(trainer.state.log_history[0]["loss"])
     assert logs[0] == logs[1]
+
+
+EMPTY = [{"text": "" if i == 1 else "w5 w6", "language": "hu"} for i in range(4)]
+"""An empty document is one end-of-text, which nothing predicts: a step on it has no target."""
+
+PROMPTS = [
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8], "language": code} for code in ("en", "hu", "az", "en")
+]
+NO_TARGETS = {
+    "empty documents": (EMPTY, {}),
+    "packed": ([{"input_ids": [5], "language": "hu"}, DATA[1], DATA[1], DATA[1]], {"packing": True, "max_length": 5}),
+    "targets cut off": ([PROMPTS[1], DATA[1], DATA[1], DATA[1]], {"max_length": 3}),
+    "review": ([{**PROMPTS[0], "labels": [-100] * 4}, DATA[0], DATA[1], DATA[2]], {}),
+}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"trainer_class": LanguageTrainer}, {"trainer_class": LanguageTrainer, "label_smoothing_factor": 0.3}],
+    ids=["Trainer", "mixin", "mixin and label smoothing"],
+)
+@pytest.mark.parametrize("case", NO_TARGETS)
+def test_a_step_without_any_target_teaches_nothing(tmp_path, case, arguments):
+    """As in plain transformers: its loss is 0 / 0, but no gradient comes of it."""
+    data, collator = NO_TARGETS[case]
+    recorder = GradientRecorder()
+    model = expert_model(load_balancing_coef=1.0, **(REVIEW if case == "review" else {}))
+    arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "callbacks": [recorder], **arguments}
+    train(model, data, tmp_path, collator=collator, **arguments)
+    sizes = [sum(gradient.abs().sum() for gradient in step.values()) for step in recorder.steps]
+    assert [size == 0 for size in sizes].count(True) == 1  # NaN is not 0 either
+    assert all(size.isfinite() for size in sizes)
+    assert all(p.isfinite().all() for p in model.parameters())

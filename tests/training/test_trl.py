@@ -133,3 +133,17 @@ def assert_unloads(model):
     tokens = token_batch(1, 4)
     with torch.no_grad():
         assert model.unload()(tokens).logits.equal(base_model()(tokens).logits)
+
+
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated in `SFTTrainer`:FutureWarning")
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_a_step_without_any_target_teaches_nothing(tmp_path, smoothing):
+    rows = [{**row, "labels": list(row["input_ids"])} for row in DOCUMENTS]
+    rows[1]["labels"][1:] = [-100] * (len(rows[1]["labels"]) - 1)  # the first is nobody's target, but TRL keeps the row
+    recorder = GradientRecorder()
+    model = expert_model(load_balancing_coef=1.0)
+    arguments = {"max_steps": 4, "per_device_train_batch_size": 1, "label_smoothing_factor": smoothing}
+    sft(model, tmp_path, rows=rows, callbacks=[recorder], **arguments)
+    sizes = [sum(gradient.abs().sum() for gradient in step.values()) for step in recorder.steps]
+    assert [size == 0 for size in sizes].count(True) == 1
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -27,9 +27,9 @@ def test_padding_is_known_on_the_device_of_the_rows(mask_T):
     assert ForwardState((1, 3), mask_T=mask_T).counted(torch.zeros(3, 2, device=OTHER)).device == OTHER
 
 
-@pytest.mark.parametrize("num_items", [None, 4, torch.tensor(4)], ids=["this pass", "number", "tensor"])
-def test_layers_on_several_devices_share_one_loss(num_items):
-    state = ForwardState((1, 3), num_items=num_items, layers=2)
+@pytest.mark.parametrize("share", [1.0, torch.tensor(0.25)], ids=["number", "tensor"])
+def test_layers_on_several_devices_share_one_loss(share):
+    state = ForwardState((1, 3), share=share, layers=2)
     state.losses = [(torch.tensor(1.0, device=device), torch.tensor(3, device=device)) for device in (OTHER, CPU)]
     loss = state.auxiliary_loss()
     assert (loss.device, loss.shape) == (OTHER, ())

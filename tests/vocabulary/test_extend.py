@@ -18,6 +18,7 @@ from peft_moe_delta.tuner.vocabulary import grown_layers
 from peft_moe_delta.vocabulary import TokenizerGrowth
 from peft_moe_delta.vocabulary.distil import distil_rows, windows_of
 from peft_moe_delta.vocabulary.fit import States, cross_entropy
+from training.common import make_tokenizer as words_tokenizer
 
 FAMILIES = ("llama", "qwen3", "gemma", "gemma3_text", "gpt2")
 PADDING = 6
@@ -250,7 +251,7 @@ def test_what_cannot_be_fitted_is_refused_and_left_as_it_was(tokenizer):
     for texts, language, error, message in (
         (GREEK, None, LanguageError, "language"),
         (GREEK, "xx", LanguageError, "xx"),
-        ([""], "hu", DataError, "list of documents"),
+        ([" \n"], "hu", DataError, "list of documents"),
     ):
         with pytest.raises(error, match=message):
             extend_vocabulary(model, tokenizer, tokens, texts=texts, language=language)
@@ -395,6 +396,13 @@ def test_what_cannot_grow_is_refused_and_left_as_it_was(tokenizer):
     model, _ = extended(base_model(tokenizer), tokenizer)
     with pytest.raises(PlanError, match="20 new tokens already"):
         extend_vocabulary(model, tokenizer, [" γάτα"])
+
+
+def test_a_token_that_nothing_spells_is_refused():
+    """Its row would be the mean of no rows, which is NaN."""
+    model = upcycle(pico())
+    with pytest.raises(DataError, match="' ' with no token at all"):
+        extend_vocabulary(model, words_tokenizer(), ["w200", " "])
 
 
 def test_the_tokenizer_of_another_model_is_refused(tokenizer):
