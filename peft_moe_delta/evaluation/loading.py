@@ -56,7 +56,7 @@ class Measured:
 
     def _table(self) -> Any:
         settings = _settings(self.model)
-        return None if settings is None else settings.table
+        return None if settings is None else settings.tables.languages
 
 
 def load(source: Source) -> Measured:

@@ -160,7 +160,7 @@ def _experts_of(model: nn.Module) -> list[str]:
             continue
         settings = layer.settings[layer.in_force]
         if len(names) < sum(settings.counts):
-            names = expert_names(settings.table.groups, settings.counts)
+            names = expert_names(settings.tables.languages.groups, settings.counts)
     return names
 
 

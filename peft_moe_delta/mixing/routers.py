@@ -172,17 +172,15 @@ def _routed_by_language(tuner: MoeDeltaModel, zeroed: bool) -> Iterator[None]:
     Where all routers are going to be set, they are zero meanwhile: a group's experts share its tokens evenly, as they
     will after the fit.
     """
-    config, training = tuner.active_config, [module for module in tuner.model.modules() if module.training]
-    routing, config.routing = config.routing, "language"
+    training = [module for module in tuner.model.modules() if module.training]
     weights = [(weight, weight.clone()) for _, weight in _routers(tuner)]
     tuner.model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), tuner.in_routing("language"):
             for weight, _ in weights if zeroed else ():
                 weight.zero_()
             yield
     finally:
-        config.routing = routing
         for weight, before in weights:
             weight.copy_(before)
         for module in training:
@@ -292,7 +290,7 @@ def _rows_and_users(tuner: MoeDeltaModel) -> Iterator[tuple[str, list[Tensor], d
     for _, name, module in tuner.expert_layers():
         settings = module.settings[adapter]
         users: dict[int, tuple[str, ...]] = {}
-        for group, allowed in zip(settings.table.groups, rule.allowed_experts(settings.counts), strict=True):
+        for group, allowed in zip(settings.tables.languages.groups, rule.allowed_experts(settings.counts), strict=True):
             for expert in (e for e, may in enumerate(allowed) if may):
                 users[expert] = (*users.get(expert, ()), group)
         yield name, [row for weight in module.router(adapter).parameters() for row in weight], users
@@ -301,4 +299,4 @@ def _rows_and_users(tuner: MoeDeltaModel) -> Iterator[tuple[str, list[Tensor], d
 def _earlier_rows(module: MoeDeltaLayer, adapter: str) -> int:
     """How many of a router's rows were there before the newest growth step."""
     settings = module.settings[adapter]
-    return sum(not settings.trained_groups[group] for group in settings.owners)
+    return sum(not settings.tables.trained_groups[group] for group in settings.tables.owners)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
-from .context import constant
 from .experts import full_expert, low_rank_expert
 from .layer import MoeDeltaLayer, trainable
 
@@ -70,17 +69,17 @@ class MoeDeltaAttention(MoeDeltaLayer):
         """Weights of the experts, fp32, and which of them any token may use; no weights where there is only one."""
         settings, x_TD = self.settings[name], x_BSD.reshape(-1, x_BSD.shape[-1])
         state = self.context.state(len(x_TD), self.training)
-        groups = self._groups(settings, state, x_TD.device)
-        usable = [e for e, may in enumerate(settings.usable(None if groups is None else groups[1])) if may]
+        reach = self._reach(state, name, x_TD)
+        usable = list(reach.usable)
         if len(usable) == 1 and not (state.recording and settings.needs_logits):
             return None, usable
         logits_TE = self.router(name)(x_TD)
         if state.recording:
             counted_T = state.counted(logits_TE)
-            state.losses.append((self._logit_losses(settings, logits_TE, counted_T, groups), counted_T.sum()))
-        sets_T, allowed = self._sets(settings, groups, x_TD, name)
-        if sets_T is not None:
-            logits_TE = logits_TE.masked_fill(~constant(allowed, x_TD.device)[sets_T], -torch.inf)
+            state.losses.append((self._logit_losses(settings, logits_TE, counted_T, reach.groups), counted_T.sum()))
+        _, _, allowed_TE = self._sets(reach, x_TD, name)
+        if allowed_TE is not None:
+            logits_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf)
         return logits_TE.softmax(dim=-1).view(*x_BSD.shape[:-1], -1), usable
 
     def _attend(self, expert: nn.Module, x_BSD: Tensor, cache: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:

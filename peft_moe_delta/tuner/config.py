@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import PeftConfig, TaskType
 
@@ -26,6 +27,10 @@ STAGES: dict[str, tuple[float, float]] = {"expansion": (0.01, 0.0), "review": (0
 ATTENTION_EXPERTS = ("shared_kv", "full")
 
 _RUNTIME_FIELDS = ("verify_base",)
+_DERIVED = "_derived"
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 
 
 @dataclass
@@ -118,7 +123,7 @@ class MoeDeltaConfig(PeftConfig):
         self.peft_type = MoeDeltaType.MOE_DELTA
         if isinstance(self.experts, ExpertPlan):
             self._take_plan(self.experts)
-        table = self.language_table
+        table = _language_table(self)
         self.language_ids, self.group_order = list(table.codes), list(table.groups)
         if isinstance(self.routing_rule, ClassifierRouting) and not self.classifier_layers:
             raise PlanError(
@@ -151,6 +156,41 @@ class MoeDeltaConfig(PeftConfig):
                 f"{self.wanted_layers}."
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self.__dict__.get(_DERIVED) and name not in PeftConfig.__dataclass_fields__:
+            self.change(**{name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def change(self, **values: Any) -> None:
+        """Set fields, and compile again what is derived from them, at once; where that fails, nothing is changed.
+
+        Every change of a configuration that is in use comes through here, setting an attribute included, so no layer
+        can run on tables of the routing before. (Fields are set, not changed in place.)
+
+        Raises:
+            LanguageError: languages and groups that do not fit together.
+            PlanError: an unknown routing.
+        """
+        before = dict(self.__dict__)
+        derived = self.__dict__.get(_DERIVED, {})
+        self.__dict__.update({**values, _DERIVED: {}})
+        same_groups = self.group_order == before["group_order"]
+        try:
+            for make, key in derived:
+                if same_groups or key is None:  # each layer asks for its own again when it is given other experts
+                    self.derived(make, key)
+        except Exception:
+            self.__dict__.update(before)
+            raise
+
+    def derived(self, make: Callable[[MoeDeltaConfig, K], T], key: K) -> T:
+        """`make(self, key)`, kept until a field changes, and then made anew by `change`."""
+        kept: dict[Any, T] = self.__dict__.setdefault(_DERIVED, {})
+        if (make, key) not in kept:
+            kept[make, key] = make(self, key)
+        return kept[make, key]
+
     def _take_plan(self, plan: ExpertPlan) -> None:
         """Turn a plan into fields, which are what is saved."""
         fields = plan.config_fields()
@@ -166,7 +206,7 @@ class MoeDeltaConfig(PeftConfig):
     @property
     def language_table(self) -> LanguageTable:
         """Languages and groups with their ids, in the saved order."""
-        return LanguageTable.build(self.languages, self.language_ids, self.group_order)
+        return self.derived(_language_table, None)
 
     @property
     def wanted_layers(self) -> list[int] | None:
@@ -256,3 +296,7 @@ class MoeDeltaConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The fields that are saved."""
         return {key: value for key, value in super().to_dict().items() if key not in _RUNTIME_FIELDS}
+
+
+def _language_table(config: MoeDeltaConfig, _: None = None) -> LanguageTable:
+    return LanguageTable.build(config.languages, config.language_ids, config.group_order)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID, LanguageTable
 from ..losses import share_of_step
+from .settings import LayerTables
 
 ARGUMENTS = ("language", "language_ids")
 """Keyword arguments that an upcycled model accepts beyond the base model's own."""
@@ -30,20 +31,47 @@ ARGUMENTS = ("language", "language_ids")
 COLUMNS = ("text",)
 """What `LanguageCollator` reads in a data set beyond the arguments of a model, so that Trainer must not drop it."""
 
-Rows = tuple[int, ...] | tuple[tuple[bool, ...], ...]
 
-
-def constant(rows: Rows, device: torch.device) -> Tensor:
-    """Whole numbers, or rows of booleans, as a tensor: copied to each device once, or part of a compiled graph."""
-    if not torch.compiler.is_compiling():
-        return _kept_constant(rows, device)
-    return torch.tensor(rows, device=device, dtype=torch.bool if isinstance(rows[0], tuple) else torch.int64)
+def constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor: copied to each device once, or part of a compiled graph."""
+    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _kept_constant(numbers, device)
 
 
 @lru_cache(maxsize=256)
-def _kept_constant(rows: Rows, device: torch.device) -> Tensor:
+def _kept_constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(rows, device=device)
+        return torch.tensor(numbers, device=device)
+
+
+class TokenGroups(NamedTuple):
+    """The language groups of a pass.
+
+    Attributes:
+        group_T: group index of every token, int64.
+        present: the groups that occur.
+    """
+
+    group_T: Tensor
+    present: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which experts the tokens of a pass may use in layers of one kind, before any gate.
+
+    Attributes:
+        groups: None where no language is known, and none is needed.
+        usable: the experts that some token may use, ascending.
+        sets_T: the set of each token, an index into `allowed_SE`; None where all may use all.
+        allowed_SE: the sets.
+        allowed_TE: the same by token; None where all may use all.
+    """
+
+    groups: TokenGroups | None
+    usable: tuple[int, ...]
+    sets_T: Tensor | None
+    allowed_SE: Tensor
+    allowed_TE: Tensor | None
 
 
 @dataclass
@@ -68,20 +96,46 @@ class ForwardState:
     recording: bool = False
     layers: int = 0
     losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    _groups: dict[tuple[LanguageTable, torch.device], tuple[Tensor, frozenset[int]] | None] = field(
-        default_factory=dict
-    )
+    _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
+    """What was found out for one layer and holds for all of its kind, by that (its identity) and the device."""
 
-    def groups(self, table: LanguageTable, device: torch.device) -> tuple[Tensor, frozenset[int]] | None:
-        """Group index of every token, (T,), and the groups that occur; None where no language is known.
+    def groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
+        """The language groups of the tokens; None where no language is known.
 
         Raises:
             LanguageError: a code or an id is not in the table.
         """
-        key = table, device  # the layers of one model may lie on several devices
-        if key not in self._groups:
-            self._groups[key] = self._find_groups(table, device)
-        return self._groups[key]
+        key = id(table), device  # the layers of one model may lie on several devices
+        if key not in self._found:
+            self._found[key] = self._find_groups(table, device)
+        found: TokenGroups | None = self._found[key]
+        return found
+
+    def reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
+        """Which experts the tokens may use in the layers of these tables.
+
+        Raises:
+            LanguageError: a code or an id is not in the table, or no language is known where the routing needs it.
+        """
+        key = tables, device
+        if key not in self._found:
+            self._found[key] = self._find_reach(tables, tokens, device)
+        found: Reach = self._found[key]
+        return found
+
+    def _find_reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
+        groups = self.groups(tables.languages, device)
+        if groups is None and tables.needs_language:
+            raise LanguageError(
+                f"Routing {tables.routing!r} needs the language of every token, and none was given. Known "
+                f"languages: {', '.join(tables.languages.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
+                '`language="..."`, or call model.set_language(...).'
+            )
+        usable, allowed_SE = tables.usable((0,) if groups is None else groups.present), tables.tensor("allowed", device)
+        if not tables.restricted and not tables.gated:
+            return Reach(groups, usable, None, allowed_SE[:1], None)
+        sets_T = torch.zeros(tokens, dtype=torch.int64, device=device) if groups is None else groups.group_T
+        return Reach(groups, usable, sets_T, allowed_SE, allowed_SE[sets_T] if tables.restricted else None)
 
     def counted(self, rows: Tensor) -> Tensor:
         """(T,) booleans for T rows, on their device; False for padding."""
@@ -89,7 +143,7 @@ class ForwardState:
             return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
         return self.mask_T.to(rows.device)
 
-    def _find_groups(self, table: LanguageTable, device: torch.device) -> tuple[Tensor, frozenset[int]] | None:
+    def _find_groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
         batch, sequence = self.shape
         if self.language_ids is not None:
             # The one host sync of a forward pass that carries ids: which of them occur decides what has to run.
@@ -104,7 +158,7 @@ class ForwardState:
             group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
             # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
             padding_group = next(iter(groups)) if len(groups) == 1 else 0
-            return group_T.masked_fill(ids_T < 0, padding_group), groups or frozenset({0})
+            return TokenGroups(group_T.masked_fill(ids_T < 0, padding_group), groups or frozenset({0}))
         if self.language is None:
             return None
         codes = [self.language] * batch if isinstance(self.language, str) else list(self.language)
@@ -114,7 +168,7 @@ class ForwardState:
                 "for several beams or samples a row, give `language_ids`, which `generate` repeats."
             )
         rows = tuple(table.group_of[table.id_of(code)] for code in codes)
-        return constant(rows, device).repeat_interleave(sequence), frozenset(rows)
+        return TokenGroups(constant(rows, device).repeat_interleave(sequence), frozenset(rows))
 
     def auxiliary_loss(self) -> Tensor | None:
         """The losses' mean over counted tokens and layers, times the pass's share of its step.
@@ -358,7 +412,7 @@ class _CheckpointContexts:
     def _replayed(self, state: ForwardState, recompute: Any) -> Iterator[None]:
         # The same operations must run again, but what they deposit was counted the first time.
         context = self.context
-        replay = ForwardState(state.shape, mask_T=state.mask_T, recording=state.recording, _groups=state._groups)
+        replay = ForwardState(state.shape, mask_T=state.mask_T, recording=state.recording, _found=state._found)
         before, context.current = context.current, replay
         statistics, context.statistics = context.statistics, {}
         try:

@@ -188,37 +188,44 @@ def _grown_config(config: MoeDeltaConfig, languages: Mapping[str, str], experts:
     assert grown.language_ids is not None and grown.group_order is not None  # filled in by the config itself
     # Languages that join come first, so that those of a new group are last and can be taken away with it.
     order = sorted(languages, key=lambda code: languages[code] in experts)
-    grown.languages = {**config.languages, **languages}
-    grown.language_ids = [*grown.language_ids, *order]
-    grown.experts = {**config.experts, **experts}
-    grown.group_order = [*grown.group_order, *experts]
+    changes: dict[str, Any] = {
+        "languages": {**config.languages, **languages},
+        "language_ids": [*grown.language_ids, *order],
+        "experts": {**config.experts, **experts},
+        "group_order": [*grown.group_order, *experts],
+    }
     if experts:
         before = {field: copy.deepcopy(getattr(config, field)) for field in _IN_FORCE}
-        grown.growth = [*config.growth, {"groups": list(experts), "before": before}]
+        changes["growth"] = [*config.growth, {"groups": list(experts), "before": before}]
+    grown.change(**changes)
     return grown
 
 
 def _shrunk_config(config: MoeDeltaConfig, group: str, members: tuple[str, ...]) -> MoeDeltaConfig:
-    kept = copy.deepcopy(config)
-    kept.languages = {code: g for code, g in config.languages.items() if code not in members}
-    kept.language_ids = list(config.language_table.codes[: -len(members)])
-    kept.experts = {g: counts for g, counts in config.experts.items() if g != group}
-    kept.group_order = list(config.language_table.groups[:-1])
-    step = kept.growth[-1]
+    growth = copy.deepcopy(config.growth)
+    changes: dict[str, Any] = {
+        "languages": {code: g for code, g in config.languages.items() if code not in members},
+        "language_ids": list(config.language_table.codes[: -len(members)]),
+        "experts": {g: counts for g, counts in config.experts.items() if g != group},
+        "group_order": list(config.language_table.groups[:-1]),
+        "growth": growth,
+    }
+    step = growth[-1]
     step["groups"].remove(group)
     if not step["groups"]:
-        kept.growth.pop()
-        for field, value in step["before"].items():
-            setattr(kept, field, value)
-    elif kept.language_prior_groups is not None:
-        kept.language_prior_groups = [g for g in kept.language_prior_groups if g != group]
+        growth.pop()
+        changes |= step["before"]
+    elif config.language_prior_groups is not None:
+        changes["language_prior_groups"] = [g for g in config.language_prior_groups if g != group]
+    kept = copy.deepcopy(config)
+    kept.change(**changes)
     return kept
 
 
 def _take_over(config: MoeDeltaConfig, changed: MoeDeltaConfig) -> None:
     """Change a configuration in place: every layer holds it."""
-    for field in ("languages", "language_ids", "experts", "group_order", "growth", *_IN_FORCE):
-        setattr(config, field, getattr(changed, field))
+    fields = ("languages", "language_ids", "experts", "group_order", "growth", *_IN_FORCE)
+    config.change(**{field: getattr(changed, field) for field in fields})
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------
@@ -236,7 +243,7 @@ def _append(layer: MoeDeltaLayer, name: str, grown: LayerSettings, sources: Mapp
         if not counts[group]:
             continue
         router.add_rows(group, counts[group])
-        start_as = [e for e, owner in enumerate(settings.owners) if e and owner == sources.get(group)]
+        start_as = [e for e, owner in enumerate(grown.tables.owners) if e and owner == sources.get(group)]
         for i in range(counts[group]):
             new = layer.new_expert(settings.config).to(dtype).train(training)
             if start_as:

@@ -19,7 +19,7 @@ from ..errors import LanguageError, PlanError
 from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
 from ..routing import Routes, choose_experts
 from .config import MoeDeltaConfig
-from .context import ForwardContext, ForwardState, constant
+from .context import ForwardContext, ForwardState, Reach, TokenGroups
 from .experts import expert_weights, full_expert, low_rank_expert
 from .router import Classifier, Router
 from .settings import LayerSettings
@@ -105,17 +105,14 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
 
     def has_choice(self, adapter_name: str, x_TD: Tensor) -> bool:
         """Whether the tokens of the forward pass under way may use more than one expert."""
-        settings = self.settings[adapter_name]
-        groups = self.context.state(len(x_TD), False).groups(settings.table, x_TD.device)
-        return sum(settings.usable(None if groups is None else groups[1])) > 1
+        return len(self._reach(self.context.state(len(x_TD), False), adapter_name, x_TD).usable) > 1
 
     def routes(self, adapter_name: str, x_TD: Tensor) -> Routes:
         """Where tokens go, of all the adapter's experts; the forward pass under way knows their languages."""
-        settings = self.settings[adapter_name]
-        groups = self.context.state(len(x_TD), False).groups(settings.table, x_TD.device)
-        sets_T, allowed = self._sets(settings, groups, x_TD, adapter_name)
-        allowed_TE = None if sets_T is None else constant(allowed, x_TD.device)[sets_T]
-        return choose_experts(self.router(adapter_name)(x_TD), settings.config.experts_per_token, allowed_TE)
+        reach = self._reach(self.context.state(len(x_TD), False), adapter_name, x_TD)
+        _, _, allowed_TE = self._sets(reach, x_TD, adapter_name)
+        config = self.settings[adapter_name].config
+        return choose_experts(self.router(adapter_name)(x_TD), config.experts_per_token, allowed_TE)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         name = self.in_force
@@ -131,63 +128,46 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         settings, experts = self.settings[name], self.experts(name)
         state = self.context.state(len(x_TD), self.training)
         state.layers += 1
-        groups = self._groups(settings, state, x_TD.device)
-        usable = settings.usable(None if groups is None else groups[1])
-        only = usable.index(True) if sum(usable) == 1 else None
-        if only is not None and not (state.recording and settings.needs_logits):
-            return self._run_alone(experts, only, x_TD, name)
+        reach = self._reach(state, name, x_TD)
+        if len(reach.usable) == 1 and not (state.recording and settings.needs_logits):
+            return self._run_alone(experts, reach.usable[0], x_TD, name)
         logits_TE = self.router(name)(x_TD)
-        sets_T, allowed = self._sets(settings, groups, x_TD, name)
-        allowed_TE = None if sets_T is None else constant(allowed, x_TD.device)[sets_T]
-        if not state.recording and not usable[-1]:
+        sets_T, allowed_SE, allowed_TE = self._sets(reach, x_TD, name)
+        last = reach.usable[-1] + 1
+        if not state.recording and last < len(experts):
             # What nobody here may use takes no part at all: the sums are the same, bit for bit, as before it was added.
-            reach = len(usable) - usable[::-1].index(True)
-            experts, logits_TE = experts[:reach], logits_TE[:, :reach]
-            allowed_TE = None if allowed_TE is None else allowed_TE[:, :reach]
+            experts, logits_TE = experts[:last], logits_TE[:, :last]
+            allowed_TE = None if allowed_TE is None else allowed_TE[:, :last]
         routes = choose_experts(
             logits_TE, settings.config.experts_per_token, allowed_TE, renormalise=settings.config.norm_topk_prob
         )
         if state.recording:
-            self._record(settings, state, logits_TE, routes, groups, sets_T, allowed)
+            self._record(settings, state, logits_TE, routes, reach.groups, sets_T, allowed_SE)
             if settings.classifies and settings.config.classifier_loss > 0:
-                self._record_classifier(settings, state, x_TD, groups, name)
+                self._record_classifier(settings, state, x_TD, reach.groups, name)
         return self._combine(experts, x_TD, routes)
 
-    @staticmethod
-    def _groups(
-        settings: LayerSettings, state: ForwardState, device: torch.device
-    ) -> tuple[Tensor, frozenset[int]] | None:
-        """Group of every token and the groups that occur; None where no language is known and none is needed."""
-        groups = state.groups(settings.table, device)
-        if groups is None and settings.config.routing_rule.needs_language:
-            raise LanguageError(
-                f"Routing {settings.config.routing!r} needs the language of every token, and none was given. Known "
-                f"languages: {', '.join(settings.table.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
-                '`language="..."`, or call model.set_language(...).'
-            )
-        return groups
+    def _reach(self, state: ForwardState, name: str, x_TD: Tensor) -> Reach:
+        """Which experts the tokens of a pass may use, before any gate."""
+        return state.reach(self.settings[name].tables, len(x_TD), x_TD.device)
 
-    def _sets(
-        self, settings: LayerSettings, groups: tuple[Tensor, frozenset[int]] | None, x_TD: Tensor, name: str
-    ) -> tuple[Tensor | None, tuple[tuple[bool, ...], ...]]:
-        """(T,) the set of experts that each token may use, None where all may use all, and the (S, E) sets.
+    def _sets(self, reach: Reach, x_TD: Tensor, name: str) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(T,) the set of experts that each token may use, the (S, E) sets, and (T, E) the same by token.
 
         One set a group; and one more, expert 0 alone, for what the gate takes for an original language.
         """
-        allowed = settings.allowed
-        if not settings.restricted and not settings.classifies:
-            return None, allowed[:1]
-        sets_T = x_TD.new_zeros(len(x_TD), dtype=torch.int64) if groups is None else groups[0]
+        settings, tables, sets_T = self.settings[name], self.settings[name].tables, reach.sets_T
         classifier = self.classifier(name)
-        if not settings.classifies or classifier is None:
-            return sets_T, allowed
+        if not settings.classifies or classifier is None or sets_T is None:
+            if not tables.restricted:
+                return None, reach.allowed_SE[:1], None
+            return sets_T, reach.allowed_SE[: len(tables.allowed)], reach.allowed_TE
         original_T = classifier.recognises(x_TD, settings.config.open_steps)
         # The gate of a growth step that no review has opened knows nothing, but its languages are none of the original.
-        closed = tuple(int(step > settings.config.open_steps) for step in settings.config.steps)
-        if any(closed):
-            original_T = original_T & (constant(closed, x_TD.device)[sets_T] == 0)
-        alone = tuple(expert == 0 for expert in range(len(settings.owners)))
-        return sets_T.masked_fill(original_T, len(allowed)), (*allowed, alone)
+        if any(tables.closed):
+            original_T = original_T & ~tables.tensor("closed", x_TD.device)[sets_T]
+        sets_T = sets_T.masked_fill(original_T, len(tables.allowed))
+        return sets_T, reach.allowed_SE, reach.allowed_SE[sets_T]
 
     def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor, name: str) -> Tensor:
         y_TD = self._run(experts[expert], x_TD)
@@ -240,9 +220,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         state: ForwardState,
         logits_TE: Tensor,
         routes: Routes,
-        groups: tuple[Tensor, frozenset[int]] | None,
+        groups: TokenGroups | None,
         sets_T: Tensor | None,
-        allowed: tuple[tuple[bool, ...], ...],
+        allowed_SE: Tensor,
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
         config, context, device = settings.config, self.context, logits_TE.device
@@ -252,7 +232,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             probabilities_TE=routes.probabilities_TE,
             indices_TK=routes.indices_TK,
             sets_T=torch.zeros_like(group_T) if sets_T is None else sets_T,
-            allowed_SE=constant(allowed, device),
+            allowed_SE=allowed_SE,
             counted_T=counted_T,
         )
         context.record("load_balancing_loss", balance, balanced)
@@ -260,9 +240,11 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         total = total + self._logit_losses(settings, logits_TE, counted_T, groups)
         state.losses.append((total, counted_T.sum()))
         on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
-        for group in range(len(settings.table.groups)) if groups is not None else ():
+        for group in range(len(settings.tables.languages.groups)) if groups is not None else ():
             here_T = (group_T == group) & counted_T
-            context.record(f"expert_0_share/{settings.table.groups[group]}", (on_zero_T & here_T).sum(), here_T.sum())
+            context.record(
+                f"expert_0_share/{settings.tables.languages.groups[group]}", (on_zero_T & here_T).sum(), here_T.sum()
+            )
         if groups is None:
             context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
 
@@ -271,7 +253,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         settings: LayerSettings,
         logits_TE: Tensor,
         counted_T: Tensor,
-        groups: tuple[Tensor, frozenset[int]] | None,
+        groups: TokenGroups | None,
     ) -> Tensor:
         """The losses of any router, soft or top-k, weighted: language prior and z-loss; 0 where neither is in force."""
         config, context = settings.config, self.context
@@ -282,7 +264,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                     f"The language-prior loss (coefficient {config.language_prior}, stage {config.stage!r}) needs the "
                     "language of every token, and none was given. Use LanguageCollator, or set language_prior_coef=0."
                 )
-            targets_TE = constant(settings.prior_targets, logits_TE.device)[groups[0]]
+            targets_TE = settings.tables.tensor("prior_targets", logits_TE.device)[groups[0]]
             prior, tokens = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
             context.record("language_prior_loss", prior, tokens)
             total = total + config.language_prior * prior
@@ -297,7 +279,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         settings: LayerSettings,
         state: ForwardState,
         x_TD: Tensor,
-        groups: tuple[Tensor, frozenset[int]] | None,
+        groups: TokenGroups | None,
         name: str,
     ) -> None:
         """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
@@ -325,7 +307,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             frozen = (EXPERTS,) if settings.config.stage == "review" else ()
             if not settings.classifies or settings.config.classifier_loss == 0:
                 frozen = (*frozen, CLASSIFIER)
-            self.frozen_peft_weight_names[name] = frozen if settings.uses_router else (*frozen, ROUTER)
+            self.frozen_peft_weight_names[name] = frozen if settings.tables.uses_router else (*frozen, ROUTER)
         super().set_adapter(names, inference_mode=inference_mode)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -334,14 +316,15 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names or list(self.settings)
         for name in names:
             settings = self.settings.get(name)
-            if settings is None or all(settings.trained_groups):
+            if settings is None or all(settings.tables.trained_groups):
                 continue
-            for expert, group in zip(self.experts(name), settings.owners, strict=True):
-                if not settings.trained_groups[group]:
+            trained = settings.tables.trained_groups
+            for expert, group in zip(self.experts(name), settings.tables.owners, strict=True):
+                if not trained[group]:
                     expert.requires_grad_(False)
             if settings.config.train_earlier_rows:
                 continue
-            self.router(name).freeze_all_but(settings.trained_groups)
+            self.router(name).freeze_all_but(trained)
             if (classifier := self.classifier(name)) is not None:
                 newest = settings.config.newest_step
                 classifier.freeze_all_but([step == newest for step in range(newest + 1)])

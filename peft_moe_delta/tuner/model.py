@@ -265,8 +265,7 @@ class MoeDeltaModel(BaseTuner):
         config = self.active_config
         changes["routing"] = changes["routing"] or config.routing
         replace(config, **changes).check_top_k(self.plan())  # refuses what does not fit before anything is changed
-        for name, value in changes.items():
-            setattr(config, name, value)
+        config.change(**changes)
         self.set_adapter(self.active_adapters)
 
     # -- what PEFT calls ----------------------------------------------------------------------------------------------

@@ -1,19 +1,127 @@
 """How one adapter uses one layer: who may use which expert, what trains, where the prior loss points.
 
-In: the adapter's configuration and how many experts each group owns in the layer. Out: tables over groups and experts,
-read anew at every pass, so that a change of stage or routing reaches every layer.
+In: the adapter's configuration and how many experts each group owns in the layer. Out: tables over groups and experts.
+They are compiled once and frozen; `MoeDeltaConfig.change` compiles them again, so a change of stage, routing or growth
+reaches every layer at once, and a forward pass only reads them. Layers of equal counts share one.
 
-Shape legend: G language groups, E experts.
+Shape legend: G language groups, E experts, L languages, S sets of experts a token may use: one a group, and in a layer
+with a gate one more, expert 0 alone, for what the gate takes for an original language.
 """
 
 from __future__ import annotations
 
-import operator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from ..languages import LanguageTable
 from ..routing import ClassifierRouting, within_reach
 from .config import MoeDeltaConfig
+
+Rows = tuple[tuple[bool, ...], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTables:
+    """What follows from a configuration for a layer in which group g owns `counts[g]` experts.
+
+    Attributes:
+        languages: the adapter's languages and groups.
+        owners: (E,) the group that owns each expert.
+        allowed: (G, E) booleans, the experts each group's tokens may use under the routing in force.
+        trained_groups: (G,) booleans, the groups of the newest growth step, whose experts and rows train: all before
+            any growth.
+        prior_targets: (G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
+            That is to the group's own experts; in review, a group that was there before the newest growth step is only
+            kept away from what came later, so expert 0 will do as well.
+        closed: (G,) booleans, the groups whose growth step no review has opened yet.
+        routing: the routing's name.
+        needs_language: whether it needs the language of every token.
+        gated: whether it uses gates.
+        restricted: whether some group may not use every expert.
+        offers_choice: whether some group may use more than one.
+        uses_router: whether the rows that train matter: a choice depends on them, or the prior loss teaches them.
+    """
+
+    languages: LanguageTable
+    owners: tuple[int, ...]
+    allowed: Rows
+    trained_groups: tuple[bool, ...]
+    prior_targets: Rows
+    closed: tuple[bool, ...]
+    routing: str
+    needs_language: bool
+    gated: bool
+    restricted: bool
+    offers_choice: bool
+    uses_router: bool
+    _tensors: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerTables:
+        return self  # never changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a file, whose reader may have other devices."""
+        return {**self.__dict__, "_tensors": {}}
+
+    def usable(self, groups: Iterable[int]) -> tuple[int, ...]:
+        """The experts that tokens of these groups may use, ascending."""
+        columns = zip(*(self.allowed[group] for group in groups), strict=True)
+        return tuple(expert for expert, column in enumerate(columns) if any(column))
+
+    def tensor(self, name: str, device: torch.device) -> Tensor:
+        """`allowed` (S, E), `prior_targets` (G, E) or `closed` (G,), booleans; or `group_of` (L,), on a device.
+
+        Copied to each device once. They are no buffers of the layer: those would be broadcast by DDP in every pass,
+        lost where a model is made on the meta device, and as many as there are layers.
+        """
+        if (kept := self._tensors.get((name, device))) is not None:
+            return kept
+        rows: Any = self.languages.group_of if name == "group_of" else getattr(self, name)
+        if name == "allowed" and self.gated:
+            rows = (*rows, tuple(expert == 0 for expert in range(len(self.owners))))
+        with torch.inference_mode(False):
+            made = torch.tensor(rows, device=device)
+        if type(made) is Tensor and not torch.compiler.is_compiling():  # not what a tracer would have us keep
+            self._tensors[name, device] = made
+        return made
+
+
+def compile_tables(config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerTables:
+    """The tables of a layer in which group g owns `counts[g]` experts; `counts[0] == 1`, expert 0."""
+    languages, steps, newest = config.language_table, config.steps, config.newest_step
+    owners = tuple(group for group, count in enumerate(counts) for _ in range(count))
+    allowed = config.routing_rule.allowed_experts(counts)
+    if config.growth:
+        allowed = within_reach(allowed, counts, steps, config.open_steps)
+    trained_groups = tuple(step == newest for step in steps)
+    trained = [trained_groups[owner] or config.train_earlier_rows for owner in owners]
+    chosen = any(sum(row) > 1 and any(may and t for may, t in zip(row, trained, strict=True)) for row in allowed)
+    spoken_for, review = set(config.prior_groups), config.stage == "review"
+    targets = tuple(
+        tuple(
+            name in spoken_for and (owner == g or (e == 0 and review and step < newest))
+            for e, owner in enumerate(owners)
+        )
+        for g, (name, step) in enumerate(zip(languages.groups, steps, strict=True))
+    )
+    return LayerTables(
+        languages=languages,
+        owners=owners,
+        allowed=allowed,
+        trained_groups=trained_groups,
+        prior_targets=targets,
+        closed=tuple(step > config.open_steps for step in steps),
+        routing=config.routing,
+        needs_language=config.routing_rule.needs_language,
+        gated=isinstance(config.routing_rule, ClassifierRouting),
+        restricted=not all(all(row) for row in allowed),
+        offers_choice=any(sum(row) > 1 for row in allowed),
+        uses_router=config.language_prior > 0 or chosen,
+    )
 
 
 @dataclass(frozen=True)
@@ -21,41 +129,28 @@ class LayerSettings:
     """How one adapter uses one layer.
 
     Attributes:
-        config: the adapter's configuration; shared, so that a change of stage reaches every layer.
+        config: the adapter's configuration, which all its layers share.
         counts: experts each group owns here; `counts[0] == 1`, expert 0.
-        table: the adapter's languages and groups.
-        own: (G, E) booleans, the experts each group owns.
         has_classifier: whether a gate stands before the router here.
     """
 
     config: MoeDeltaConfig
     counts: tuple[int, ...]
-    table: LanguageTable
-    own: tuple[tuple[bool, ...], ...]
     has_classifier: bool = False
 
     @classmethod
     def build(cls, config: MoeDeltaConfig, counts: tuple[int, ...], layer: int) -> LayerSettings:
-        starts = [sum(counts[:g]) for g in range(len(counts))]
-        own = tuple(
-            tuple(start <= e < start + n for e in range(sum(counts))) for start, n in zip(starts, counts, strict=True)
-        )
-        return cls(config, counts, config.language_table, own, layer in (config.classifier_layers or ()))
+        return cls(config, counts, layer in (config.classifier_layers or ()))
 
     @property
-    def allowed(self) -> tuple[tuple[bool, ...], ...]:
-        """(G, E) booleans, the experts each group's tokens may use under the routing in force."""
-        allowed, config = self.config.routing_rule.allowed_experts(self.counts), self.config
-        return within_reach(allowed, self.counts, config.steps, config.open_steps) if config.growth else allowed
-
-    def usable(self, groups: frozenset[int] | None) -> list[bool]:
-        """(E,) booleans, the experts that tokens of these groups may use; None where no language is known."""
-        return [any(column) for column in zip(*(self.allowed[g] for g in groups or (0,)), strict=True)]
+    def tables(self) -> LayerTables:
+        """What follows from the two, under the stage and routing in force."""
+        return self.config.derived(compile_tables, self.counts)
 
     @property
     def classifies(self) -> bool:
         """Whether the gate is in use under the routing in force."""
-        return self.has_classifier and isinstance(self.config.routing_rule, ClassifierRouting)
+        return self.has_classifier and self.tables.gated
 
     @property
     def needs_logits(self) -> bool:
@@ -63,41 +158,6 @@ class LayerSettings:
         return self.config.language_prior > 0 or (self.classifies and self.config.classifier_loss > 0)
 
     @property
-    def owners(self) -> tuple[int, ...]:
-        """(E,) the group that owns each expert."""
-        return tuple(group for group, count in enumerate(self.counts) for _ in range(count))
-
-    @property
-    def trained_groups(self) -> tuple[bool, ...]:
-        """(G,) booleans, the groups of the newest growth step, whose experts and rows train: all before any growth."""
-        return tuple(step == self.config.newest_step for step in self.config.steps)
-
-    @property
-    def restricted(self) -> bool:
-        """Whether some group may not use every expert."""
-        return not all(all(row) for row in self.allowed)
-
-    @property
-    def uses_router(self) -> bool:
-        """Whether the rows that train matter: a choice depends on them, or the prior loss teaches them."""
-        if self.config.language_prior > 0:
-            return True
-        trained = [self.trained_groups[group] or self.config.train_earlier_rows for group in self.owners]
-        return any(sum(row) > 1 and any(map(operator.and_, row, trained)) for row in self.allowed)
-
-    @property
-    def prior_targets(self) -> tuple[tuple[bool, ...], ...]:
-        """(G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
-
-        That is to the group's own experts; in review, a group that was there before the newest growth step is only
-        kept away from what came later, so expert 0 will do as well.
-        """
-        config = self.config
-        return tuple(
-            tuple(
-                group in config.prior_groups
-                and (own or (e == 0 and config.stage == "review" and step < config.newest_step))
-                for e, own in enumerate(row)
-            )
-            for group, step, row in zip(self.table.groups, config.steps, self.own, strict=True)
-        )
+    def calls_router(self) -> bool:
+        """Whether a pass calls the router: a matter of the adapter, not of the batch, so that all ranks agree."""
+        return self.tables.offers_choice or self.needs_logits or self.config.router_z_loss_coef > 0

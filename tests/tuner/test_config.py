@@ -22,11 +22,11 @@ def test_the_prior_sends_the_groups_it_speaks_for_to_their_own_experts():
     settings = moe_layers(model)[0].settings["default"]
     none, zero, uralic, turkic = ((False,) * 4, *(tuple(e in own for e in range(4)) for own in ({0}, {1, 2}, {3})))
     model.start_review()
-    assert settings.prior_targets == (zero, none, none)
+    assert settings.tables.prior_targets == (zero, none, none)
     model.start_review(language_prior_groups=["original", "turkic"])
-    assert settings.prior_targets == (zero, none, turkic)
+    assert settings.tables.prior_targets == (zero, none, turkic)
     model.start_expansion()
-    assert settings.prior_targets == (zero, uralic, turkic)
+    assert settings.tables.prior_targets == (zero, uralic, turkic)
 
 
 def test_a_stage_that_does_not_fit_changes_nothing():

@@ -94,7 +94,7 @@ def test_removing_groups_gives_back_the_model_before_each(experts, routing):
     model.start_review(language_prior_coef=0.3)
     before = []
     for code, group, count in INSERTIONS:
-        config = copy.deepcopy(vars(model.active_peft_config))
+        config = copy.deepcopy(model.active_peft_config)
         before.append((group, config, state_of(model), logits(model, TOKENS, language_ids=EARLIER), requires(model)))
         model.add_languages({code: group}, {group: count})
         train(model, code)
@@ -102,7 +102,7 @@ def test_removing_groups_gives_back_the_model_before_each(experts, routing):
         train(model, code)
     for group, config, state, expected, trainable in reversed(before):
         model.remove_group(group)
-        assert vars(model.active_peft_config) == config
+        assert model.active_peft_config == config
         assert_same(model.state_dict(), state)
         assert torch.equal(logits(model, TOKENS, language_ids=EARLIER), expected)
         assert requires(model) == trainable
@@ -138,15 +138,15 @@ def test_the_review_keeps_earlier_groups_on_expert_0_and_their_own():
     model.start_review()
     settings = moe_layers(model)[0].settings["default"]
     assert settings.config.prior_groups == ("original", "uralic", "turkic")
-    assert settings.prior_targets == (
+    assert settings.tables.prior_targets == (
         (True, False, False, False, False),
         (True, True, True, False, False),  # expert 0 and the group's own
         (True, False, False, True, False),
         (False,) * 5,  # the new group is free to choose
     )
     model.start_review(language_prior_groups=["original", "indic"])
-    assert settings.prior_targets[1] == (False,) * 5
-    assert settings.prior_targets[3] == (False, False, False, False, True)
+    assert settings.tables.prior_targets[1] == (False,) * 5
+    assert settings.tables.prior_targets[3] == (False, False, False, False, True)
 
 
 def test_reach_by_hand():
@@ -281,11 +281,11 @@ def test_a_grown_language_exports_as_a_dense_model():
 )
 def test_bad_growth_is_refused_and_changes_nothing(languages, experts, options, error, message):
     model = trained_model()
-    before, config = state_of(model), copy.deepcopy(vars(model.active_peft_config))
+    before, config = state_of(model), copy.deepcopy(model.active_peft_config)
     with pytest.raises(error, match=message):
         model.add_languages(languages, experts, **options)
     assert_same(model.state_dict(), before)
-    assert vars(model.active_peft_config) == config
+    assert model.active_peft_config == config
 
 
 def test_an_adapter_that_trains_shared_modules_does_not_grow():
