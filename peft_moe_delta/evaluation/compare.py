@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError
-from ..languages import ORIGINAL_GROUP
+from ..languages import ORIGINAL_GROUP, closest_code
 from .bits_per_byte import TextScore
 from .bootstrap import bootstrap_interval, paired_difference
 from .confusion import ConfusionScore
@@ -67,9 +67,9 @@ def status_of(language: str | None, groups: Mapping[str, str]) -> Status | None:
     """What a language is to models whose languages have these groups."""
     if language is None:
         return None
-    if language not in groups:
+    if (known := closest_code(language, groups)) is None:
         return "unseen"
-    return "original" if groups[language] == ORIGINAL_GROUP else "expanded"
+    return "original" if groups[known] == ORIGINAL_GROUP else "expanded"
 
 
 def compare(

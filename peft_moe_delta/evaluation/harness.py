@@ -6,22 +6,18 @@ experts of the task's language. Importing this module registers the model as `mo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from typing import Any
 
-import langcodes
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..errors import DataError
-from ..languages import LanguageTable
+from ..languages import LanguageTable, closest_code, closest_code_in_name
 from ..tuner import MoeDeltaModel
-
-_CODE = re.compile(r"[a-z]{2,3}")
 
 
 @register_model("moe_delta")
@@ -55,8 +51,10 @@ class MoeDeltaLM(HFLM):
         self._language = language
         self._task_languages = _read_map(task_languages)
         if self._tuner is not None:
+            table = self._tuner.active_config.language_table
             for code in [*self._task_languages.values(), *([language] if language else [])]:
-                self._tuner.active_config.language_table.id_of(code)
+                table.id_of(closest_code(code, table.codes) or code)
+            self._language = language and closest_code(language, table.codes)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._by_language(super().loglikelihood, requests, disable_tqdm)
@@ -102,24 +100,11 @@ class MoeDeltaLM(HFLM):
 
 
 def language_of_task(task: str, table: LanguageTable, task_languages: Mapping[str, str] | None = None) -> str | None:
-    """The language of a task, one of the table's codes: as `task_languages` says, else by the task's name.
-
-    A name is read from its end, and only languages of the table count: `hun_Latn` and `hu` are one language.
-    """
+    """The language of a task, one of the table's codes: as `task_languages` says, else by the task's name."""
     for pattern, code in (task_languages or {}).items():
         if fnmatch(task, pattern):
-            return code
-    known = {_language(code): code for code in reversed(table.codes)}
-    parts = (part for part in reversed(re.split(r"[_-]", task)) if _CODE.fullmatch(part))
-    return next((known[language] for part in parts if (language := _language(part)) in known), None)
-
-
-def _language(code: str) -> str:
-    """The language of a code or tag, without script and region: `hun_Latn`, `hu-HU`, `hu` -> `hu`."""
-    try:
-        return langcodes.get(code.replace("_", "-")).language or code
-    except ValueError:  # a code of the user's own
-        return code
+            return closest_code(code, table.codes)
+    return closest_code_in_name(task, table.codes)
 
 
 def _read_map(given: Mapping[str, str] | str | None) -> dict[str, str]:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..languages import closest_code, closest_code_in_name
 from .report import TEXT, EvalReport, Model, Score
 
 TEXT_TASK = "moe_delta_text"
@@ -97,7 +98,8 @@ def with_harness_results(
         report: what to add to.
         path: the file, or a folder with exactly one such file below it.
         model: what the report calls the model that was run; a new name becomes a new row.
-        languages: task -> language; None to read it from the tasks' names, where it is one of the report's.
+        languages: task -> language; None to read it from the tasks' names, where it is one of the report's in
+            any standard (`arc_hun_Latn` is in `hu`).
 
     Raises:
         DataError: no such file, or not what lm_eval writes.
@@ -129,7 +131,10 @@ def _scores(
 ) -> list[Score]:
     """The rows of one task: every number that is a metric, with its interval where lm_eval gives a standard error."""
     measured: dict[str, Any] = data["results"][task]
-    language = languages.get(task) or _language_in(task, report)
+    stated = languages.get(task)
+    language = (
+        closest_code(stated, report.languages) or stated if stated else closest_code_in_name(task, report.languages)
+    )
     rows = []
     for key, value in measured.items():
         metric, comma, filtered = key.partition(",")
@@ -153,9 +158,3 @@ def _scores(
             )
         )
     return rows
-
-
-def _language_in(task: str, report: EvalReport) -> str | None:
-    """The last part of a task's name that is one of the report's languages."""
-    parts = [part for part in re.split(r"[_-]", task) if part in report.languages]
-    return parts[-1] if parts else None

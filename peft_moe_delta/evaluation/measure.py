@@ -24,7 +24,7 @@ from .compare import (
     status_of,
     transfer,
 )
-from .confusion import language_confusion
+from .confusion import check_can_score, language_confusion
 from .fertility import fertility
 from .forward import Progress
 from .generation import generate
@@ -85,6 +85,8 @@ def evaluate_languages(
     check_references(models, [*references, *(trained or ()), *(name for pair in agreement for name in pair)])
     if trained and not references:
         raise DataError("trained: a transfer matrix needs a reference to gain on. Name one in `references`.")
+    for code in material.prompts:
+        check_can_score(code)
     warnings = doubts(material)  # first: they need an extra that may be missing
     options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
     rows, items, routing, tokens, fertile = [], {}, [], [], []

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..errors import CardError
 from ..evaluation.report import EvalReport
+from ..languages import read_code
 from .figures import eval_results, tables
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
@@ -220,9 +221,8 @@ def _relation(kind: str, published: list[str]) -> str:
 
 
 def _language_tags(languages: Mapping[str, str]) -> list[str]:
-    """Codes as the Hub writes them (ISO 639); what is none, such as a domain's name, is left out."""
-    heads = [re.split(r"[-_]", code)[0].lower() for code in languages]
-    return list(dict.fromkeys(head for head in heads if re.fullmatch(r"[a-z]{2,3}", head)))
+    """Codes as the Hub writes them, the shortest of ISO 639; what is none, such as a domain's name, is left out."""
+    return list(dict.fromkeys(str(tag.language) for code in languages if (tag := read_code(code)) is not None))
 
 
 def _read(path: Path) -> Any:

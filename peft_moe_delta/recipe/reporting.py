@@ -21,6 +21,7 @@ from ..evaluation.measure import command, doubts, fertility_rows, look_at_routin
 from ..evaluation.report import Model
 from ..evaluation.routes import expert_names, first_choice_agreement
 from ..evaluation.scoring import Material
+from ..languages import closest_code
 from ..tuner import MoeDeltaModel
 from .data import read_tasks, read_texts
 from .fields import Recipe
@@ -98,8 +99,8 @@ def _prompts(recipe: Recipe, texts: Mapping[str, list[str]]) -> dict[str, list[s
         longest = max(documents, key=len)
         prompts[code] = [longest[:_BEGINNING].rsplit(" ", 1)[0]]
     for tasks in recipe.tasks.values():
-        if tasks.language in prompts:
-            prompts[tasks.language] += [task["prompt"] for task in read_tasks(tasks.test, _PROMPTS)]
+        if tasks.language and (spoken := closest_code(tasks.language, prompts)):
+            prompts[spoken] += [task["prompt"] for task in read_tasks(tasks.test, _PROMPTS)]
     return prompts
 
 

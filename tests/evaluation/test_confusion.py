@@ -16,6 +16,8 @@ AR = "ذهبت هذا الصباح إلى السوق لشراء الخبز وا�
 ZH = "今天早上我去商店买了新鲜的面包和牛奶。"
 JA = "今朝、私は新鮮なパンと牛乳を買うためにお店に行きました。"
 RU = "Сегодня утром я пошёл в магазин, чтобы купить свежий хлеб."
+EL = "Σήμερα το πρωί πήγα στο κατάστημα να αγοράσω φρέσκο ψωμί και γάλα."
+TH = "เช้านี้ฉันไปที่ร้านเพื่อซื้อขนมปังและนมสด"
 FENCED = "```python\nfor every item in the whole list print the item\n```"
 
 
@@ -40,6 +42,8 @@ FENCED = "```python\nfor every item in the whole list print the item\n```"
         ("zh", "你好。", False, False),  # one word, however many characters
         ("ja", JA, True, True),
         ("ja", ZH, True, False),
+        ("th", TH, True, True),
+        ("th", "สวัสดี", False, False),
     ],
 )
 def test_lines(language, response, counted, line_clean):
@@ -56,6 +60,9 @@ def test_lines(language, response, counted, line_clean):
         ("ru", RU.replace("хлеб", "Bread"), True),  # names are no mistake
         ("ru", RU.replace("хлеб", "the"), True),  # too short to be sure
         ("ru", RU.replace("хлеб", "xhlebx"), True),  # no English word
+        ("el", EL, True),
+        ("ell_Grek", EL.replace("ψωμί", "bread"), False),
+        ("th", TH.replace("ขนมปัง", "bread"), False),
         ("zh", ZH.replace("面包", " bread "), False),
         ("ja", JA.replace("パン", "bread"), False),
         ("ar", AR.replace("الخبز", "bread"), False),
@@ -90,9 +97,10 @@ def test_responses_must_be_a_list(responses):
         language_confusion(responses, "hu")
 
 
-def test_a_language_must_be_a_code():
-    with pytest.raises(DataError, match="expected a code"):
-        language_confusion(["x"], "Hungarian")
+@pytest.mark.parametrize("language", ["Hungarian", "legal", "kok_Latn_x", "gez"])
+def test_what_the_identifier_does_not_know_cannot_be_scored(language):
+    with pytest.raises(DataError, match="expected a code that the language identifier .* knows"):
+        language_confusion(["x"], language)
 
 
 def test_text_in_another_language_than_stated_is_noticed():
