@@ -3,7 +3,8 @@
 In: how alike languages are, from any source. Out: `LanguageGroups`, in the order they were found. The procedure is
 DMoE's balanced complete linkage (arXiv 2506.12388): with distance 1 - similarity, take the languages of the smallest
 diameter as a group, remove them, repeat; group sizes are n // k. Here k need not divide n (sizes then differ by one,
-the smaller groups first), and sizes may also be left to the data within bounds.
+the larger groups first, so that what is left over is what has no close company), and sizes may also be left to the data
+within bounds.
 """
 
 from __future__ import annotations
@@ -174,8 +175,12 @@ def _cut(distance: np.ndarray, sizes: Sequence[int], exact_up_to: int) -> list[l
 
 
 def _even_sizes(number: int, num_groups: int) -> list[int]:
-    """DMoE's n // k languages a group; where k does not divide n, one more in the last ones."""
-    return [(number + index) // num_groups for index in range(num_groups)]
+    """DMoE's n // k languages a group; where k does not divide n, one more in the first ones.
+
+    A smaller set of a tight group has a diameter no larger than the whole group's: were small groups cut first, they
+    would be cut out of tight ones, and a group of one would be whoever comes first.
+    """
+    return [(number + index) // num_groups for index in reversed(range(num_groups))]
 
 
 def _fitted(distance: np.ndarray, num_groups: int | None, fewest: int, most: int, exact_up_to: int) -> list[list[int]]:
@@ -212,10 +217,13 @@ def _widened(
 
 
 def _feasible_sizes(left: int, still: int | None, fewest: int, most: int) -> tuple[int, int]:
-    """Fewest and most languages of the next group that leave a number which can be cut up in its turn."""
+    """Fewest and most languages of the next group that leave a number which can be cut up in its turn.
+
+    A pair is the smallest start, where it fits: every single language is as tight as any other.
+    """
     after = None if still is None else still - 1
     fitting = [size for size in range(fewest, min(most, left) + 1) if _divisible(left - size, after, fewest, most)]
-    return fitting[0], fitting[-1]
+    return fitting[fitting[0] == 1 < len(fitting)], fitting[-1]
 
 
 def _divisible(number: int, groups: int | None, fewest: int, most: int) -> bool:

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -94,9 +94,31 @@ def test_ties_fall_to_the_first():
     assert found.diameters == (0.5, 0.5, 0.5)
 
 
+NORDIC = {frozenset({"no", "sv"}): 0.9, frozenset({"fi", "et"}): 0.9}
+
+
+@pytest.mark.parametrize("options", [{"num_groups": 3}, {"num_groups": 3, "sizes": (1, 2)}, {"sizes": (1, 2)}])
+@pytest.mark.parametrize("exact_up_to", [20, 2])
+def test_leftovers_come_last_in_whatever_order_languages_stand(options, exact_up_to):
+    for codes in permutations(("no", "fi", "el", "sv", "et")):
+        similarity = {a: {b: 1.0 if a == b else NORDIC.get(frozenset({a, b}), 0.0) for b in codes} for a in codes}
+        found = group_languages(similarity, **options, exact_up_to=exact_up_to, resamples=0)
+        assert {frozenset(group) for group in found.groups[:2]} == set(NORDIC)
+        assert found.groups[2:] == (("el",),)
+
+
+@pytest.mark.parametrize("options", [{"num_groups": 4}, {"num_groups": 4, "sizes": (1, 2)}])
+def test_the_one_pair_is_the_closest(options):
+    similarity = np.eye(5)
+    for a, b, value in ((0, 1, 0.5), (3, 4, 0.9)):
+        similarity[a, b] = similarity[b, a] = value
+    found = group_languages(similarity, names(5), **options, resamples=0)
+    assert found.groups == (("l3", "l4"), ("l0",), ("l1",), ("l2",))
+
+
 def test_many_languages():
     found = group_languages(cosines(128), names(128), num_groups=10, resamples=5)
-    assert sorted(len(group) for group in found.groups) == [12] * 2 + [13] * 8
+    assert [len(group) for group in found.groups] == [13] * 8 + [12] * 2
 
 
 def test_a_mapping_names_its_languages_and_a_list_picks_some():
