@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from builders import in_bf16, logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.errors import CheckpointError, GraftError
+from peft_moe_delta.hub import CardFacts, render_card
 from peft_moe_delta.tuner.grafting import to_stock
 
 STOCK = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma", "phi3")
@@ -325,9 +326,13 @@ def test_a_delta_that_is_not_finite_is_refused(method, value):
         getattr(upcycle(base), method)(post)
 
 
-def test_an_unrelated_post_trained_model_is_doubted():
+def test_an_unrelated_post_trained_model_is_doubted(tmp_path):
+    """In a warning, in the report and in the card."""
     with pytest.warns(UserWarning, match="doubtful.*mlp"):
-        upcycle(pico()).graft(pico(seed=3))
+        grafted = upcycle(pico()).graft(pico(seed=3))
+    assert any(reason.startswith("mlp: the change is") for reason in grafted.graft_report.warnings)
+    grafted.save_pretrained(tmp_path)
+    assert "- Doubtful: mlp: the change is" in render_card(CardFacts.of(tmp_path, name="x"))
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ class _Graft:
             new_tokens=tuner.active_config.new_tokens or (),
         )
         self.delta = PostTrainingDelta.from_checkpoints(before, after, self.vocabulary)
-        doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
+        self.doubts = doubts = (
+            self.delta.report().doubtful
+        )  # reads every tensor once: a damaged one ends the graft here
         if doubts:
             warnings.warn(
                 f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=5
@@ -135,7 +137,9 @@ class _Graft:
             scales = scale_of_groups(self.groups, max(trials, key=lambda trial: trial[1])[0])
             self._fill(scales)
         scale = dict(self.scale.value) if isinstance(self.scale.value, Mapping) else self.scale.value
-        report = GraftReport(str(self.model.name_or_path), scale, scales, tuple(trials), **new_tokens_of(config))
+        report = GraftReport(
+            str(self.model.name_or_path), scale, scales, tuple(trials), warnings=self.doubts, **new_tokens_of(config)
+        )
         grafted.active_peft_config.graft = asdict(report)
         grafted.graft_report = report  # type: ignore[assignment]  # torch names only tensors and modules
         return grafted

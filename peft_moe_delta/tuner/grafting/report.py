@@ -26,6 +26,7 @@ class GraftReport:
         route_agreement: share of routes on which a 16-bit export and the adapter agree; None where not measured.
         new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
         first_new_token_id: id of the first of them; None without any.
+        warnings: why the result is doubtful, one reason each; they are warned of, and the card repeats them.
     """
 
     post_trained: str
@@ -40,6 +41,7 @@ class GraftReport:
     route_agreement: float | None = None
     new_tokens: tuple[str, ...] = ()
     first_new_token_id: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def new_tokens_of(config: MoeDeltaConfig) -> dict[str, Any]:
