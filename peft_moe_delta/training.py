@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import DataError
+from .export.gate import evaluating
 from .languages import PADDING_LANGUAGE_ID, LanguageTable
 from .losses import IGNORED_LABEL, share_of_step
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
@@ -44,11 +45,14 @@ class LanguageCollator:
     Returns, all int64: `input_ids`, `labels` (-100 where there is no target), and
 
     - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages.
-      Padding is known by its place, not by its token: end-of-text stays a target where it doubles as padding.
+      Padding is known by its place, not by its token: end-of-text stays a target where it doubles as padding. Padded on
+      the left, a document has `position_ids` that begin with it, and its first token, which only padding precedes, is
+      no target.
     - packed: documents laid end to end in rows of `max_length`; `language_ids` (B, S), -100 in the rest of the last
-      row; `position_ids` (B, S) that restart with every document and row, from which transformers' models with an
-      attention mask interface (SDPA, eager, FlashAttention) keep documents from attending to each other. Models without
-      `position_ids` (BLOOM, MPT) would attend across: pad for those.
+      row; `position_ids` (B, S) that restart with every document and row, from which most of transformers' models keep
+      documents from attending to each other. Falcon, BLOOM and MPT do not; so a packed pass of a few tokens is tried
+      on the model, and a model that mixes documents is refused. FlashAttention tells documents apart within one row
+      only, so it gets all rows as one.
 
     Args:
         tokenizer: pads, and tokenises `text`.
@@ -58,7 +62,8 @@ class LanguageCollator:
         pad_to_multiple_of: round the padded length up.
 
     Raises:
-        DataError: a document without tokens or language, an empty batch, or packing without `max_length`.
+        DataError: a document without tokens or language, an empty batch, packing without `max_length`, or for a model
+            whose documents would see each other.
         LanguageError: an unknown language.
     """
 
@@ -78,12 +83,19 @@ class LanguageCollator:
         self.max_length = max_length
         self.packing = packing
         self.pad_to_multiple_of = pad_to_multiple_of
+        self._one_row = "flash" in str(_attention_of(model))
+        if packing and isinstance(model, nn.Module) and not self._keeps_apart(model):
+            raise DataError(
+                f"LanguageCollator(packing=True): in this {type(_base_model_of(model)).__name__} with attention "
+                f"{_attention_of(model)!r} packed documents attend to each other. Leave packing out: padded documents "
+                "are rows of their own."
+            )
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not features:
             raise DataError("LanguageCollator got an empty batch; expected at least one document.")
         documents = [self._read(feature) for feature in features]
-        return self._pack(documents) if self.packing else self._pad(documents)
+        return self._pack(documents, self.max_length) if self.packing else self._pad(documents)
 
     def _read(self, feature: Mapping[str, Any]) -> _Document:
         if feature.get("language") is None:
@@ -127,19 +139,39 @@ class LanguageCollator:
         padding = self.tokenizer.pad_token_id
         padding = self.tokenizer.eos_token_id if padding is None else padding
         left = self.tokenizer.padding_side == "left"
+        labels = [d.labels[:length] for d in documents]
+        if left:
+            labels = [[IGNORED_LABEL, *row[1:]] for row in labels]
         batch = {
             "input_ids": _rows([d.tokens[:length] for d in documents], width, padding or 0, left),
-            "attention_mask": _rows([[1] * len(d.tokens[:length]) for d in documents], width, 0, left),
-            "labels": _rows([d.labels[:length] for d in documents], width, IGNORED_LABEL, left),
+            "attention_mask": _rows([[1] * len(row) for row in labels], width, 0, left),
+            "labels": _rows(labels, width, IGNORED_LABEL, left),
         }
+        if left:
+            batch["position_ids"] = _rows([list(range(len(row))) for row in labels], width, 0, left)
         if all(len(set(d.languages)) == 1 for d in documents):
             batch["language_ids"] = torch.tensor([d.languages[0] for d in documents])
         else:
             batch["language_ids"] = _rows([d.languages[:length] for d in documents], width, PADDING_LANGUAGE_ID, left)
         return batch
 
-    def _pack(self, documents: list[_Document]) -> dict[str, Tensor]:
-        width: Any = self.max_length
+    @torch.no_grad()
+    def _keeps_apart(self, model: nn.Module) -> bool:
+        """Whether a packed document computes the same, whoever its neighbour is. True where the model cannot be run."""
+        if any(p.is_meta or not p.numel() for p in model.parameters()):
+            return True  # a model that is loaded, or cut into shards, later
+        words, device = _base_model_of(model).config.get_text_config().vocab_size, next(model.parameters()).device
+        first, other, second = torch.linspace(0, words - 1, 9).long().view(3, 3).tolist()
+        found = []
+        for neighbour in (first, other):
+            batch = self._pack([_Document(ids, ids, [0] * 3) for ids in (neighbour, second)], 6)
+            del batch["labels"]
+            with evaluating(model):
+                found.append(model(**{name: part.to(device) for name, part in batch.items()}).logits[0, 3:].float())
+        # A neighbour that is seen moves logits by about their size; rounding, in 16 bits, by less than a hundredth.
+        return bool((found[0] - found[1]).norm() <= 0.02 * found[0].norm())
+
+    def _pack(self, documents: list[_Document], width: Any) -> dict[str, Tensor]:
         tokens = [token for d in documents for token in d.tokens]
         languages = [language for d in documents for language in d.languages]
         # Counted from where the document or the row begins, whichever is nearer.
@@ -157,7 +189,9 @@ class LanguageCollator:
             "language_ids": languages + [PADDING_LANGUAGE_ID] * rest,
             "position_ids": positions + list(range(rest)),
         }
-        return {name: torch.tensor(values).view(-1, width) for name, values in rows.items()}
+        return {
+            name: torch.tensor(values).view((1, -1) if self._one_row else (-1, width)) for name, values in rows.items()
+        }
 
 
 class RoutingCallback(TrainerCallback):
@@ -228,6 +262,18 @@ class AuxiliaryLossMixin(_Trainer):
         columns: Any = self._signature_columns
         if "language" not in columns:
             columns.append("language")
+
+
+def _base_model_of(model: nn.Module) -> Any:
+    """The transformers model inside PEFT's wrapper."""
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()
+
+
+def _attention_of(model: object) -> str | None:
+    """The attention implementation of a model; None of anything else."""
+    config = getattr(_base_model_of(model), "config", None) if isinstance(model, nn.Module) else None
+    return getattr(config, "_attn_implementation", None)
 
 
 def _context_of(model: nn.Module | None) -> ForwardContext | None:

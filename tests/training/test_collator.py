@@ -37,7 +37,8 @@ def test_padded_on_the_left():
         LanguageCollator(tokenizer, moe_config())([SHORT, MIXED]),
         input_ids=[[0, 5, 6, 2], [5, 6, 7, 2]],
         attention_mask=[[0, 1, 1, 1], [1, 1, 1, 1]],
-        labels=[[_, 5, 6, 2], [5, 6, 7, 2]],
+        labels=[[_, _, 6, 2], [_, 6, 7, 2]],
+        position_ids=[[0, 0, 1, 2], [0, 1, 2, 3]],
         language_ids=[[_, 1, 1, 1], [1, 1, 0, 0]],
     )
 

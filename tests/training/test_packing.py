@@ -4,14 +4,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from builders import pico, token_batch, upcycle
+from builders import FAMILIES, moe_config, pico, token_batch, upcycle
 from peft_moe_delta import LanguageCollator
+from peft_moe_delta.errors import DataError
+from training.common import make_tokenizer
 
 LENGTHS = (4, 3, 6, 2, 7)
 CODES = ("en", "hu", "az", "fi", "en")
 TOKENS = token_batch(1, sum(LENGTHS))[0].split(LENGTHS)
 DOCUMENTS = [{"input_ids": t.tolist(), "language": code} for t, code in zip(TOKENS, CODES, strict=True)]
-FAMILIES = ["llama", "qwen3", "gpt2"]  # gpt2: learned positions
+MIXING = ("falcon", "bloom", "mpt")
+"""Families that let packed documents attend to each other."""
 
 
 ROUNDINGS = 32
@@ -19,10 +22,52 @@ ROUNDINGS = 32
 are seen, by processor and attention; a neighbour that is not masked moves logits by as much as they are, millions."""
 
 
-@pytest.fixture(params=[(f, a) for f in FAMILIES for a in ("sdpa", "eager")], ids="-".join)
+@pytest.fixture(params=[(f, a) for f in ("llama", "gpt2") for a in ("sdpa", "eager")], ids="-".join)
 def base(request):
     family, attention = request.param
     return pico(family, attn_implementation=attention)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_document_computes_what_it_computes_alone_or_packing_is_refused(family, tokenizer):
+    """For every family that is supported; as rows of their own, on either side of padding, they always do."""
+    model = upcycle(pico(family), trained=True)
+    with torch.no_grad():
+        expected = [alone(model, document) for document in DOCUMENTS]
+        for side in ("left", "right"):
+            batch = LanguageCollator(make_tokenizer(padding_side=side), model)(DOCUMENTS)
+            padded = model(**batch)
+            for row, mask, document in zip(padded.logits, batch["attention_mask"].bool(), expected, strict=True):
+                assert_equal_but_for_rounding(row[mask], document)
+            assert_equal_but_for_rounding(padded.loss, mean_loss(expected))
+        try:
+            batch = LanguageCollator(tokenizer, model, packing=True, max_length=13)(DOCUMENTS)
+        except DataError as error:
+            assert family in MIXING and "attend to each other" in str(error)
+            return
+        packed = model(**batch)
+    assert family not in MIXING
+    assert_equal_but_for_rounding(packed.logits.flatten(0, 1)[: sum(LENGTHS)], torch.cat(expected))
+    assert_equal_but_for_rounding(packed.loss, mean_loss(expected))
+
+
+def mean_loss(expected):
+    """Of all tokens that follow another one of their document."""
+    losses = [
+        F.cross_entropy(logits[:-1], torch.tensor(d["input_ids"][1:]), reduction="sum")
+        for logits, d in zip(expected, DOCUMENTS, strict=True)
+    ]
+    return sum(losses) / (sum(LENGTHS) - len(LENGTHS))
+
+
+def test_flash_attention_gets_one_row(tokenizer):
+    """It looks for documents in `position_ids` where the batch is one row, and nowhere else."""
+    collate = LanguageCollator(tokenizer, moe_config(), packing=True, max_length=13)
+    rows = collate(DOCUMENTS)
+    collate._one_row = True  # as where the model's attention says so
+    assert {name: part.tolist() for name, part in collate(DOCUMENTS).items()} == {
+        name: part.view(1, -1).tolist() for name, part in rows.items()
+    }
 
 
 def assert_equal_but_for_rounding(actual, expected):
