@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ..errors import DataError, PlanError
+from ..errors import DataError, LanguageError, PlanError
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
 from .statistics import LanguageStatistics
@@ -226,16 +226,30 @@ def _figures(
         if wanted == "similarity":
             figures = statistics.similarity([code for code in codes if code not in original], original)
         elif wanted == "deviation":
-            figures = np.mean(list(statistics.deviation().values()), axis=0)
+            figures = np.mean(list(_named(statistics.deviation(), table).values()), axis=0)
         else:
             figures = np.ones(len(statistics.layers))
         sizes = {name: statistics.model[name] for name in ("expert_params", "hidden_size") if name in statistics.model}
         return figures, statistics.layers, sizes
-    figures = _table(statistics)
+    figures = _table(_named(statistics, table) if isinstance(statistics, Mapping) else statistics)
     where = range(len(figures)) if layers is None else layers
     if len(where) != len(figures):
         raise PlanError(f"statistics speak of {len(figures)} layers, but {len(where)} are named. They must agree.")
     return figures, where, {}
+
+
+def _named(rows: Mapping[str, Any], table: LanguageTable | None) -> dict[str, Any]:
+    """The rows of the languages that a plan is for: what else was measured has no say.
+
+    Raises:
+        LanguageError: a new language was not measured.
+    """
+    if table is None:
+        return dict(rows)
+    original = table.members(ORIGINAL_GROUP)
+    if unknown := [code for code in table.codes if code not in rows and code not in original]:
+        raise LanguageError(f"{unknown} were not measured; the statistics have {', '.join(rows)}.")
+    return {code: rows[code] for code in table.codes if code in rows}
 
 
 def _table(statistics: Any) -> np.ndarray:

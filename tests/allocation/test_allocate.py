@@ -1,6 +1,7 @@
 """`allocate_experts`: the published figures, budgets met exactly for whatever statistics, and what cannot be met."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -87,6 +88,20 @@ def test_deviation_by_threshold_by_count_and_by_budget():
         assert plan.groups == ("original", "uralic", "hellenic")
     assert allocate_experts(deviation, "deviation_threshold", threshold=0.3).moe_layers == (1, 2, 3)
     assert allocate_experts(deviation, "deviation_threshold", top_layers=1).moe_layers == (1,)  # a tie
+
+
+@pytest.mark.parametrize("measured", [STATISTICS, STATISTICS.deviation()], ids=["measured", "figures"])
+def test_languages_that_the_plan_does_not_name_have_no_say(measured):
+    others = {code: 100.0 * np.arange(2, 0, -1) for code in ("de", "fr")}  # would choose layer 0
+    rows = STATISTICS.deviation() | others
+    if not isinstance(measured, dict):
+        grams = np.stack([np.diag([row[layer] ** 2 for row in rows.values()]) for layer in range(2)])
+        rows = replace(STATISTICS, languages=tuple(rows), grams={"deviation": grams})
+    plan = allocate_experts(rows, "deviation_threshold", languages={"en": "original", "hu": "new", "el": "new"})
+    assert plan.moe_layers == (1,)
+    assert allocate_experts(rows, "deviation_threshold").moe_layers == (0,)
+    with pytest.raises(LanguageError, match="xx.*not measured"):
+        allocate_experts(rows, "deviation_threshold", languages={"xx": "new"})
 
 
 def test_parameters_may_be_the_budget():
