@@ -69,14 +69,14 @@ class MoeDeltaAttention(MoeDeltaLayer):
         """Weights of the experts, fp32, and which of them any token may use; no weights where there is only one."""
         settings, x_TD = self.settings[name], x_BSD.reshape(-1, x_BSD.shape[-1])
         state = self.context.state(len(x_TD), self.training)
+        state.expect(settings.tables.logit_losses)
         reach = self._reach(state, name, x_TD)
         usable = list(reach.usable)
         if len(usable) == 1 and not (state.recording and settings.needs_logits):
             return None, usable
         logits_TE = self.router(name)(x_TD)
         if state.recording:
-            counted_T = state.counted(logits_TE)
-            state.losses.append((self._logit_losses(settings, logits_TE, counted_T, reach.groups), counted_T.sum()))
+            self._record_logits(settings, state, logits_TE, reach.groups)
         _, _, allowed_TE = self._sets(reach, x_TD, name)
         if allowed_TE is not None:
             logits_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf)

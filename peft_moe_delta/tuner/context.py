@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -85,7 +85,7 @@ class ForwardState:
         mask_T: bool, False for padding; None where no token is known to be padding.
         share: how much of its optimizer step the pass is (`losses.share_of_step`).
         recording: whether the layers must deposit auxiliary losses.
-        layers: upcycled layers that have run, with or without a loss to deposit.
+        layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
     """
 
     shape: tuple[int, int]
@@ -94,8 +94,8 @@ class ForwardState:
     mask_T: Tensor | None = None
     share: Tensor | float = 1.0
     recording: bool = False
-    layers: int = 0
-    losses: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    layers: dict[str, int] = field(default_factory=dict)
+    losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
     """What was found out for one layer and holds for all of its kind, by that (its identity) and the device."""
 
@@ -170,18 +170,30 @@ class ForwardState:
         rows = tuple(table.group_of[table.id_of(code)] for code in codes)
         return TokenGroups(constant(rows, device).repeat_interleave(sequence), frozenset(rows))
 
+    def expect(self, losses: Iterable[str]) -> None:
+        """Count a layer among those that have these losses."""
+        for name in losses:
+            self.layers[name] = self.layers.get(name, 0) + 1
+
+    def deposit(self, name: str, coefficient: float, total: Tensor, tokens: Tensor) -> None:
+        """Leave a layer's loss, summed over some of its `tokens`."""
+        if coefficient and name in self.layers:
+            self.losses.append((name, coefficient * total, tokens))
+
     def auxiliary_loss(self) -> Tensor | None:
-        """The losses' mean over counted tokens and layers, times the pass's share of its step.
+        """Each loss's mean over counted tokens and over the layers that have it, times the pass's share of its step.
 
         None where no layer deposited anything; 0, never NaN, where no token counts or the step has no target. Each
         deposit is a sum over tokens, with or without a target of the model's own loss: a prompt that is masked for
-        that loss is routed all the same, so what is masked must not change a router's loss.
+        that loss is routed all the same, so what is masked must not change a router's loss. A layer has a loss, or has
+        not, whoever is in the batch, so a loss weighs the same in every pass.
         """
         if not self.losses:
             return None
-        device = self.losses[0][0].device
-        total, tokens = (torch.stack([p.to(device) for p in part]) for part in zip(*self.losses, strict=True))
-        mean = total.sum() / self.layers / tokens.max().clamp(min=1)
+        device = self.losses[0][1].device
+        total = torch.stack([total.to(device) / self.layers[name] for name, total, _ in self.losses])
+        tokens = torch.stack([tokens.to(device) for _, _, tokens in self.losses])
+        mean = (total / tokens.clamp(min=1)).sum()
         return mean * (self.share.to(device) if isinstance(self.share, Tensor) else self.share)
 
 

@@ -22,7 +22,7 @@ from .config import MoeDeltaConfig
 from .context import ForwardContext, ForwardState, Reach, TokenGroups
 from .experts import expert_weights, full_expert, low_rank_expert
 from .router import Classifier, Router
-from .settings import LayerSettings
+from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
 
 EXPERTS, ROUTER, CLASSIFIER = "moe_delta_experts", "moe_delta_router", "moe_delta_classifier"
 
@@ -127,7 +127,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     def _mixture(self, x_TD: Tensor, name: str) -> Tensor:
         settings, experts = self.settings[name], self.experts(name)
         state = self.context.state(len(x_TD), self.training)
-        state.layers += 1
+        state.expect(settings.losses)
         reach = self._reach(state, name, x_TD)
         if len(reach.usable) == 1 and not (state.recording and settings.needs_logits):
             return self._run_alone(experts, reach.usable[0], x_TD, name)
@@ -235,10 +235,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             allowed_SE=allowed_SE,
             counted_T=counted_T,
         )
-        context.record("load_balancing_loss", balance, balanced)
-        total = config.load_balancing * balance
-        total = total + self._logit_losses(settings, logits_TE, counted_T, groups)
-        state.losses.append((total, counted_T.sum()))
+        context.record(BALANCE_LOSS, balance, balanced)
+        state.deposit(BALANCE_LOSS, config.load_balancing, balance, counted_T.sum())
+        self._record_logits(settings, state, logits_TE, groups)
         on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
         for group in range(len(settings.tables.languages.groups)) if groups is not None else ():
             here_T = (group_T == group) & counted_T
@@ -248,31 +247,31 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         if groups is None:
             context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
 
-    def _logit_losses(
-        self,
-        settings: LayerSettings,
-        logits_TE: Tensor,
-        counted_T: Tensor,
-        groups: TokenGroups | None,
-    ) -> Tensor:
-        """The losses of any router, soft or top-k, weighted: language prior and z-loss; 0 where neither is in force."""
-        config, context = settings.config, self.context
-        total = logits_TE.new_zeros(())
-        if config.language_prior > 0:
-            if groups is None:
-                raise LanguageError(
-                    f"The language-prior loss (coefficient {config.language_prior}, stage {config.stage!r}) needs the "
-                    "language of every token, and none was given. Use LanguageCollator, or set language_prior_coef=0."
-                )
-            targets_TE = settings.tables.tensor("prior_targets", logits_TE.device)[groups[0]]
-            prior, tokens = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
-            context.record("language_prior_loss", prior, tokens)
-            total = total + config.language_prior * prior
-        if config.router_z_loss_coef > 0:
-            z, tokens = router_z_loss(logits_TE=logits_TE, counted_T=counted_T)
-            context.record("router_z_loss", z, tokens)
-            total = total + config.router_z_loss_coef * z
-        return total
+    def _record_logits(
+        self, settings: LayerSettings, state: ForwardState, logits_TE: Tensor, groups: TokenGroups | None
+    ) -> None:
+        """Deposit the losses of any router, soft or top-k: language prior and z-loss, where they are in force."""
+        config, counted_T = settings.config, state.counted(logits_TE)
+        for name in settings.tables.logit_losses:
+            if name == PRIOR_LOSS:
+                coefficient = config.language_prior
+                targets_TE = self._prior_targets(settings, logits_TE.device, groups)
+                loss, tokens = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
+            else:
+                coefficient = config.router_z_loss_coef
+                loss, tokens = router_z_loss(logits_TE=logits_TE, counted_T=counted_T)
+            self.context.record(name, loss, tokens)
+            state.deposit(name, coefficient, loss, counted_T.sum())
+
+    @staticmethod
+    def _prior_targets(settings: LayerSettings, device: torch.device, groups: TokenGroups | None) -> Tensor:
+        if groups is None:
+            raise LanguageError(
+                f"The language-prior loss (coefficient {settings.config.language_prior}, stage "
+                f"{settings.config.stage!r}) needs the language of every token, and none was given. Use "
+                "LanguageCollator, or set language_prior_coef=0."
+            )
+        return settings.tables.tensor("prior_targets", device)[groups.group_T]
 
     def _record_classifier(
         self,
@@ -293,8 +292,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         logits_TS = classifier(x_TD)
         logits_T = logits_TS.amin(dim=-1) if config.train_earlier_rows else logits_TS[:, config.newest_step]
         loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups[0] == 0, counted_T=counted_T)
-        self.context.record("classifier_loss", loss, tokens)
-        state.losses.append((config.classifier_loss * loss, tokens))
+        self.context.record(GATE_LOSS, loss, tokens)
+        state.deposit(GATE_LOSS, config.classifier_loss, loss, tokens)
 
     # What PEFT's base class assumes of a leaf layer with one weight, said for an MLP block.
 

@@ -18,8 +18,15 @@ import torch
 from torch import Tensor
 
 from ..languages import LanguageTable
-from ..routing import ClassifierRouting, within_reach
+from ..routing import ClassifierRouting, routing_named, within_reach
 from .config import MoeDeltaConfig
+
+BALANCE_LOSS, PRIOR_LOSS, Z_LOSS, GATE_LOSS = (
+    "load_balancing_loss",
+    "language_prior_loss",
+    "router_z_loss",
+    "classifier_loss",
+)
 
 Rows = tuple[tuple[bool, ...], ...]
 
@@ -36,7 +43,9 @@ class LayerTables:
             any growth.
         prior_targets: (G, E) booleans, where the prior loss sends each group; a row without any True is not trained.
             That is to the group's own experts; in review, a group that was there before the newest growth step is only
-            kept away from what came later, so expert 0 will do as well.
+            kept away from what came later, so expert 0 will do as well; and it does for a group without experts here,
+            as under routing by language.
+        logit_losses: the losses that are made of a router's logits, soft or top-k, by name.
         closed: (G,) booleans, the groups whose growth step no review has opened yet.
         routing: the routing's name.
         needs_language: whether it needs the language of every token.
@@ -51,6 +60,7 @@ class LayerTables:
     allowed: Rows
     trained_groups: tuple[bool, ...]
     prior_targets: Rows
+    logit_losses: tuple[str, ...]
     closed: tuple[bool, ...]
     routing: str
     needs_language: bool
@@ -101,26 +111,27 @@ def compile_tables(config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerTabl
     trained = [trained_groups[owner] or config.train_earlier_rows for owner in owners]
     chosen = any(sum(row) > 1 and any(may and t for may, t in zip(row, trained, strict=True)) for row in allowed)
     spoken_for, review = set(config.prior_groups), config.stage == "review"
+    own = routing_named("language").allowed_experts(counts)
     targets = tuple(
-        tuple(
-            name in spoken_for and (owner == g or (e == 0 and review and step < newest))
-            for e, owner in enumerate(owners)
-        )
-        for g, (name, step) in enumerate(zip(languages.groups, steps, strict=True))
+        tuple(name in spoken_for and (may or (e == 0 and review and step < newest)) for e, may in enumerate(row))
+        for name, step, row in zip(languages.groups, steps, own, strict=True)
     )
+    offers_choice, prior = any(sum(row) > 1 for row in allowed), config.language_prior > 0
+    z = config.router_z_loss_coef > 0 and (offers_choice or prior)
     return LayerTables(
         languages=languages,
         owners=owners,
         allowed=allowed,
         trained_groups=trained_groups,
         prior_targets=targets,
+        logit_losses=(PRIOR_LOSS,) * prior + (Z_LOSS,) * z,
         closed=tuple(step > config.open_steps for step in steps),
         routing=config.routing,
         needs_language=config.routing_rule.needs_language,
         gated=isinstance(config.routing_rule, ClassifierRouting),
         restricted=not all(all(row) for row in allowed),
-        offers_choice=any(sum(row) > 1 for row in allowed),
-        uses_router=config.language_prior > 0 or chosen,
+        offers_choice=offers_choice,
+        uses_router=prior or chosen,
     )
 
 
@@ -151,6 +162,12 @@ class LayerSettings:
     def classifies(self) -> bool:
         """Whether the gate is in use under the routing in force."""
         return self.has_classifier and self.tables.gated
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The auxiliary losses that an MLP's layer has, by name, whatever its coefficients are."""
+        balance = (BALANCE_LOSS,) * self.tables.offers_choice
+        return balance + self.tables.logit_losses + (GATE_LOSS,) * self.classifies
 
     @property
     def needs_logits(self) -> bool:

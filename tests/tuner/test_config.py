@@ -6,6 +6,7 @@ import pytest
 
 from builders import moe_config, moe_layers, pico, upcycle
 from peft_moe_delta.errors import LanguageError, PlanError
+from peft_moe_delta.routing import routing_named
 
 
 @pytest.mark.parametrize(
@@ -27,6 +28,17 @@ def test_the_prior_sends_the_groups_it_speaks_for_to_their_own_experts():
     assert settings.tables.prior_targets == (zero, none, turkic)
     model.start_expansion()
     assert settings.tables.prior_targets == (zero, uralic, turkic)
+
+
+@pytest.mark.parametrize("stage", ["expansion", "review"])
+def test_the_prior_sends_a_group_without_experts_to_expert_0(stage):
+    """Where routing by language sends it, and `fit_routers`."""
+    model = upcycle(pico(), experts={"uralic": [2, 1], "turkic": [0, 1]}, stage=stage)
+    model.active_peft_config.language_prior_groups = ["original", "uralic", "turkic"]
+    for layer in moe_layers(model):
+        settings = layer.settings["default"]
+        assert settings.tables.prior_targets == routing_named("language").allowed_experts(settings.counts)
+    assert moe_layers(model)[0].settings["default"].tables.prior_targets[2] == (True, False, False)
 
 
 def test_a_stage_that_does_not_fit_changes_nothing():

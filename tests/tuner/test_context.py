@@ -29,8 +29,10 @@ def test_padding_is_known_on_the_device_of_the_rows(mask_T):
 
 @pytest.mark.parametrize("share", [1.0, torch.tensor(0.25)], ids=["number", "tensor"])
 def test_layers_on_several_devices_share_one_loss(share):
-    state = ForwardState((1, 3), share=share, layers=2)
-    state.losses = [(torch.tensor(1.0, device=device), torch.tensor(3, device=device)) for device in (OTHER, CPU)]
+    state = ForwardState((1, 3), share=share)
+    for device in (OTHER, CPU):
+        state.expect(["z"])
+        state.deposit("z", 1.0, torch.tensor(1.0, device=device), torch.tensor(3, device=device))
     loss = state.auxiliary_loss()
     assert (loss.device, loss.shape) == (OTHER, ())
 
