@@ -22,7 +22,7 @@ from ..errors import ArchitectureError, CheckpointError, PlanError
 from ..plan import ExpertPlan
 from ..routing import routing_named
 from .attention import MoeDeltaAttention
-from .blocks import hidden_size, mlp_blocks, mlp_of, upcycled
+from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
@@ -302,9 +302,11 @@ class MoeDeltaModel(BaseTuner):
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
-        if peft_config.attention_experts is not None:
-            attention_module_name(self.model.config.model_type)
         blocks = mlp_blocks(self.model, peft_config)
+        if peft_config.attention_experts is not None:
+            attention = attention_module_name(self.model.config.model_type)
+            for name in (f"{mlp.rpartition('.')[0]}.{attention}" for mlp, _ in blocks.values()):
+                check_unadapted(name, block_of(self.model.get_submodule(name)))
         if not blocks:
             return  # PEFT says which names it looked for
         layers = sorted(blocks)
@@ -317,7 +319,7 @@ class MoeDeltaModel(BaseTuner):
         plan = peft_config.plan(layers)
         if peft_config.new_tokens:
             check_can_grow(self.model, peft_config)
-        found = fingerprint([mlp_of(blocks[layer][1]) for layer in layers])
+        found = fingerprint([block_of(blocks[layer][1]) for layer in layers])
         if peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
         peft_config.base_fingerprint = found
