@@ -163,7 +163,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             raise LanguageError(
                 f"Routing {settings.config.routing!r} needs the language of every token, and none was given. Known "
                 f"languages: {', '.join(settings.table.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
-                '`language="..."`, or call model.set_language(...).'
+                '`language="..."` with the call; a PeftModel also takes a default, model.set_language("...").'
             )
         return groups
 

@@ -164,7 +164,7 @@ class MoeDeltaModel(BaseTuner):
         remove_group(self, group)
 
     def set_language(self, code: str | None) -> None:
-        """Set the language of calls that name none; None forgets it.
+        """Set the language of calls that name none; None forgets it. An adapter that does not know it ignores it.
 
         Raises:
             LanguageError: the active adapter does not know the language.

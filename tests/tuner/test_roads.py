@@ -26,6 +26,8 @@ from builders import (
     upcycle,
 )
 from peft_moe_delta import MoeDeltaConfig
+from peft_moe_delta.errors import LanguageError
+from peft_moe_delta.tuner.context import ForwardContext
 
 IDS = torch.tensor([0, 1, 3])
 SECOND = {
@@ -213,6 +215,32 @@ def test_each_adapter_knows_its_own_languages():
         model.set_language("hu")
     with pytest.raises(ValueError, match="Unknown language 'hu'.*sw, en"):
         logits(model, token_batch(), language="hu")
+
+
+def test_a_default_language_is_for_adapters_that_know_it():
+    model, (first, second) = two_adapters()
+    model.set_language("hu")
+    in_hungarian = logits(model, token_batch())
+    model.set_adapter("second")
+    with pytest.raises(LanguageError, match="needs the language of every token.* was given"):
+        logits(model, token_batch())
+    assert torch.equal(logits(model, token_batch(), language="sw"), second)
+    model.set_language("en")
+    assert torch.equal(logits(model, token_batch()), logits(pico(), token_batch()))
+    model.set_adapter("first")
+    model.set_language("hu")
+    assert torch.equal(logits(model, token_batch()), in_hungarian)
+    model.set_language(None)
+    assert torch.equal(logits(model, token_batch()), first)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_default_language_is_for_adapters_that_know_it_on_a_plain_transformers_model():
+    model = pico()
+    model.add_adapter(moe_config(), "first")
+    model.add_adapter(moe_config(**{**SECOND, "routing": "learned"}), "second")
+    ForwardContext.of(model).language = "hu"
+    assert torch.equal(logits(model.eval(), token_batch()), logits(model, token_batch(), language="sw"))
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
