@@ -131,8 +131,8 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
     matrices = sum(p.dim() >= 2 for p in parameters)
     if matrices < 2:
         raise ArchitectureError(
-            f"{name} ({type(mlp).__name__}) holds {('no matrix', 'one matrix')[matrices]}, where an MLP block holds two "
-            "or more. `target_modules` must name MLP blocks, not the linear maps inside them."
+            f"{name} ({type(mlp).__name__}) holds {('no matrix', 'one matrix')[matrices]}, where an MLP block holds "
+            "two or more. `target_modules` must name MLP blocks, not the linear maps inside them."
         )
     if any(p.is_meta for p in parameters):
         raise ArchitectureError(
