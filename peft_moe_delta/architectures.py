@@ -124,12 +124,16 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
     """Refuse a module whose weights cannot be copied into trainable experts.
 
     Raises:
-        ArchitectureError: no matrices, offloaded (meta) or quantised weights, already a mixture of experts, or not
-            a map from hidden states to hidden states.
+        ArchitectureError: fewer than two matrices, offloaded (meta) or quantised weights, already a mixture of
+            experts, or not a map from hidden states to hidden states.
     """
     parameters = list(mlp.parameters())
-    if not any(p.dim() >= 2 for p in parameters):
-        raise ArchitectureError(f"{name} ({type(mlp).__name__}) holds no matrices, so it is not an MLP block.")
+    matrices = sum(p.dim() >= 2 for p in parameters)
+    if matrices < 2:
+        raise ArchitectureError(
+            f"{name} ({type(mlp).__name__}) holds {('no matrix', 'one matrix')[matrices]}, where an MLP block holds "
+            "two or more. `target_modules` must name MLP blocks, not the linear maps inside them."
+        )
     if any(p.is_meta for p in parameters):
         raise ArchitectureError(
             f"The weights of {name} are on the meta device (offloaded or not loaded). Load the base model into memory "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,13 +23,19 @@ def mlp_blocks(model: PreTrainedModel, config: MoeDeltaConfig) -> dict[int, tupl
     """Decoder layer index -> name and module of the block that a configuration names, upcycled already or not.
 
     Raises:
-        ArchitectureError: a block cannot become experts, or there are two in a layer.
+        ArchitectureError: a block cannot become experts, carries another adapter, or there are two in a layer.
     """
     blocks: dict[int, tuple[str, nn.Module]] = {}
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        raise ArchitectureError(
+            "target_modules='all-linear' names every linear map; experts need whole MLP blocks. Leave `target_modules` "
+            "out to find them by the model's type, or name the block, for example ['mlp']."
+        )
     for name, module in _targets(model, config):
-        check_mlp(name, mlp_of(module), hidden_size(model))
+        check_unadapted(name, block_of(module))
+        check_mlp(name, block_of(module), hidden_size(model))
         if config.expert_rank is not None:
-            check_low_rank(name, mlp_of(module))
+            check_low_rank(name, block_of(module))
         if layer_index(name) in blocks:
             raise ArchitectureError(
                 f"`target_modules` {config.target_modules} matches two modules in layer {layer_index(name)}, "
@@ -36,6 +43,22 @@ def mlp_blocks(model: PreTrainedModel, config: MoeDeltaConfig) -> dict[int, tupl
             )
         blocks[layer_index(name)] = name, module
     return blocks
+
+
+def check_unadapted(name: str, block: nn.Module) -> None:
+    """Refuse a block with another method's adapter inside: experts would copy it, and their files would lack it.
+
+    Raises:
+        ArchitectureError: there is one.
+    """
+    foreign = BaseTunerLayer | AuxiliaryTrainingWrapper
+    found = next((inner for inner, module in block.named_modules() if isinstance(module, foreign)), None)
+    if found is not None:
+        raise ArchitectureError(
+            f"{f'{name}.{found}'.rstrip('.')} carries an adapter of another PEFT method, which experts would copy but "
+            "not save. Merge it into the base model first (merge_and_unload()), then upcycle; or let it leave the "
+            "block alone."
+        )
 
 
 def is_target(config: MoeDeltaConfig, name: str) -> bool:
@@ -56,8 +79,8 @@ def _targets(model: nn.Module, config: MoeDeltaConfig) -> Iterator[tuple[str, nn
             yield name, module
 
 
-def mlp_of(block: nn.Module) -> nn.Module:
-    """The MLP itself, inside an upcycled layer or alone."""
+def block_of(block: nn.Module) -> nn.Module:
+    """The MLP (or attention) itself, inside an upcycled layer or alone."""
     return block.base_layer if isinstance(block, MoeDeltaLayer) else block
 
 

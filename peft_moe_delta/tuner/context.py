@@ -80,7 +80,8 @@ class ForwardState:
 
     Attributes:
         shape: (B, S).
-        language: a code for the whole batch, or one a row; None where ids were given or nothing is known.
+        language: a code for the whole batch, or one a row; None where the call named none.
+        default: the code of calls that name none, for an adapter that knows it.
         language_ids: int64, (B, S); -100 for padding; None where nothing is known.
         mask_T: bool, False for padding; None where no token is known to be padding.
         share: how much of its optimizer step the pass is (`losses.share_of_step`).
@@ -90,6 +91,7 @@ class ForwardState:
 
     shape: tuple[int, int]
     language: str | list[str] | None = None
+    default: str | None = None
     language_ids: Tensor | None = None
     mask_T: Tensor | None = None
     share: Tensor | float = 1.0
@@ -129,7 +131,7 @@ class ForwardState:
             raise LanguageError(
                 f"Routing {tables.routing!r} needs the language of every token, and none was given. Known "
                 f"languages: {', '.join(tables.languages.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
-                '`language="..."`, or call model.set_language(...).'
+                '`language="..."` with the call; a PeftModel also takes a default, model.set_language("...").'
             )
         usable, allowed_SE = tables.usable((0,) if groups is None else groups.present), tables.tensor("allowed", device)
         if not tables.restricted and not tables.gated:
@@ -159,9 +161,12 @@ class ForwardState:
             # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
             padding_group = next(iter(groups)) if len(groups) == 1 else 0
             return TokenGroups(group_T.masked_fill(ids_T < 0, padding_group), groups or frozenset({0}))
-        if self.language is None:
+        language = self.language
+        if language is None:  # the default was set under another adapter, perhaps
+            language = self.default if self.default in table.codes else None
+        if language is None:
             return None
-        codes = [self.language] * batch if isinstance(self.language, str) else list(self.language)
+        codes = [language] * batch if isinstance(language, str) else list(language)
         if len(codes) != batch:
             raise LanguageError(
                 f"`language` lists {len(codes)} codes for a batch of {batch}. Give one code, or one a row; "
@@ -204,7 +209,7 @@ class ForwardContext:
     (State by thread would do, but torch.compile cannot trace it, and breaks its graph at every layer.)
 
     Attributes:
-        language: default language code, used when a call names none.
+        language: default language code, used when a call names none and the active adapter knows it.
         current: the forward pass under way; None between passes.
         statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device.
         auxiliary: the last training pass's auxiliary loss where it could not be added to the model's own loss.
@@ -282,7 +287,7 @@ class ForwardContext:
                 "An upcycled layer was trained outside of its model's forward pass, where the languages of its "
                 "tokens are unknown and the auxiliary loss has nowhere to go. Call the causal LM, not its backbone."
             )
-        return ForwardState((1, num_tokens), language=self.language)
+        return ForwardState((1, num_tokens), default=self.language)
 
     def record(self, name: str, total: Tensor, count: Tensor) -> None:
         """Add to a running statistic, without a host sync."""
@@ -325,7 +330,8 @@ class ForwardContext:
         self.auxiliary = None
         self.current = ForwardState(
             shape,
-            language=(language or self.language) if language_ids is None else None,
+            language=language,
+            default=self.language,
             language_ids=language_ids,
             mask_T=mask_T,
             share=share_of_step(kwargs, kwargs.get("num_items_in_batch")) if self._share is None else self._share,

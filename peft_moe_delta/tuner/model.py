@@ -18,16 +18,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..architectures import OUTSIDE_THE_TEXT_DECODER, attention_module_name, layer_index, mlp_module_name
-from ..errors import ArchitectureError, CheckpointError, PlanError
+from ..errors import ArchitectureError, PlanError
 from ..plan import ExpertPlan
 from ..routing import routing_named
 from .attention import MoeDeltaAttention
-from .blocks import hidden_size, mlp_blocks, mlp_of, upcycled
+from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
+from .loading import AdapterLoad, check_complete
 from .settings import LayerSettings
 from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, grown_layers, ungrow
 
@@ -164,7 +165,7 @@ class MoeDeltaModel(BaseTuner):
         remove_group(self, group)
 
     def set_language(self, code: str | None) -> None:
-        """Set the language of calls that name none; None forgets it.
+        """Set the language of calls that name none; None forgets it. An adapter that does not know it ignores it.
 
         Raises:
             LanguageError: the active adapter does not know the language.
@@ -273,6 +274,7 @@ class MoeDeltaModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         # What is filled in belongs to this model; the caller may use its configuration for another one.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        was_saved = self.peft_config[adapter_name].base_fingerprint is not None
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -281,6 +283,8 @@ class MoeDeltaModel(BaseTuner):
                 grow(self.model, adapter_name, config)
                 for layer in grown_layers(self.model) or ():
                     layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            if was_saved:  # its tensors are yet to come
+                AdapterLoad.expect(self.model, adapter_name, config.inference_mode)
             undo.pop_all()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -301,9 +305,11 @@ class MoeDeltaModel(BaseTuner):
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
-        if peft_config.attention_experts is not None:
-            attention_module_name(self.model.config.model_type)
         blocks = mlp_blocks(self.model, peft_config)
+        if peft_config.attention_experts is not None:
+            attention = attention_module_name(self.model.config.model_type)
+            for name in (f"{mlp.rpartition('.')[0]}.{attention}" for mlp, _ in blocks.values()):
+                check_unadapted(name, block_of(self.model.get_submodule(name)))
         if not blocks:
             return  # PEFT says which names it looked for
         layers = sorted(blocks)
@@ -316,7 +322,7 @@ class MoeDeltaModel(BaseTuner):
         plan = peft_config.plan(layers)
         if peft_config.new_tokens:
             check_can_grow(self.model, peft_config)
-        found = fingerprint([mlp_of(blocks[layer][1]) for layer in layers])
+        found = fingerprint([block_of(blocks[layer][1]) for layer in layers])
         if peft_config.base_fingerprint is not None:
             check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
         peft_config.base_fingerprint = found
@@ -354,6 +360,7 @@ class MoeDeltaModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        AdapterLoad.forget(self.model)
         ForwardContext.of(self.model).detach(self.model)
         ungrow(self.model)
         return self.model
@@ -369,11 +376,6 @@ class MoeDeltaModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT only warns of missing tensors; a router or expert left at its random start is an error here."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        ours = re.compile(rf"\.{re.escape(cls.prefix)}[^.]+\.{re.escape(adapter_name)}\.")
-        missing = [key for key in model.state_dict() if ours.search(key) and key not in remapped]
-        if missing:
-            raise CheckpointError(
-                f"The adapter's file lacks {len(missing)} of its tensors, such as {missing[0]}: those would stay at "
-                "their random start. The file is incomplete; fetch or save the adapter again."
-            )
+        AdapterLoad.forget(model)
+        check_complete(model, adapter_name, set(model.state_dict()) - set(remapped))
         return remapped

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from builders import EXPERTS, logits, moe_config, moe_layers, perturbed, pico, token_batch, upcycle
@@ -115,17 +115,54 @@ def test_low_rank_experts_over_parameters_that_they_would_not_cover():
     assert len(moe_layers(upcycle(base))) == 2
 
 
-@pytest.mark.parametrize("target", ["down_proj", "self_attn", "lm_head", "input_layernorm"])
+@pytest.mark.parametrize("target", ["down_proj", "q_proj", "self_attn", "lm_head", "input_layernorm", "act_fn"])
 def test_target_modules_that_are_no_mlp_blocks(target):
     base = pico()
     with refused(base, ArchitectureError, [target]):
         upcycle(base, target_modules=[target])
 
 
+@pytest.mark.parametrize("target", ["all-linear", "ALL-LINEAR"])
+def test_all_linear_maps_are_no_mlp_blocks(target):
+    base = pico()
+    with refused(base, ArchitectureError, ["all-linear", "Leave `target_modules` out"]):
+        upcycle(base, target_modules=target)
+
+
 def test_two_target_modules_in_a_layer():
-    base = pico(num_key_value_heads=4)
+    base = pico()
+    base.model.layers[0].second = copy.deepcopy(base.model.layers[0].mlp)
     with refused(base, ArchitectureError, ["matches two modules in layer 0"]):
-        upcycle(base, target_modules=["q_proj", "k_proj"])
+        upcycle(base, target_modules=["mlp", "second"])
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "words"),
+    [
+        (LoraConfig(target_modules=["up_proj"]), {}, ["layers.0.mlp.up_proj", "Merge it"]),
+        (LoraConfig(target_modules=["up_proj"]), {"expert_rank": 2}, ["layers.0.mlp.up_proj", "Merge it"]),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"]), {}, ["layers.0.mlp ", "Merge it"]),
+        (LoraConfig(target_modules=["q_proj"]), {"attention_experts": "full"}, ["self_attn.q_proj", "Merge it"]),
+    ],
+    ids=["full", "low rank", "modules to save", "attention"],
+)
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute", "ignore:You are trying to modify a model")
+def test_another_methods_adapter_inside_the_block(config, changes, words):
+    model = get_peft_model(pico(), copy.deepcopy(config))
+    with refused(model.base_model.model, ArchitectureError, words):
+        upcycle(model.base_model.model, **changes)
+    plain = pico()
+    plain.add_adapter(copy.deepcopy(config), "lora")
+    with refused(plain, ArchitectureError, words):
+        plain.add_adapter(moe_config(**changes), "moe")
+    assert list(plain.peft_config) == ["lora"]
+
+
+def test_a_merged_adapter_of_another_method_is_part_of_the_base():
+    lora = get_peft_model(pico(), LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+    base = lora.merge_and_unload()
+    expected = logits(base, token_batch())
+    torch.testing.assert_close(logits(upcycle(base), token_batch()), expected, atol=1e-5, rtol=0)
 
 
 def test_target_modules_that_do_not_exist():

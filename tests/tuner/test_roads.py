@@ -4,18 +4,20 @@ import copy
 import inspect
 import json
 import pickle
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from builders import (
     HIDDEN,
     LANGUAGES,
+    VOCABULARY,
     logits,
     moe_config,
     moe_layers,
@@ -26,6 +28,8 @@ from builders import (
     upcycle,
 )
 from peft_moe_delta import MoeDeltaConfig
+from peft_moe_delta.errors import CheckpointError, LanguageError
+from peft_moe_delta.tuner.context import ForwardContext
 
 IDS = torch.tensor([0, 1, 3])
 SECOND = {
@@ -107,6 +111,76 @@ def test_a_trainable_adapter_trains_what_it_trained_before(saved, road):
     trainable = {name for name, p in ROADS[road](saved).named_parameters() if p.requires_grad}
     assert trainable
     assert all("moe_delta_" in name for name in trainable)
+
+
+@pytest.mark.parametrize("road", ["PeftModel", "load_adapter"])
+def test_a_trainable_adapter_trains_what_its_stage_trains(road, tmp_path):
+    model = upcycle(pico(), routing="classifier", classifier_layers=[0])
+    model.start_review()
+    expected = {name.partition("base_model.model.")[2] for name, p in model.named_parameters() if p.requires_grad}
+    assert expected and not any("experts" in name for name in expected)
+    model.save_pretrained(tmp_path)
+    loaded = pico()
+    if road == "PeftModel":
+        PeftModel.from_pretrained(loaded, tmp_path, is_trainable=True)
+    else:
+        loaded.load_adapter(tmp_path, is_trainable=True)
+    trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
+    assert trainable == expected
+
+
+def cut(folder, *, part, fault):
+    """An adapter's file with one tensor missing, or of another shape."""
+    tensors = adapter_tensors(folder)
+    key = next(key for key in sorted(tensors) if part in key)
+    tensor = tensors.pop(key)
+    if fault == "misshapen":
+        tensors[key] = tensor[:-1].clone()
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("fault", ["missing", "misshapen"])
+@pytest.mark.parametrize("part", ["experts.1.", "router", "classifier", "embed_tokens.moe_delta_rows", "lm_head"])
+@pytest.mark.parametrize("road", ["AutoModelForCausalLM", "load_adapter", "state dict"])
+def test_transformers_refuses_an_incomplete_file_as_peft_does(road, part, fault, tmp_path):
+    base = pico()
+    base.save_pretrained(tmp_path / "base")
+    options = {"modules_to_save": ["lm_head"]} if part == "lm_head" else {}
+    model = upcycle(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), routing="classifier", classifier_layers=[0], **options
+    )
+    if "rows" in part:
+        model.add_tokens(["x", "y"], VOCABULARY, [[3, 4], [5]])
+    model.save_pretrained(tmp_path / "adapter")
+    cut(tmp_path / "adapter", part=part, fault=fault)
+    with pytest.raises(CheckpointError, match="lacks 1 of its tensors.*" + re.escape(part.removesuffix("1."))):
+        if road == "AutoModelForCausalLM":
+            AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+        elif road == "load_adapter":
+            base.load_adapter(tmp_path / "adapter")
+        else:
+            config = MoeDeltaConfig.from_pretrained(tmp_path / "adapter")
+            state = {k.removeprefix("base_model.model."): v for k, v in adapter_tensors(tmp_path / "adapter").items()}
+            base.load_adapter(peft_config=config, adapter_state_dict=state)
+    assert "_load_pretrained_model" not in vars(base)
+    assert torch.equal(logits(base.eval(), token_batch()), logits(pico(), token_batch()))
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+@pytest.mark.parametrize("road", ["PeftModel", "transformers"])
+def test_an_incomplete_second_adapter_leaves_the_first(road, tmp_path):
+    upcycle(pico(), trained=True).save_pretrained(tmp_path)
+    cut(tmp_path, part="router", fault="missing")
+    first = upcycle(pico(), trained=True, **SECOND)
+    expected = logits(first, token_batch(), language="sw")
+    model = first if road == "PeftModel" else first.base_model.model
+    if road == "transformers":
+        model._hf_peft_config_loaded = True
+    with pytest.raises(CheckpointError, match="lacks 1 of its tensors"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model, token_batch(), language="sw"), expected)
+    assert not any(".second." in name for name in model.state_dict())
 
 
 def test_a_fresh_process_needs_only_the_import(all_saved, tmp_path):
@@ -213,6 +287,32 @@ def test_each_adapter_knows_its_own_languages():
         model.set_language("hu")
     with pytest.raises(ValueError, match="Unknown language 'hu'.*sw, en"):
         logits(model, token_batch(), language="hu")
+
+
+def test_a_default_language_is_for_adapters_that_know_it():
+    model, (first, second) = two_adapters()
+    model.set_language("hu")
+    in_hungarian = logits(model, token_batch())
+    model.set_adapter("second")
+    with pytest.raises(LanguageError, match="needs the language of every token.* was given"):
+        logits(model, token_batch())
+    assert torch.equal(logits(model, token_batch(), language="sw"), second)
+    model.set_language("en")
+    assert torch.equal(logits(model, token_batch()), logits(pico(), token_batch()))
+    model.set_adapter("first")
+    model.set_language("hu")
+    assert torch.equal(logits(model, token_batch()), in_hungarian)
+    model.set_language(None)
+    assert torch.equal(logits(model, token_batch()), first)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_a_default_language_is_for_adapters_that_know_it_on_a_plain_transformers_model():
+    model = pico()
+    model.add_adapter(moe_config(), "first")
+    model.add_adapter(moe_config(**{**SECOND, "routing": "learned"}), "second")
+    ForwardContext.of(model).language = "hu"
+    assert torch.equal(logits(model.eval(), token_batch()), logits(model, token_batch(), language="sw"))
 
 
 @pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
