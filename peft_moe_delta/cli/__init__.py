@@ -40,9 +40,8 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
     chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "transformers", "accelerate"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("peft_moe_delta").setLevel(logging.INFO)  # our progress alone: other libraries log every request
     try:
         with redirect_stdout(sys.stderr):  # Trainer's log lines are progress, not results
             result = chosen.run(chosen)

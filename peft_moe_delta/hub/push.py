@@ -34,8 +34,11 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 PUBLISHED = (*WEIGHTS, "*.json", "*.jinja", "*.model", "vocab*", "merges.txt", "*.md", "*.html", "*.png", "LICENSE*")
 """What is taken from a folder."""
 
-PRIVATE = ("step.json", "manifest.json", "training_args.*", ".*")
-"""What is left behind all the same: records that name paths of the machine they were made on."""
+PRIVATE = (
+    "step.json", "manifest.json", "training_args.*", "trainer_state.json", "optimizer.*", "scheduler.*", "scaler.*",
+    "rng_state*", "checkpoint-[0-9]*", ".*",
+)  # fmt: skip
+"""Files and folders that stay home: records of the machine they were made on, and the state of a training."""
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DEFAULT_CARD = "[More Information Needed]"  # what PEFT's and transformers' own cards are full of
@@ -121,15 +124,14 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
     if not folder.is_dir():
         raise CheckpointError(f"No model at {folder}: there is no such folder. Pass what save_pretrained wrote.")
     names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    names = {name: path for name, path in names.items() if not any(map(_is_private, name.split("/")))}
     pickles = [name for name in names if _matches(name, PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickled weights ({first_few(pickles)}), which can run code when loaded; only safetensors "
             "are published. Remove them, or save the model again."
         )
-    files: dict[str, Path | bytes] = {
-        name: path for name, path in names.items() if _matches(name, PUBLISHED) and not _matches(name, PRIVATE)
-    }
+    files: dict[str, Path | bytes] = {name: path for name, path in names.items() if _matches(name, PUBLISHED)}
     if not any(_matches(name, WEIGHTS) for name in files):
         raise CheckpointError(f"{folder} holds no safetensors. Pass the folder that save_pretrained wrote.")
     return files
@@ -186,12 +188,21 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise HubError(f"{repo_id!r} is no repository name: {error} Expected user/name.") from error
-    except HfHubHTTPError as error:
-        raise HubError(f"{_what_to_do(repo_id, error)} The Hub said: {str(error).strip()}") from error
-    except (HTTPError, OSError) as error:
+    except (HTTPError, OSError, RuntimeError) as error:  # a RuntimeError is what the client makes of a failed upload
+        if isinstance(error, OSError) and error.filename is not None:
+            raise CheckpointError(f"Cannot read {error.filename} to upload it: {error.strerror}.") from error
+        answer = next((e for e in _causes(error) if getattr(e, "response", None) is not None), None)
+        if answer is not None:
+            raise HubError(f"{_what_to_do(repo_id, answer)} The Hub said: {' '.join(str(answer).split())}") from error
         raise HubError(
-            f"The Hub could not be reached for {repo_id}: {error}. Check the network and HF_ENDPOINT."
+            f"The Hub could not be reached for {repo_id}: {error}. Check the network, HF_ENDPOINT and HF_HUB_OFFLINE."
         ) from error
+
+
+def _causes(error: BaseException | None) -> Iterator[Any]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _what_to_do(repo_id: str, error: HfHubHTTPError) -> str:
@@ -200,6 +211,11 @@ def _what_to_do(repo_id: str, error: HfHubHTTPError) -> str:
         return (
             f"The Hub refuses to let this token write to {repo_id}: it is wrong, expired, or has no write access there."
             " Log in with `hf auth login` and a token that may write, set HF_TOKEN, or choose a name of your own."
+        )
+    if status == 404:
+        return (
+            f"The Hub answers, but has no {repo_id} that this token can see, or not that address (status 404). Check "
+            "the name and HF_ENDPOINT, and that the repository was not deleted meanwhile."
         )
     return (
         f"The upload to {repo_id} failed (status {status}); the repository is as it was. Try again: files that have "
@@ -213,3 +229,7 @@ def _content(file: Path | bytes) -> bytes:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name.rpartition("/")[2], pattern) for pattern in patterns)
+
+
+def _is_private(name: str) -> bool:
+    return _matches(name, PRIVATE)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,41 @@ def test_a_broken_upload_is_retried(call, hub: LoopbackHub, models, status):
     assert hub.asked("PUT", "/objects/") == 2
     weights = "adapter_model.safetensors"
     assert hub.files(repo)[weights] == (models["adapter"] / weights).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "step", ["POST /api/repos/create", "GET /tree/", "POST /preupload/", "PUT /objects/", "POST /commit/"]
+)
+@pytest.mark.parametrize(("status", "said"), [(404, "The Hub answers, but"), (403, "refuses"), (413, "status 413")])
+def test_whatever_the_hub_refuses_is_said_with_its_status(call, hub: LoopbackHub, models, step, status, said):
+    hub.objects.clear()
+    hub.faults = [Fault(*step.split(), status, times=9)]
+    with pytest.raises(HubError, match=rf"{said}.*out of order"):
+        call(client.push, str(models["adapter"]), f"{USER}/refused-{status}")
+
+
+def test_what_a_training_leaves_behind_stays_home(call, hub: LoopbackHub, models, tmp_path):
+    folder = shutil.copytree(models["adapter"], tmp_path / "adapter")
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth", "scheduler.pt", "trainer_state.json"):
+        (folder / name).write_bytes(b"{}")
+    shutil.copytree(models["adapter"], folder / "checkpoint-20")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "notes.json").write_text("{}")
+    call(client.push, str(folder), f"{USER}/trained")
+    call(client.push, str(models["adapter"]), f"{USER}/saved")
+    assert set(hub.files(f"{USER}/trained")) == set(hub.files(f"{USER}/saved"))
+    (folder / "pytorch_model.bin").write_bytes(b"evil")
+    with pytest.raises(CheckpointError, match=r"pickled weights \(pytorch_model.bin\)"):
+        call(client.push, str(folder), f"{USER}/trained")
+
+
+def test_the_command_prints_the_address_and_no_requests(hub: LoopbackHub, hub_environment, models):
+    script = "from peft_moe_delta.cli import main; main()"
+    command = [sys.executable, "-c", script, "push", str(models["stock"]), f"{USER}/from-the-command-line"]
+    environment = {**os.environ, **hub_environment}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert re.fullmatch(r"http://\S+/from-the-command-line/commit/\w+\n", done.stdout)
+    assert "HTTP Request" not in done.stderr
 
 
 def test_after_a_failure_nothing_is_visible_and_what_arrived_is_not_sent_again(call, hub: LoopbackHub, models):
