@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..allocation import (
     SOURCES,
@@ -29,6 +28,7 @@ from ..allocation import (
 from ..allocation.statistics import read_text, write_text
 from ..checkpoint import resolve
 from ..errors import DataError
+from ..loading import load_causal_lm, load_tokenizer
 from ..recipe.data import read_texts
 from .command import Command
 from .options import Options
@@ -93,10 +93,10 @@ def _measure(arguments: Namespace) -> str:
         given["vector_layers"] = None
     earlier = None if options["merge"] is None else LanguageStatistics.load(options["merge"])
     folder = resolve(options["model"])
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_causal_lm(folder, dtype=torch.float32)
     statistics = measure_languages(
         model,
-        AutoTokenizer.from_pretrained(folder),
+        load_tokenizer(folder),
         {code: _Texts(path) for code, path in options["text"].items()},
         sources=options["sources"],
         measurement=Measurement(**given),

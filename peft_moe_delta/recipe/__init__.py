@@ -1,6 +1,7 @@
 """A pipeline from a file: base model, text and tasks in; a grafted stock checkpoint and a report of what it gained out.
 
 - `reader`, `fields`: what the file says; `workspace`: steps whose results are kept; `data`: texts and tasks
+- `checks`: what can be refused before anything is made
 - `stages`: the steps that train; `grafting`: the graft, tried out; `scoring`, `reporting`: what came of it
 - `cards`: what to tell others about it
 """
@@ -15,7 +16,7 @@ from typing import Any
 from ..evaluation import EvalReport
 from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
-from . import cards, grafting, reporting, scoring, stages
+from . import cards, checks, grafting, reporting, scoring, stages
 from .fields import AUTO, Graft, Recipe, read_recipe
 from .reporting import BASE, DENSE, OURS, OURS_WHOLE, POST_TRAINED
 from .workspace import Step, Workspace, file_hash, model_files
@@ -27,9 +28,11 @@ class Run:
     """One run of a recipe. Each property is a step; asking for it runs what it needs and keeps the results."""
 
     def __init__(self, recipe: Recipe) -> None:
+        checks.check_training(recipe)
         self.recipe = recipe
         self.workspace = Workspace(recipe.output)
         self._steps: dict[str, Step] = {}
+        self._texts_checked = False
 
     def base(self) -> Step:
         """The base model; a copy only where the recipe cuts it down."""
@@ -52,7 +55,7 @@ class Run:
             assert recipe.post_trained is not None  # a recipe has one of the two
             given = recipe.post_trained
             return self._step("post_trained", lambda: {"post_trained": model_files(given)}, lambda folder: None)
-        return self._step(
+        return self._train(
             "post_trained",
             lambda: {
                 "base": self.base(),
@@ -65,7 +68,7 @@ class Run:
     def expanded(self) -> Step:
         """The adapter after stage 1."""
         recipe = self.recipe
-        return self._step(
+        return self._train(
             "expanded",
             lambda: {
                 "base": self.base(),
@@ -83,7 +86,7 @@ class Run:
         recipe, fields = self.recipe, self.recipe.review
         if fields is None:
             return self.expanded()
-        return self._step(
+        return self._train(
             "reviewed",
             lambda: {
                 "expanded": self.expanded(),
@@ -98,7 +101,7 @@ class Run:
         """Dense continual pre-training on the tokens of stage 1, plus the delta; where the recipe has it."""
         recipe, fields, expand = self.recipe, self.recipe.dense, self.recipe.expand
         assert fields is not None
-        tuned = self._step(
+        tuned = self._train(
             "dense",
             lambda: {
                 "base": self.base(),
@@ -118,6 +121,7 @@ class Run:
     def grafted(self, name: str = "grafted", fields: Graft | None = None) -> Step:
         """The stock checkpoint."""
         recipe, fields = self.recipe, fields or self.recipe.graft
+        checks.check_graft(recipe)
 
         return self._step(
             name,
@@ -135,6 +139,10 @@ class Run:
     def report(self) -> EvalReport:
         """Every model, scored and looked at; written beside the steps as page, JSON and pictures."""
         check_installed()
+        checks.check_graft(self.recipe)
+        checks.check_held_out(self.recipe)
+        if self.recipe.card is not None:
+            cards.check_card(self.recipe, self.recipe.card)
         models: dict[str, tuple[str, Path | str, Step]] = {
             BASE: ("base", self.base_model, self.base()),
             POST_TRAINED: ("post_trained", self.post_trained_model, self.post_trained()),
@@ -235,6 +243,17 @@ class Run:
         kind = "languages" if sets is self.recipe.languages else "tasks"
         hashes = {name: {split: file_hash(getattr(sets[name], split))} for name in names}
         return {f"order of {kind}": names, kind: hashes}
+
+    def _train(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
+        """A step that trains. Before the first that runs, the text of all of them is looked through."""
+
+        def checked(folder: Path) -> None:
+            if not self._texts_checked:
+                checks.check_text(self.recipe)
+                self._texts_checked = True
+            make(folder)
+
+        return self._step(name, inputs, checked)
 
     def _step(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
         if name not in self._steps:

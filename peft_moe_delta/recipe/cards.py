@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.report import EvalReport
-from ..hub import CardFacts, licence_of, write_card
+from ..hub import CardFacts, licence_for, licence_of, write_card
 from ..hub.card import public_name
 from .fields import Card, Recipe, Training, Tuning
 from .reporting import OURS
@@ -35,11 +35,7 @@ def write(
     Raises:
         CardError: the recipe claims a licence that is laxer than a parent's.
     """
-    base = card.base_model or recipe.model
-    post_trained = card.post_trained or recipe.post_trained or "post-trained"
-    parents: dict[str, str | None] = {base: licence_of(recipe.model), **card.parents}
-    if recipe.tune is not None and post_trained not in parents:
-        parents[post_trained] = parents[base]  # the recipe made it from the base, so it stands under the base's licence
+    base, post_trained, parents = _parents(recipe, card)
     written = json.loads((grafted.folder / RECORD).read_text(encoding="utf-8"))
     said: dict[str, Any] = {
         "data": card.data,
@@ -66,6 +62,26 @@ def write(
     write_card(output / model.name, model, report)
     write_card(output / of_adapter.name, of_adapter)
     return [output / model.name, output / of_adapter.name]
+
+
+def check_card(recipe: Recipe, card: Card) -> None:
+    """Refuse what the card may not say, before anything is made.
+
+    Raises:
+        CardError: the recipe claims a licence that is laxer than a parent's.
+    """
+    base, post_trained, parents = _parents(recipe, card)
+    licence_for({name: parents[name] for name in (base, post_trained)}, card.licence)
+
+
+def _parents(recipe: Recipe, card: Card) -> tuple[str, str, dict[str, str | None]]:
+    """What base and post-trained model are called, and every parent's licence as far as it is known."""
+    base = card.base_model or recipe.model
+    post_trained = card.post_trained or recipe.post_trained or "post-trained"
+    parents: dict[str, str | None] = {base: licence_of(recipe.model), **card.parents}
+    if post_trained not in parents:  # one that the recipe makes from the base stands under the base's licence
+        parents[post_trained] = parents[base] if recipe.post_trained is None else licence_of(recipe.post_trained)
+    return base, post_trained, parents
 
 
 def _training(recipe: Recipe, stages: Mapping[str, Step]) -> list[dict[str, Any]]:

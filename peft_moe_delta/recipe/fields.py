@@ -70,6 +70,7 @@ class Adapter:
     top_k: int | None = None
     expert_rank: int | None = None
     layers_to_transform: list[int] | None = None
+    classifier_layers: list[int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,10 +84,13 @@ class Review(Training):
 
 @dataclass(frozen=True)
 class Graft:
-    """How the post-training delta is applied, as in `merge_and_graft`."""
+    """How the post-training delta is applied, and as what the model is shipped, as in `merge_and_graft`."""
 
     expert_scale: Finite | dict[str, Finite] | str = 1.0
     scale: Finite = 1.0
+    language: str | None = None
+    replicate_dense_layers: bool = False
+    remote_code: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
 from ..delta import PostTrainingDelta, graft_tensor
@@ -23,6 +23,7 @@ from ..errors import GraftError
 from ..evaluation import TaskSet
 from ..evaluation.scoring import Material
 from ..hub.card import GRAFT_FILE
+from ..loading import load_adapter, load_tokenizer
 from ..tuner.grafting.adapter import EXPERT_SCALES
 from .data import held_out, read_tasks
 from .fields import AUTO, Graft, Recipe
@@ -37,14 +38,15 @@ def graft(
     recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | str, fields: Graft, folder: Path
 ) -> None:
     """`merge_and_graft`, saved with the post-trained model's tokenizer, reloaded by plain transformers."""
-    model = PeftModel.from_pretrained(load_model(base), adapter)
+    model = load_adapter(load_model(base), adapter)
     validation = _Validation(recipe, base) if fields.expert_scale == AUTO else None
-    chat = model.merge_and_graft(
-        post_trained, scale=fields.scale, expert_scale=fields.expert_scale, validation=validation
-    )
+    chat = model.merge_and_graft(post_trained, validation=validation, **vars(fields))
     del model, validation  # memory that saving and reloading need
     save_with_tokenizer(chat, post_trained, folder)
-    report = asdict(chat.graft_report) | {"post_trained": str(post_trained), "reload": _reload(chat, folder)}
+    report = asdict(chat.graft_report) | {
+        "post_trained": str(post_trained),
+        "reload": _reload(chat, folder, own_code=fields.remote_code),
+    }
     (folder / GRAFT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 
@@ -83,9 +85,6 @@ class _Validation:
 
     `mean over expanded languages of (1 - bits / post-trained's bits) + mean over tasks of (exact match -
     post-trained's)`.
-
-    Raises:
-        GraftError: no expanded language has validation text.
     """
 
     def __init__(self, recipe: Recipe, base: Path | str) -> None:
@@ -100,12 +99,7 @@ class _Validation:
             for name, t in recipe.tasks.items()
             if t.validation
         }
-        if not texts:
-            raise GraftError(
-                'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. '
-                "Name one, or give a number."
-            )
-        self._recipe, self._tokenizer = recipe, AutoTokenizer.from_pretrained(base)
+        self._recipe, self._tokenizer = recipe, load_tokenizer(base)
         self._material = Material(texts=texts, tasks=tasks)
         self._reference: tuple[list[float], list[float]] | None = None
 
@@ -129,14 +123,15 @@ class _Validation:
         return [text.value for text in scores.texts.values()], [task.value for task in scores.tasks.values()]
 
 
-def _reload(chat: PreTrainedModel, folder: Path) -> dict[str, str | float]:
+def _reload(chat: PreTrainedModel, folder: Path, *, own_code: bool) -> dict[str, str | float]:
     """Load the checkpoint in a process that cannot import this package, and compare logits.
 
     Raises:
         GraftError: that process failed, or computed something else.
     """
     proof = folder / "reload.safetensors"
-    child = subprocess.run([sys.executable, str(_RELOAD), str(folder), str(proof)], capture_output=True, text=True)
+    given = [str(folder), str(proof), *(["own code"] if own_code else [])]
+    child = subprocess.run([sys.executable, str(_RELOAD), *given], capture_output=True, text=True)
     if child.returncode:
         raise GraftError(f"Plain transformers cannot load the checkpoint in {folder}:\n{child.stderr[-2000:]}")
     found = CheckpointReader(proof)

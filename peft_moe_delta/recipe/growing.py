@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
+from ..loading import load_adapter, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..tuner import MoeDeltaModel
 from .data import read_texts
@@ -99,25 +100,29 @@ def grow(growth: Growth) -> Path:
         base = growth.model or PeftConfig.from_pretrained(growth.adapter).base_model_name_or_path
         if base is None:
             raise RecipeError(f"The adapter {growth.adapter} names no base model. Give it as `model`.")
-        model = PeftModel.from_pretrained(load_model(base), growth.adapter, is_trainable=True)
-        tuner, tokenizer = cast("MoeDeltaModel", model.base_model), AutoTokenizer.from_pretrained(base)
+        model = load_adapter(load_model(base), growth.adapter, is_trainable=True)
+        tuner, tokenizer = cast("MoeDeltaModel", model.base_model), load_tokenizer(base)
         known = set(tuner.active_config.languages)
         new = {code: language.group for code, language in growth.languages.items() if code not in known}
         tuner.add_languages(new, growth.experts, _start_from(growth, model, tokenizer, new))
+        review = growth.review
+        reviewed: Features = []
+        if review is not None:  # what the review lacks is to be found out before the expansion, not after it
+            now, routing = tuner.active_config, review.routing or tuner.active_config.routing
+            replace(now, stage="review", routing=routing, language_prior_groups=review.language_prior_groups)
+            reviewed = _balanced(growth, tuner, tokenizer, review)
         if growth.expand is not None:
             tuner.start_expansion(routing=growth.expand.routing)
             train(growth, model, blocks(growth, tokenizer, list(new), growth.expand), growth.expand, tokenizer, folder)
-        if growth.review is not None:
-            review = growth.review
+        if review is not None:
             tuner.start_review(
                 routing=review.routing,
                 language_prior_coef=review.language_prior_coef,
                 language_prior_groups=review.language_prior_groups,
             )
-            features = _balanced(growth, tuner, tokenizer, review)
             if growth.experts:
                 fit_routers(model, _fitted(growth), tokenizer, only="newest", max_length=review.sequence_length)
-            train(growth, model, features, review, tokenizer, folder)
+            train(growth, model, reviewed, review, tokenizer, folder)
         save_adapter(model, folder)
     return Path(growth.output)
 

@@ -1,6 +1,7 @@
 """Run as a script: load a checkpoint with plain transformers, where `peft_moe_delta` cannot be imported.
 
-In: a checkpoint folder and a file to write. Out: that file, with token ids, their logits and the architecture's name.
+In: a checkpoint folder, a file to write, and any word where the folder's modelling file, just written, is to be used.
+Out: that file, with token ids, their logits and the architecture's name.
 """
 
 import sys
@@ -12,8 +13,8 @@ from safetensors.torch import save_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 
-def main(folder: str, proof: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+def main(folder: str, proof: str, own_code: str = "") -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=bool(own_code)).eval()
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (2, 16), generator=generator)
     with torch.inference_mode():

@@ -10,9 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from peft import PeftModel
-from transformers import AutoTokenizer
-
 from ..evaluation import EvalReport
 from ..evaluation.compare import compare, status_of
 from ..evaluation.generation import generate
@@ -22,11 +19,12 @@ from ..evaluation.report import Model
 from ..evaluation.routes import expert_names, first_choice_agreement
 from ..evaluation.scoring import Material
 from ..languages import closest_code
+from ..loading import load_adapter, load_tokenizer
 from ..tuner import MoeDeltaModel
 from .data import read_tasks, read_texts
 from .fields import Recipe
 from .scoring import arithmetic, read_scores, ready
-from .stages import load_model
+from .stages import load_made, load_model
 
 BASE, POST_TRAINED, DENSE = "base", "post-trained", "dense continual pre-training + delta"
 OURS_WHOLE, OURS = "ours, experts as trained", "ours, grafted"
@@ -45,8 +43,8 @@ def look(recipe: Recipe, models: Mapping[str, Path | str], base: Path | str, ada
     answers: dict[str, dict[str, list[str]]] = {code: {} for code in prompts}
     seen = EvalReport(models=[], languages={}, warnings=warnings)
     for name, checkpoint in models.items():
-        model = ready(load_model(checkpoint), recipe)
-        measured = Measured(model, AutoTokenizer.from_pretrained(checkpoint), str(checkpoint))
+        model = ready(load_made(checkpoint, recipe), recipe)
+        measured = Measured(model, load_tokenizer(checkpoint), str(checkpoint))
         size = sum(p.numel() for p in model.parameters())
         seen.models.append(Model(name=name, source=str(checkpoint), parameters=size))
         if not seen.fertility:  # all models of a recipe have one tokenizer
@@ -108,7 +106,7 @@ def _look_at_routes(
     recipe: Recipe, ours: Measured, base: Path | str, adapter: Path, texts: Mapping[str, list[str]], seen: EvalReport
 ) -> None:
     """Routing of the grafted model, and how often it agrees with the adapter before the graft."""
-    before = PeftModel.from_pretrained(load_model(base), adapter)
+    before = load_adapter(load_model(base), adapter)
     plan = cast("MoeDeltaModel", before.base_model).plan()
     names = expert_names(plan.groups, [max(counts) for counts in zip(*plan.counts, strict=True)])
     routing, views = look_at_routing(ours, OURS, texts, names)

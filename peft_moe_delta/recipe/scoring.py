@@ -16,15 +16,16 @@ import numpy as np
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import TaskScore, TaskSet, TextScore
 from ..evaluation.forward import Progress
 from ..evaluation.loading import Measured
 from ..evaluation.scoring import Material, Scores, score_material
+from ..loading import load_tokenizer
 from .data import held_out, read_tasks
 from .fields import Recipe
-from .stages import load_model
+from .stages import load_made
 
 FILE = "scores.json"
 _TEXT = {"max_length": 512, "stride": 512, "batch_size": 4}  # every token once, in windows without overlap
@@ -43,7 +44,7 @@ def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
             for name, tasks in recipe.tasks.items()
         },
     )
-    model, tokenizer = ready(load_model(checkpoint), recipe), AutoTokenizer.from_pretrained(checkpoint)
+    model, tokenizer = ready(load_made(checkpoint, recipe), recipe), load_tokenizer(checkpoint)
     scores = scores_of(model, tokenizer, material, recipe, lambda label: partial(tqdm, desc=label, leave=False))
     kept = {
         "text": {code: {"bits": s.bits.tolist(), "bytes": s.bytes.tolist()} for code, s in scores.texts.items()},

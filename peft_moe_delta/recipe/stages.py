@@ -15,8 +15,6 @@ from typing import Any, Protocol
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     DataCollator,
     DataCollatorForSeq2Seq,
     PreTrainedModel,
@@ -29,6 +27,7 @@ from transformers import (
 from ..errors import DataError
 from ..evaluation import encode_task
 from ..hub.card import PLAN_FILE
+from ..loading import load_adapter, load_causal_lm, load_tokenizer
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary
@@ -61,19 +60,25 @@ class Job(Protocol):
 def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
     """A causal LM in fp32, which small updates need; on the first GPU where there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    loaded = load_causal_lm(model, dtype=torch.float32, **options)
     return loaded.to(device)  # type: ignore[arg-type]  # transformers' decorated `to` loses its self
+
+
+def load_made(checkpoint: Path | str, recipe: Recipe) -> PreTrainedModel:
+    """A checkpoint to look at, with its own modelling file where the recipe has just written one."""
+    own = recipe.graft.remote_code and Path(checkpoint).parent == Path(recipe.output)
+    return load_model(checkpoint, trust_remote_code=own)
 
 
 def save_with_tokenizer(model: PreTrainedModel | PeftModel, tokenizer_of: str | Path, folder: Path) -> None:
     """A checkpoint with the tokenizer, chat template included, of another one, and the model's own new tokens."""
     model.save_pretrained(str(folder))
-    extend_vocabulary(model, AutoTokenizer.from_pretrained(tokenizer_of)).save_pretrained(folder)
+    extend_vocabulary(model, load_tokenizer(tokenizer_of)).save_pretrained(folder)
 
 
 def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None:
     """Supervised tuning: the base model learns tasks with exact answers and becomes the post-trained model."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     features: Features = []
     for task in read_tasks(fields.tasks):
         input_ids, labels = encode_task(tokenizer, task["prompt"], task["answer"])
@@ -83,21 +88,16 @@ def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None
     save_with_tokenizer(model, base, folder)
 
 
+def adapter_config(recipe: Recipe) -> MoeDeltaConfig:
+    """The configuration that stage 1 starts from."""
+    groups = {code: language.group for code, language in recipe.languages.items()}
+    return MoeDeltaConfig(languages=groups, **vars(recipe.adapter))
+
+
 def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
     """Stage 1: new experts learn from new-language text."""
-    adapter = recipe.adapter
-    model = get_peft_model(
-        load_model(base),
-        MoeDeltaConfig(
-            languages={code: language.group for code, language in recipe.languages.items()},
-            experts=adapter.experts,
-            routing=adapter.routing,
-            top_k=adapter.top_k,
-            expert_rank=adapter.expert_rank,
-            layers_to_transform=adapter.layers_to_transform,
-        ),
-    )
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = get_peft_model(load_model(base), adapter_config(recipe))
+    tokenizer = load_tokenizer(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
     train(recipe, model, features, recipe.expand, tokenizer, folder)
     save_adapter(model, folder)
@@ -105,13 +105,13 @@ def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
 
 def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path) -> None:
     """Stage 2: the routers alone learn from all languages which expert serves whom."""
-    model = PeftModel.from_pretrained(load_model(base), expanded, is_trainable=True)
+    model = load_adapter(load_model(base), expanded, is_trainable=True)
     model.start_review(
         routing=fields.routing,
         language_prior_coef=fields.language_prior_coef,
         language_prior_groups=fields.language_prior_groups,
     )
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     features = blocks(recipe, tokenizer, list(recipe.languages), fields)
     train(recipe, model, features, fields, tokenizer, folder)
     save_adapter(model, folder)
@@ -119,7 +119,7 @@ def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, fol
 
 def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:
     """What one would do without experts: continual pre-training of the whole dense model on the very same tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
     for feature in features:
         feature["labels"] = feature["input_ids"]

@@ -12,11 +12,12 @@ from typing import NoReturn
 
 import torch
 from peft import PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from ..architectures import layer_index
 from ..errors import CheckpointError, GraftError
 from ..export import AttentionWeights, Fit, Layout, UpcycledWeights, choose, every_fit
+from ..loading import load_config
 from ..routing import ClassifierRouting
 from .blocks import is_target
 from .config import MoeDeltaConfig
@@ -34,7 +35,11 @@ def explain(adapter: str | Path, post_trained: str | Path | None = None) -> list
         CheckpointError: no such adapter, another method's, or no such model.
     """
     config = _adapter_config(adapter)
-    weights = _weights(config, str(post_trained or config.base_model_name_or_path))
+    try:
+        base = load_config(str(post_trained or config.base_model_name_or_path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Another model can be named with --post-trained.") from error
+    weights = weights_of(config, base)
     fits = every_fit(weights)
     if weights.languages is None:
         one = "every token may use every expert, whatever its language"
@@ -65,16 +70,18 @@ def _adapter_config(adapter: str | Path) -> MoeDeltaConfig:
     return config
 
 
-def _weights(config: MoeDeltaConfig, name: str) -> UpcycledWeights:
-    """The upcycled model as names and shapes."""
+def weights_of(config: MoeDeltaConfig, base: PretrainedConfig) -> UpcycledWeights:
+    """The model that a configuration upcycles a base model to, as names and shapes.
+
+    Raises:
+        CheckpointError: the config describes no model.
+        PlanError: the experts or gates do not fit the model's layers.
+    """
     try:
-        base = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"The config of the model {name!r} cannot be read: {error}. Name a model with --post-trained."
-        ) from error
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base, dtype=base.dtype or torch.float32)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(base, dtype=base.dtype or torch.float32)
+    except Exception as error:  # whatever the config's numbers make a module stumble over
+        raise CheckpointError(f"No model can be built from the config of {base.name_or_path!r}: {error}.") from error
     targets = [module for module, _ in model.named_modules() if is_target(config, module)]
     gates = config.classifier_layers if isinstance(config.routing_rule, ClassifierRouting) else None
     kind = config.attention_experts

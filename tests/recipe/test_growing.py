@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from builders import logits, token_batch, upcycle
 from peft_moe_delta import fit_routers
@@ -108,9 +108,15 @@ def test_a_review_needs_text_of_every_group(files, tmp_path):
         ({"precision": "fp8"}, "precision"),
         ({"start_from": "slavic"}, "start_from='slavic'"),
         ({"expand": TRAINING | {"steps": 5000}}, "Bring more text"),
+        ({"expand": TRAINING, "review": TRAINING | {"steps": 5000}}, "Bring more text"),
+        ({"expand": TRAINING, "review": TRAINING | {"language_prior_groups": ["grek"]}}, "names .'grek'."),
+        ({"expand": TRAINING, "review": TRAINING | {"routing": "lerned"}}, "Unknown routing 'lerned'"),
     ],
 )
-def test_bad_files_are_refused_and_leave_nothing(change, message, files, tmp_path):
+def test_bad_files_are_refused_before_anything_is_trained_and_leave_nothing(
+    change, message, files, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Trainer, "train", lambda *arguments: pytest.fail("trained before the file was checked"))
     with pytest.raises(SystemExit, match=message):
         run(files | change, tmp_path)
     assert not Path(files["output"]).exists()

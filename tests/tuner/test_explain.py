@@ -83,5 +83,5 @@ def test_what_is_no_adapter_is_refused(tmp_path):
 
 def test_a_base_model_that_is_not_there_is_refused(tmp_path):
     _, adapter = saved(tmp_path)
-    with pytest.raises(CheckpointError, match=r"(?s)config of the model .*nowhere.* cannot be read.*--post-trained"):
+    with pytest.raises(CheckpointError, match=r"(?s)Cannot load a config of .*nowhere.*--post-trained"):
         explain(adapter, tmp_path / "nowhere")

@@ -1,0 +1,76 @@
+"""Models, tokenizers and configs by the name a user gives: loaded, or refused with one clear error.
+
+In: a folder or Hub id. Out: what transformers loads from it. What a damaged file makes transformers raise is whatever
+its parsers stumble over (KeyError, TypeError, a bare `Exception` from tokenizers), so everything is caught here, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft import PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .errors import CheckpointError, PeftMoeDeltaError
+
+Loaded = TypeVar("Loaded")
+
+
+def load_config(name: str | Path, **options: Any) -> PretrainedConfig:
+    """The config of a model.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return _loaded("config of a model", name, lambda: AutoConfig.from_pretrained(name, **options))
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+
+
+def load_causal_lm(name: str | Path, **options: Any) -> PreTrainedModel:
+    """A causal language model; `options` as `from_pretrained` takes them.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    return _loaded("causal language model", name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
+
+
+def load_adapter(model: PreTrainedModel, name: str | Path, **options: Any) -> PeftModel:
+    """A model with an adapter; `options` as `PeftModel.from_pretrained` takes them.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        PeftMoeDeltaError: it is another model's.
+    """
+    return _loaded("adapter", name, lambda: PeftModel.from_pretrained(model, name, **options))
+
+
+def _loaded(what: str, name: str | Path, load: Callable[[], Loaded]) -> Loaded:
+    try:
+        return load()
+    except PeftMoeDeltaError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"Cannot load a {what} from {str(name)!r}: {reason} Give a folder that save_pretrained wrote, or a Hub id, "
+            "and check that its files are whole."
+        ) from error

@@ -1,0 +1,141 @@
+"""What can be known before the first step: whether a recipe can be carried out to its end.
+
+In: a recipe. Out: nothing, or an error that names the field. Configs are read and no weight is; text is read and
+tokenised before the first training, so that none is found wanting after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import PretrainedConfig
+
+from ..architectures import mlp_module_name
+from ..delta import scale_of_groups
+from ..errors import GraftError, PeftMoeDeltaError, RecipeError
+from ..export import choose
+from ..loading import load_config, load_tokenizer
+from ..tuner import MoeDeltaConfig
+from ..tuner.explain import weights_of
+from ..tuner.grafting import check_same_kind, exported_share
+from .data import read_tasks, read_texts
+from .fields import AUTO, Recipe
+from .stages import adapter_config, blocks
+
+_SAME = ("num_hidden_layers", "hidden_size", "intermediate_size")
+
+
+def check_training(recipe: Recipe) -> None:
+    """Refuse languages, experts, stages and lengths that do not fit each other or the model.
+
+    Raises:
+        RecipeError: the model has fewer layers or positions than the recipe asks for.
+        CheckpointError: there is no such model.
+        LanguageError, PlanError, ArchitectureError: as `MoeDeltaConfig` and `get_peft_model` would refuse it later.
+    """
+    base = _base(recipe)
+    trained = {"tune": recipe.tune, "expand": recipe.expand, "review": recipe.review, "dense": recipe.dense}
+    positions = getattr(base.get_text_config(), "max_position_embeddings", None)
+    for name, fields in trained.items():
+        if fields is not None and name != "tune" and positions is not None and fields.sequence_length > positions:
+            raise RecipeError(
+                f"{name}: sequence_length is {fields.sequence_length}, and {recipe.model} has {positions} positions. "
+                "Train on shorter sequences."
+            )
+    weights_of(_at_the_end(recipe, base), base)
+
+
+def check_graft(recipe: Recipe) -> None:
+    """Refuse a graft that could not be written or scored.
+
+    Raises:
+        RecipeError: no form holds it exactly (the message says what does), unknown groups in `expert_scale`, nothing to
+            choose an expert scale on, or a post-trained model of another kind or size.
+    """
+    base = _base(recipe)
+    other = base if recipe.post_trained is None else load_config(recipe.post_trained)
+    for name in _SAME:
+        ours, theirs = (getattr(config.get_text_config(), name, None) for config in (base, other))
+        if ours != theirs:
+            cut = " `num_hidden_layers` cuts the base model alone." if name == "num_hidden_layers" else ""
+            raise RecipeError(f"post_trained: its {name} is {theirs}, that of the base model {ours}.{cut}")
+    fields, config = recipe.graft, _at_the_end(recipe, base)
+    if config.routing_rule.needs_language and fields.language is None:
+        raise RecipeError(
+            f"graft: after training, routing is {config.routing!r}, and neither a stand-alone model nor its scores name "
+            f"a language. Say what to ship: `graft: {{language: ...}}` (one of {', '.join(config.languages)}), or let "
+            "a `review` with `routing: learned` teach the routers. `peft-moe-delta train` stops at the adapter."
+        )
+    try:
+        check_same_kind(base.model_type, other.model_type)
+        weights = weights_of(config, other)
+        if fields.expert_scale != AUTO:
+            scale_of_groups(weights.plan.groups[1:], fields.expert_scale)
+        elif not any(recipe.languages[code].validation for code in recipe.expanded_languages):
+            raise GraftError(
+                'expert_scale: "auto" is chosen on held-out text, but no expanded language has a `validation` file. '
+                "Name one, or give a number."
+            )
+        share = exported_share(weights, config, fields.language, remote_code=fields.remote_code)
+        choose(share, replicate_dense_layers=fields.replicate_dense_layers, remote_code=fields.remote_code)
+    except PeftMoeDeltaError as error:
+        raise RecipeError(
+            f"graft: {error} In a recipe: `graft: {{remote_code: true}}`, `{{replicate_dense_layers: true}}` or "
+            "`{language: ...}`; `peft-moe-delta train` stops at the adapter."
+        ) from error
+
+
+def check_text(recipe: Recipe) -> None:
+    """Refuse files that lack text for a training.
+
+    Raises:
+        DataError: a file is missing, is not what it should be, or is too short.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    if recipe.tune is not None:
+        read_tasks(recipe.tune.tasks)
+    blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
+    if recipe.review is not None:
+        blocks(recipe, tokenizer, list(recipe.languages), recipe.review)
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Refuse files that could not be scored on.
+
+    Raises:
+        DataError: a file is missing, or is not what it should be.
+    """
+    for language in recipe.languages.values():
+        for file in filter(None, (language.test, language.validation)):
+            read_texts(file)
+    for tasks in recipe.tasks.values():
+        for file in filter(None, (tasks.test, tasks.validation)):
+            read_tasks(file)
+
+
+def _base(recipe: Recipe) -> PretrainedConfig:
+    """The base model's config, cut as the recipe says."""
+    config, wanted = load_config(recipe.model), recipe.num_hidden_layers
+    if wanted is None:
+        return config
+    layers = config.get_text_config().num_hidden_layers
+    if wanted > layers:
+        raise RecipeError(f"num_hidden_layers is {wanted}, but {recipe.model} has {layers} layers to cut down.")
+    return load_config(recipe.model, num_hidden_layers=wanted)
+
+
+def _at_the_end(recipe: Recipe, base: PretrainedConfig) -> MoeDeltaConfig:
+    """The adapter's config after all its training."""
+    config = adapter_config(recipe)
+    config.target_modules = [mlp_module_name(base.model_type)]
+    weights_of(config, base)
+    review = recipe.review
+    if review is None:
+        return config
+    return replace(
+        config,
+        stage="review",
+        routing=review.routing or config.routing,
+        language_prior_coef=review.language_prior_coef,
+        language_prior_groups=review.language_prior_groups,
+    )
