@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+# Of the 12 ways in which test-portable runs the learning tests.
+RUNS ?= 12
 # More for pip, for example where to find a CPU build of torch.
 PIP_FLAGS ?=
 
@@ -17,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs demo demo-quick figures test test-slow test-browser bench cards lint wheel-test clean
+.PHONY: help docs demo demo-quick figures test test-slow test-portable test-browser bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +42,9 @@ test: $(INSTALLED)  ## the tests, but for the slow ones
 
 test-slow: $(INSTALLED)  ## the slow tests alone
 	$(PYTEST) -m slow
+
+test-portable: $(INSTALLED)  ## each learning test's margin over 12 instruction sets, threads and seeds; RUNS=1: the oldest
+	$(BIN)/python tests/portable.py --runs $(RUNS) --workers $(WORKERS)
 
 bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }

@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from chance import shifted
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.tuner import MoeDeltaLayer
 from peft_moe_delta.tuner.experts import LowRankLinear
@@ -63,7 +64,7 @@ EXPERTS = {"uralic": 2, "turkic": 1}
 def pico(family: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel:
     """A seeded pico model of a family, in evaluation mode; `config` overrides its sizes."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(shifted(seed))
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **config})
         )
@@ -72,11 +73,22 @@ def pico(family: str = "llama", seed: int = 0, **config: Any) -> PreTrainedModel
 
 def randomise(model: nn.Module, seed: int, scale: float = 1.0) -> Any:
     """Move every floating-point weight of a module by seeded noise, in place. Returns the module."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     for parameter in model.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
         noise = torch.randn(parameter.shape, generator=generator) * (scale * size)
         parameter.data += noise.to(parameter.device, parameter.dtype)
+    return model
+
+
+def alike(model: PreTrainedModel, *languages: range, seed: int = 2) -> PreTrainedModel:
+    """Give the tokens of each range a part of their embeddings in common, in place, as those of one language have.
+
+    Gates and routers are linear: what tells the languages of a text apart must be so in pico models as well.
+    """
+    generator = torch.Generator().manual_seed(shifted(seed))
+    for tokens in languages:
+        model.get_input_embeddings().weight.data[list(tokens)] += torch.randn(HIDDEN, generator=generator)
     return model
 
 
@@ -122,7 +134,7 @@ def moe_layers(model: nn.Module, adapter: str | None = None) -> list[MoeDeltaLay
 
 def token_batch(batch: int = 3, length: int = 7, seed: int = 5) -> Tensor:
     """Seeded token ids above the special ones, (batch, length)."""
-    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(shifted(seed)))
 
 
 def logits(model: nn.Module, tokens: Tensor, **arguments: Any) -> Tensor:

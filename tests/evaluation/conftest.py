@@ -5,6 +5,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from chance import shifted
+
 
 def wrap(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
@@ -35,7 +37,7 @@ def pico_model():
     """Makes a random two-layer Llama in fp32 for a vocabulary; weights large enough for its predictions to differ."""
 
     def make(vocabulary_size: int) -> LlamaForCausalLM:
-        torch.manual_seed(0)
+        torch.manual_seed(shifted(0))
         config = LlamaConfig(
             vocab_size=vocabulary_size,
             hidden_size=32,

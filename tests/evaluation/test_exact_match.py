@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from chance import shifted
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import encode_task, exact_match
 
@@ -32,7 +33,7 @@ def generate(model, tokenizer, prompt: str, limit: int = 12) -> list[int]:
 @pytest.fixture
 def tasks(model, word_tokenizer):
     """Tasks of which some are answered right (the model's own words), others nearly: a word changed, cut or added."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(shifted(0))
     made = []
     for _ in range(60):
         prompt = " ".join(f"w{word}" for word in rng.integers(20, size=rng.integers(1, 9)))
@@ -42,13 +43,14 @@ def tasks(model, word_tokenizer):
     return made
 
 
-def test_teacher_forcing_equals_greedy_generation(model, word_tokenizer, tasks):
+def test_teacher_forcing_equals_greedy_generation(model, word_tokenizer, tasks, holds):
+    written = {prompt: generate(model, word_tokenizer, prompt, limit=16) for prompt in {t["prompt"] for t in tasks}}
     expected = []
     for task in tasks:
         answer = word_tokenizer(task["answer"], add_special_tokens=False)["input_ids"] + [word_tokenizer.eos_token_id]
-        expected.append(float(generate(model, word_tokenizer, task["prompt"], limit=len(answer)) == answer))
+        expected.append(float(written[task["prompt"]][: len(answer)] == answer))
     score = exact_match(model, word_tokenizer, tasks, batch_size=7)
-    assert 0.1 < np.mean(expected) < 0.9, "the test needs right and wrong answers"
+    holds(np.mean(expected), above=0.05, below=0.95)  # the test needs right and wrong answers
     np.testing.assert_array_equal(score.correct, expected)
     assert score.value == pytest.approx(np.mean(expected))
 

@@ -230,7 +230,7 @@ def test_the_commands_write_tasks_of_a_recipe_and_read_results(tmp_path, capsys)
     assert "arc_hu" in (tmp_path / "report/report.json").read_text()
 
 
-def test_exact_match_agrees_with_ours(folder, tmp_path):
+def test_exact_match_agrees_with_ours(folder, tmp_path, holds):
     """On a model that was taught some of the answers."""
     questions = [{"prompt": f"say {n}:", "answer": f" {n}"} for n in range(4)]
     model, tokenizer = load(folder / "base"), pico_tokenizer()
@@ -242,7 +242,7 @@ def test_exact_match_agrees_with_ours(folder, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     ours = exact_match(model, tokenizer, questions)
-    assert 0 < ours.value < 1
+    holds(ours.value, above=0, below=1)
     write_harness_tasks(tmp_path / "tasks", {}, {"Saying": write_lines(tmp_path / "tasks.jsonl", questions)})
-    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2, add_bos_token=True)  # as ours does
     assert evaluate(lm, tmp_path, ["saying"])["saying"]["exact_match,none"] == ours.value

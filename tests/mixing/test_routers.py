@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from builders import moe_layers, pico, upcycle
+from builders import alike, moe_layers, pico, upcycle
+from chance import shifted
 from peft_moe_delta import RouterStatistics, fit_routers
 from peft_moe_delta.errors import CheckpointError, DataError, LanguageError
 from training.common import make_tokenizer
@@ -16,15 +17,28 @@ RIDGE, TEMPERATURE = 1e-2, 0.1
 
 def documents(first, last, number=6):
     """Seeded documents of different lengths over the words `first` to `last`."""
-    generator = np.random.default_rng(first)
+    generator = np.random.default_rng(shifted(first))
     return [" ".join(f"w{w}" for w in generator.integers(first, last, size=5 + 3 * i)) for i in range(number)]
 
 
 TEXTS = {"hu": documents(3, 40), "fi": documents(30, 60, 3), "en": documents(50, 99, 9), "az": documents(3, 99)}
 
 
-def model(**changes):
-    return upcycle(pico(), trained=True, **changes)
+WORDS = {"hu": range(3, 22), "fi": range(22, 41), "en": range(41, 60), "az": range(60, 79), "bn": range(79, 99)}
+OWN_WORDS = {code: documents(words.start, words.stop) for code, words in WORDS.items()}
+"""Texts of languages that share no word. `separable` is a model that a linear map can tell them apart in."""
+
+
+def model(base=None, **changes):
+    return upcycle(pico() if base is None else base, trained=True, **changes)
+
+
+def separable():
+    return alike(pico(), *WORDS.values())
+
+
+def own_words(*codes):
+    return {code: OWN_WORDS[code] for code in codes}
 
 
 def fit(model, texts=TEXTS, **options):
@@ -101,14 +115,14 @@ def test_a_language_that_joins_later_only_adds(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
-def test_a_layer_without_a_groups_experts_sends_its_tokens_to_expert_0():
-    fitted = model(experts={"uralic": [2, 2], "turkic": [0, 1]})
-    fit(fitted)
+def test_a_layer_without_a_groups_experts_sends_its_tokens_to_expert_0(holds):
+    fitted = model(separable(), experts={"uralic": [2, 2], "turkic": [0, 1]})
+    fit(fitted, own_words("hu", "fi", "en", "az"))
     first = router_weights(fitted)[0]
-    x = torch.cat([x for text in TEXTS["az"] for x in inputs_of(fitted, "az", text)[:1]])
+    x = torch.cat([x for text in OWN_WORDS["az"] for x in inputs_of(fitted, "az", text)[:1]])
     assert len(first) == 3
     share = ((x @ first.T).argmax(-1) == 0).float().mean()
-    assert share > 0.5
+    holds(share, above=0.5)
 
 
 def test_soft_attention_routers_are_fitted_as_well():
@@ -160,17 +174,19 @@ def test_newest_rows_are_the_direct_least_squares_solution_beside_the_earlier_on
         torch.testing.assert_close(found.double(), w.T.expand(2, -1), atol=1e-4, rtol=1e-4)
 
 
-def test_newest_rows_take_the_new_language_and_leave_the_earlier_ones():
-    fitted = grown()
-    fit(fitted, GROWN, only="newest", ridge=1e-4)
+def test_newest_rows_take_the_new_language_and_leave_the_earlier_ones(holds):
+    fitted = model(separable())
+    fit(fitted, own_words("hu", "fi", "en", "az"))
+    fitted.add_languages({"bn": "indic"}, {"indic": 2})
+    fit(fitted, OWN_WORDS, only="newest", ridge=1e-4)
     assert fitted.active_peft_config.open_steps == 1
     module = moe_layers(fitted)[0]
     share = {}
-    for code in GROWN:
-        x = torch.cat([inputs_of(fitted, code, text)[0] for text in GROWN[code]])
+    for code, texts in OWN_WORDS.items():
+        x = torch.cat([inputs_of(fitted, code, text)[0] for text in texts])
         with torch.no_grad():
             share[code] = module.router("default")(x).softmax(-1)[:, -2:].sum(-1).mean().item()
-    assert share["bn"] > max(share[code] for code in TEXTS) + 0.3, share
+    holds(share.pop("bn") - max(share.values()), above=0.3)
 
 
 def test_an_adapter_that_has_not_grown_has_only_newest_rows():
@@ -215,15 +231,14 @@ def test_a_gate_is_the_linear_discriminant_of_the_original_languages():
     torch.testing.assert_close(gate_rows(fitted)[0][0].double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_fitted_gate_recognises_languages_of_words_of_their_own():
-    fitted = model(classifier_layers=[0])
-    texts = {"hu": documents(3, 30), "fi": documents(30, 45), "az": documents(45, 60), "en": documents(60, 99)}
-    fit(fitted, texts, ridge=1e-4)
+def test_a_fitted_gate_recognises_languages_of_words_of_their_own(holds):
+    fitted = model(separable(), classifier_layers=[0])
+    fit(fitted, own_words("hu", "fi", "en", "az"), ridge=1e-4)
     gate = moe_layers(fitted)[0].classifier("default")
-    for code, documents_ in texts.items():
-        x = torch.cat([inputs_of(fitted, code, text)[0] for text in documents_])
+    for code in ("hu", "fi", "en", "az"):
+        x = torch.cat([inputs_of(fitted, code, text)[0] for text in OWN_WORDS[code]])
         share = gate.recognises(x, 0).float().mean().item()
-        assert share > 0.8 if code == "en" else share < 0.2, (code, share)
+        holds(share, **({"above": 0.8} if code == "en" else {"below": 0.2}), name=code)
 
 
 def test_a_gate_and_what_is_returned_weigh_languages_alike():

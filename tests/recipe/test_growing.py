@@ -127,7 +127,7 @@ def test_no_file(tmp_path):
         main(["grow", str(tmp_path / "none.yaml")])
 
 
-def test_the_closest_group_writes_the_text_in_the_fewest_bits(recipe_fields):
+def test_the_closest_group_writes_the_text_in_the_fewest_bits(recipe_fields, holds):
     """Hungarian's expert is tuned on Hungarian, so Hungarian text is closest to it, and its figure is its own."""
     tokenizer = AutoTokenizer.from_pretrained(recipe_fields["model"])
     model = upcycle(
@@ -144,7 +144,8 @@ def test_the_closest_group_writes_the_text_in_the_fewest_bits(recipe_fields):
             optimizer.step()
     scores = score_groups(model.eval(), tokenizer, [SENTENCES["hu"]])
     assert closest_group(model, tokenizer, [SENTENCES["hu"]]) == "uralic"
-    assert scores["uralic"] < scores["original"] == scores["greek"], "an untrained expert is expert 0"
+    holds(scores["uralic"] - scores["original"], below=0)
+    assert scores["original"] == scores["greek"], "an untrained expert is expert 0"
     assert model.active_peft_config.routing == "learned"
     with pytest.raises(DataError, match="empty list"):
         closest_group(model, tokenizer, [])

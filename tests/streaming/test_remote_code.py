@@ -45,11 +45,11 @@ def test_unequal_experts_and_other_families(make_trio, family, expert_rank):
     assert_same_folder(trio, scale={"self_attn": 0.5}, expert_scale=0.5)
 
 
-def test_sixteen_bits_keep_routers_in_fp32(make_trio):
+def test_sixteen_bits_keep_routers_in_fp32(make_trio, holds):
     trio = make_trio("llama", (BF16, BF16, BF16), experts=UNEQUAL)
     report = assert_same_folder(trio)
     assert CheckpointReader(trio.folder / "out").dtypes["model.layers.0.mlp.router.weight"] == F32
-    assert report.route_agreement > 0.9
+    holds(report.route_agreement, above=0.9)
 
 
 def test_routing_by_language(make_trio):

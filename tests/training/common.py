@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 
 from builders import VOCABULARY, pico, upcycle
+from chance import shifted
 from peft_moe_delta import LanguageCollator
 from peft_moe_delta.tuner.context import ForwardContext
 
@@ -30,7 +31,7 @@ def make_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
 
 def base_model(family: str = "llama", **config: Any) -> PreTrainedModel:
     """A pico model: the same weights at every call."""
-    torch.manual_seed(0)
+    torch.manual_seed(shifted(0))
     return pico(family, **config)
 
 
@@ -46,7 +47,7 @@ def checkpoint(model: nn.Module, **arguments: Any) -> None:
 
 def documents(lengths: Sequence[int], languages: Sequence[str], seed: int = 3) -> list[dict[str, Any]]:
     """Seeded documents, one a length; `languages` repeat as often as needed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     return [
         {
             "input_ids": torch.randint(3, VOCABULARY, (length,), generator=generator).tolist(),

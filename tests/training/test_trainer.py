@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from builders import LANGUAGES, moe_layers
+from chance import shifted
 from peft_moe_delta import LanguageCollator, MoeDeltaConfig, RoutingCallback
 from training.common import base_model, context_of, documents, expert_model, make_tokenizer, train
 
@@ -140,12 +141,14 @@ def test_trainer_keeps_the_columns_the_collator_reads(tmp_path, data, column):
     assert all(set(document) == {column, "language"} for document in read)
 
 
-def test_the_lines_a_user_writes(tmp_path):
+def test_the_lines_a_user_writes(tmp_path, holds):
     tokenizer, base = make_tokenizer(), base_model()
     text = {"hu": "w10 w11 w12 w13 w14", "el": "w20 w21 w22 w23", "en": "w30 w31 w32", "es": "w40 w41 w42 w43"}
     new_language_text = Dataset.from_list([{"text": text[code], "language": code} for code in ("hu", "el")] * 4)
     review_mix = Dataset.from_list([{"text": text[code], "language": code} for code in text] * 2)
-    args = TrainingArguments(tmp_path, max_steps=5, learning_rate=1e-2, logging_steps=1, report_to=[], use_cpu=True)
+    args = TrainingArguments(
+        tmp_path, max_steps=10, learning_rate=3e-2, logging_steps=1, report_to=[], use_cpu=True, seed=shifted(42)
+    )
 
     model = get_peft_model(
         base,
@@ -165,5 +168,5 @@ def test_the_lines_a_user_writes(tmp_path):
 
     for trainer in (expansion, review):
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        assert len(losses) == 5
-        assert float(losses[-1]) < float(losses[0])
+        assert len(losses) == 10
+        holds(float(losses[-1]) - float(losses[0]), below=0, name="expansion" if trainer is expansion else "review")

@@ -81,13 +81,13 @@ def test_plain_sft_trainer_says_what_it_loses(tmp_path):
 
 @pytest.mark.parametrize("routing", ["learned", "language"])
 @pytest.mark.parametrize("rows", [DOCUMENTS, as_text(DOCUMENTS)], ids=["tokens", "text"])
-def test_peft_config_upcycles_the_model(tmp_path, rows, routing):
+def test_peft_config_upcycles_the_model(tmp_path, rows, routing, holds):
     callbacks = [RoutingCallback()]
     trainer = sft(
         base_model(), tmp_path, rows=rows, peft_config=moe_config(routing=routing), callbacks=callbacks, max_steps=5
     )
     logs = [log for log in trainer.state.log_history if "loss" in log]
-    assert float(logs[-1]["loss"]) < float(logs[0]["loss"])
+    holds(float(logs[-1]["loss"]) - float(logs[0]["loss"]), below=0)
     assert "expert_0_share/uralic" in logs[0]
     trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     assert trained and all("moe_delta_" in name for name in trained)

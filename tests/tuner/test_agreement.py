@@ -69,14 +69,16 @@ def perturbed_routers(model):
     return other
 
 
-def test_before_and_after_grafting():
+def test_before_and_after_grafting(holds):
     model = upcycle(pico(), trained=True)
     near, far = (model.graft(perturbed(pico(), scale=scale)) for scale in (0.02, 0.2))
     near, far = (sum(route_agreement(model, grafted, BATCHES).values()) for grafted in (near, far))
-    assert far < near <= 2.0
+    holds(near - far, above=0)
+    assert near <= 2.0
 
 
-def test_a_16_bit_export_reports_its_agreement_and_an_exact_one_does_not():
+def test_a_16_bit_export_reports_its_agreement_and_an_exact_one_does_not(holds):
     report = to_stock(upcycle(in_bf16(pico()), trained=True)).graft_report
-    assert 0.5 < report.route_agreement <= 1
+    holds(report.route_agreement, above=0.5)
+    assert report.route_agreement <= 1
     assert to_stock(upcycle(pico(), trained=True)).graft_report.route_agreement is None
