@@ -62,8 +62,8 @@ def check_graft(recipe: Recipe) -> None:
     fields, config = recipe.graft, _at_the_end(recipe, base)
     if config.routing_rule.needs_language and fields.language is None:
         raise RecipeError(
-            f"graft: after training, routing is {config.routing!r}, and neither a stand-alone model nor its scores name "
-            f"a language. Say what to ship: `graft: {{language: ...}}` (one of {', '.join(config.languages)}), or let "
+            f"graft: after training, routing is {config.routing!r}, and neither a stand-alone model nor its scores "
+            f"name a language. Say what to ship: `graft: {{language: ...}}` (one of {', '.join(config.languages)}), or let "
             "a `review` with `routing: learned` teach the routers. `peft-moe-delta train` stops at the adapter."
         )
     try:
