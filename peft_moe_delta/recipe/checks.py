@@ -63,8 +63,8 @@ def check_graft(recipe: Recipe) -> None:
     if config.routing_rule.needs_language and fields.language is None:
         raise RecipeError(
             f"graft: after training, routing is {config.routing!r}, and neither a stand-alone model nor its scores "
-            f"name a language. Say what to ship: `graft: {{language: ...}}` (one of {', '.join(config.languages)}), or let "
-            "a `review` with `routing: learned` teach the routers. `peft-moe-delta train` stops at the adapter."
+            f"name a language. Say what to ship: `graft: {{language: ...}}` (one of {', '.join(config.languages)}), or "
+            "let a `review` with `routing: learned` teach the routers. `peft-moe-delta train` stops at the adapter."
         )
     try:
         check_same_kind(base.model_type, other.model_type)
