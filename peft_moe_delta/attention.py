@@ -50,7 +50,8 @@ class Borrowed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frozen = self._frozen[0]
         if not self.idle:
-            return frozen(x.to(self.weight.dtype)).to(x.dtype)
+            result: Tensor = frozen.forward(x.to(self.weight.dtype))  # past hooks: who calls first depends on the batch
+            return result.to(x.dtype)
         return x.new_zeros(()).expand(*x.shape[:-1], frozen.out_features) if isinstance(frozen, nn.Linear) else x
 
 

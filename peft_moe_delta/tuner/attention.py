@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
-from .experts import full_expert, low_rank_expert
-from .layer import MoeDeltaLayer, trainable
+from .dispatch import with_idle
+from .experts import full_expert, low_rank_expert, unhooked
+from .layer import MoeDeltaLayer
 
 
 class MoeDeltaAttention(MoeDeltaLayer):
@@ -48,22 +49,29 @@ class MoeDeltaAttention(MoeDeltaLayer):
         if name is None:
             return self.base_layer(hidden_states, *args, past_key_values=past_key_values, **kwargs)
         weights_BSE, usable = self._weights(hidden_states, name)
-        experts, settings = self.experts(name), self.settings[name]
+        settings = self.settings[name]
         shared = SharedKeyValues(past_key_values, hidden_states.dtype)
         slots: dict[int, int] = {}
         if settings.config.attention_experts == "full" and past_key_values is not None:
             slots = cache_slots(past_key_values, self.base_layer, usable)
-        y_BSD: Any = 0
-        for index in slots or usable:
+
+        def attend(index: int, expert: nn.Module, x_BSD: Tensor) -> Tensor:
             cache: Any = OwnSlot(past_key_values, slots[index]) if slots else None
             if settings.config.attention_experts == "shared_kv":
                 cache = shared
-            output_BSD = self._attend(experts[index], hidden_states, cache, args, kwargs)
+            return self._attend(expert, x_BSD, cache, args, kwargs)
+
+        inputs = dict.fromkeys(slots or usable, hidden_states)
+        # Attention cannot be called without a token, so nobody's hooks see expert 0 either: it runs or not.
+        outputs = {0: attend(0, unhooked(self.base_layer), inputs.pop(0))} if 0 in inputs else {}
+        outputs |= self.new_experts(name)(inputs, attend)
+        y_BSD: Any = 0
+        for index, output_BSD in outputs.items():
             if weights_BSE is not None:
                 y_BSD = y_BSD + weights_BSE[..., index, None] * output_BSD
             elif index in usable:
                 y_BSD = output_BSD
-        return self._with_idle(y_BSD, name, usable).to(hidden_states.dtype), None
+        return self._with_idle(y_BSD, name, usable, weights_BSE is None).to(hidden_states.dtype), None
 
     def _weights(self, x_BSD: Tensor, name: str) -> tuple[Tensor | None, list[int]]:
         """Weights of the experts, fp32, and which of them any token may use; no weights where there is only one."""
@@ -72,12 +80,12 @@ class MoeDeltaAttention(MoeDeltaLayer):
         state.expect(settings.tables.logit_losses)
         reach = self._reach(state, name, x_TD)
         usable = list(reach.usable)
-        if len(usable) == 1 and not (state.recording and settings.needs_logits):
+        logits_TE = self.router(name)(x_TD) if settings.calls_router else None
+        if logits_TE is None or (len(usable) == 1 and not (state.recording and settings.needs_logits)):
             return None, usable
-        logits_TE = self.router(name)(x_TD)
         if state.recording:
             self._record_logits(settings, state, logits_TE, reach.groups)
-        _, _, allowed_TE = self._sets(reach, x_TD, name)
+        allowed_TE = reach.allowed(self._sets(reach, name, None)[0])
         if allowed_TE is not None:
             logits_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf)
         return logits_TE.softmax(dim=-1).view(*x_BSD.shape[:-1], -1), usable
@@ -95,11 +103,9 @@ class MoeDeltaAttention(MoeDeltaLayer):
         output: Tensor = expert(x_BSD, *args, past_key_values=cache, **kwargs)[0]
         return output
 
-    def _with_idle(self, y_BSD: Tensor, name: str, usable: Sequence[int]) -> Tensor:
-        """DDP waits for every trainable parameter: those of idle experts take part with nothing."""
-        if not (torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()):
+    def _with_idle(self, y_BSD: Tensor, name: str, used: Sequence[int], router_idle: bool) -> Tensor:
+        """As `MoeDeltaLayer._needs_idle`: parameters of idle experts take part with nothing."""
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not torch.is_grad_enabled() or not (parallel or not y_BSD.requires_grad):
             return y_BSD
-        idle: list[nn.Module] = [e for i, e in enumerate(self.experts(name)) if i not in usable and trainable(e)]
-        if len(usable) == 1:
-            idle.append(self.router(name))
-        return y_BSD + sum(0 * p.sum() for module in idle for p in module.parameters() if p.requires_grad)
+        return with_idle(y_BSD, self._idle(used, name, [self.router(name)] if router_idle else []))

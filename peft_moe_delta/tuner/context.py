@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID, LanguageTable
 from ..losses import share_of_step
+from ..routing import Routes
+from .dispatch import Dispatch
 from .settings import LayerTables
 
 ARGUMENTS = ("language", "language_ids")
@@ -64,14 +66,37 @@ class Reach:
         usable: the experts that some token may use, ascending.
         sets_T: the set of each token, an index into `allowed_SE`; None where all may use all.
         allowed_SE: the sets.
-        allowed_TE: the same by token; None where all may use all.
+        forced: where each token goes, in a pass in which none has a choice; None in others.
     """
 
     groups: TokenGroups | None
     usable: tuple[int, ...]
     sets_T: Tensor | None
     allowed_SE: Tensor
-    allowed_TE: Tensor | None
+    forced: Dispatch | None = None
+
+    def allowed(self, sets_T: Tensor | None) -> Tensor | None:
+        """(T, E) the experts that each token may use, by its set; None where all may use all."""
+        if sets_T is None:
+            return None
+        return self._allowed_TE if sets_T is self.sets_T else self.allowed_SE[sets_T]
+
+    @cached_property
+    def _allowed_TE(self) -> Tensor:
+        assert self.sets_T is not None
+        return self.allowed_SE[self.sets_T]
+
+    @cached_property
+    def forced_routes(self) -> Routes:
+        """What a router would choose in a pass in which no token has a choice."""
+        assert self.sets_T is not None  # some experts are out of reach
+        only_T1, probabilities_TE = _only(self.allowed_SE, self.sets_T), self._allowed_TE.float()
+        return Routes(only_T1, probabilities_TE.new_ones(only_T1.shape), probabilities_TE)
+
+
+def _only(allowed_SE: Tensor, sets_T: Tensor) -> Tensor:
+    """(T, 1) the one expert of each token's set."""
+    return allowed_SE.int().argmax(dim=-1)[sets_T][:, None]
 
 
 @dataclass
@@ -125,6 +150,12 @@ class ForwardState:
         found: Reach = self._found[key]
         return found
 
+    def counted(self, rows: Tensor) -> Tensor:
+        """(T,) booleans for T rows, on their device; False for padding."""
+        if self.mask_T is None:
+            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        return self.mask_T.to(rows.device)
+
     def _find_reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
         groups = self.groups(tables.languages, device)
         if groups is None and tables.needs_language:
@@ -133,30 +164,23 @@ class ForwardState:
                 f"languages: {', '.join(tables.languages.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
                 '`language="..."` with the call; a PeftModel also takes a default, model.set_language("...").'
             )
-        usable, allowed_SE = tables.usable((0,) if groups is None else groups.present), tables.tensor("allowed", device)
+        present = (0,) if groups is None else groups.present
+        usable, allowed_SE = tables.usable(present), tables.tensor("allowed", device)
         if not tables.restricted and not tables.gated:
-            return Reach(groups, usable, None, allowed_SE[:1], None)
+            return Reach(groups, usable, None, allowed_SE)
         sets_T = torch.zeros(tokens, dtype=torch.int64, device=device) if groups is None else groups.group_T
-        return Reach(groups, usable, sets_T, allowed_SE, allowed_SE[sets_T] if tables.restricted else None)
-
-    def counted(self, rows: Tensor) -> Tensor:
-        """(T,) booleans for T rows, on their device; False for padding."""
-        if self.mask_T is None:
-            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-        return self.mask_T.to(rows.device)
+        forced = None
+        if len(usable) == 1:
+            forced = Dispatch.to_one(usable[0], tokens)
+        elif not tables.gated and all(sum(tables.allowed[group]) == 1 for group in present):
+            forced = Dispatch.of(_only(allowed_SE, sets_T), len(tables.owners))
+        return Reach(groups, usable, sets_T, allowed_SE, forced)
 
     def _find_groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
         batch, sequence = self.shape
         if self.language_ids is not None:
-            # The one host sync of a forward pass that carries ids: which of them occur decides what has to run.
-            present = set(self.language_ids.unique().tolist()) - {PADDING_LANGUAGE_ID}
-            if any(not 0 <= i < len(table.codes) for i in present):
-                raise LanguageError(
-                    f"`language_ids` holds {sorted(present)}; expected 0 to {len(table.codes) - 1} for "
-                    f"{', '.join(table.codes)}, {PADDING_LANGUAGE_ID} for padding. Build batches with LanguageCollator."
-                )
-            groups = frozenset(table.group_of[i] for i in present)
             ids_T = self.language_ids.reshape(-1).to(device)
+            groups = frozenset(table.group_of[i] for i in _present(ids_T, table))
             group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
             # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
             padding_group = next(iter(groups)) if len(groups) == 1 else 0
@@ -202,6 +226,25 @@ class ForwardState:
         return mean * (self.share.to(device) if isinstance(self.share, Tensor) else self.share)
 
 
+def _present(ids_T: Tensor, table: LanguageTable) -> list[int]:
+    """Which language ids occur, padding left out: what has to run, for which the host waits once.
+
+    Raises:
+        LanguageError: an id is not in the table.
+    """
+    known = len(table.codes)
+    slot_T = ids_T.long().masked_fill((ids_T < 0) | (ids_T >= known), known + 1)
+    slot_T = slot_T.masked_fill(ids_T == PADDING_LANGUAGE_ID, known)
+    seen = torch.zeros(known + 2, dtype=torch.bool, device=ids_T.device).index_fill(0, slot_T, True).tolist()
+    if seen[-1]:
+        found = sorted(set(ids_T.tolist()) - {PADDING_LANGUAGE_ID})
+        raise LanguageError(
+            f"`language_ids` holds {found}; expected 0 to {known - 1} for {', '.join(table.codes)}, "
+            f"{PADDING_LANGUAGE_ID} for padding. Build batches with LanguageCollator."
+        )
+    return [i for i in range(known) if seen[i]]
+
+
 class ForwardContext:
     """The side channel of one base model, shared by all its upcycled layers and adapters.
 
@@ -211,14 +254,15 @@ class ForwardContext:
     Attributes:
         language: default language code, used when a call names none and the active adapter knows it.
         current: the forward pass under way; None between passes.
-        statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device.
+        statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device;
+            several names have a vector of each.
         auxiliary: the last training pass's auxiliary loss where it could not be added to the model's own loss.
     """
 
     def __init__(self) -> None:
         self.language: str | None = None
         self.current: ForwardState | None = None
-        self.statistics: dict[str, tuple[Tensor, Tensor]] = {}
+        self.statistics: dict[str | tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self.auxiliary: Tensor | None = None
         self._collected: list[Tensor] | None = None
         self._share: Tensor | float | None = None
@@ -289,8 +333,8 @@ class ForwardContext:
             )
         return ForwardState((1, num_tokens), default=self.language)
 
-    def record(self, name: str, total: Tensor, count: Tensor) -> None:
-        """Add to a running statistic, without a host sync."""
+    def record(self, name: str | tuple[str, ...], total: Tensor, count: Tensor) -> None:
+        """Add to a running statistic, or to one for each name, without a host sync."""
         total, count = total.detach().double(), count.detach().double()
         if name in self.statistics:
             old_total, old_count = self.statistics[name]
@@ -300,8 +344,12 @@ class ForwardContext:
     def read_statistics(self) -> dict[str, float]:
         """Means of the running statistics since the last call; those without any token are left out."""
         read, self.statistics = self.statistics, {}
-        pairs = {name: (float(total), float(count)) for name, (total, count) in read.items()}
-        return {name: total / count for name, (total, count) in pairs.items() if count}
+        means: dict[str, float] = {}
+        for name, parts in read.items():
+            names = (name,) if isinstance(name, str) else name
+            totals, counts = (part.reshape(-1).tolist() for part in parts)
+            means |= {name: t / n for name, t, n in zip(names, totals, counts, strict=True) if n}
+        return means
 
     def _enter(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

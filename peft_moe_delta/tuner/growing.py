@@ -22,6 +22,7 @@ from ..languages import LanguageTable
 from .blocks import hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
+from .experts import Experts
 from .layer import MoeDeltaLayer
 from .settings import LayerSettings
 
@@ -88,7 +89,7 @@ def remove_group(tuner: MoeDeltaModel, group: str) -> None:
         if sum(counts) == 1:
             _make_dense(tuner, name, path, layer)
             continue
-        layer.moe_delta_experts[name] = nn.ModuleList(layer.experts(name)[1 : sum(counts)])
+        layer.moe_delta_experts[name] = Experts(layer.experts(name)[1 : sum(counts)])
         layer.router(name).remove_rows(index)
         if (classifier := layer.classifier(name)) is not None:
             classifier.remove_rows(config.newest_step + 1)

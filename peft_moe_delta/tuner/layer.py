@@ -8,7 +8,7 @@ Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, G la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..architectures import takes_residual
 from ..errors import LanguageError, PlanError
 from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
-from ..routing import Routes, choose_experts
+from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig
 from .context import ForwardContext, ForwardState, Reach, TokenGroups
-from .experts import expert_weights, full_expert, low_rank_expert
+from .dispatch import Dispatch, with_idle
+from .experts import Experts, expert_weights, full_expert, low_rank_expert, parameters_of
 from .router import Classifier, Router
 from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
 
@@ -29,6 +30,9 @@ EXPERTS, ROUTER, CLASSIFIER = "moe_delta_experts", "moe_delta_router", "moe_delt
 
 class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     """An MLP with experts, for one or more adapters. Parameters are in `moe_delta_{experts,router,classifier}`."""
+
+    _z3_leaf = True
+    """DeepSpeed's ZeRO-3 gathers the layer's parameters as one, and puts no hooks on what is inside."""
 
     adapter_layer_names = (EXPERTS, ROUTER, CLASSIFIER)
     other_param_names = ("settings",)
@@ -57,7 +61,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         for group, (count, step) in enumerate(zip(counts, steps, strict=True)):
             if count and step > 0:
                 router.add_rows(group, count)
-        self.moe_delta_experts[adapter_name] = nn.ModuleList(new)
+        self.moe_delta_experts[adapter_name] = Experts(new)
         self.moe_delta_router[adapter_name] = router
         if settings.has_classifier:
             classifier = Classifier(hidden_size, router.weight.device)
@@ -74,9 +78,13 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
 
     def experts(self, adapter_name: str) -> list[nn.Module]:
         """All experts of an adapter, expert 0 first."""
+        return [self.base_layer, *self.new_experts(adapter_name)]
+
+    def new_experts(self, adapter_name: str) -> Experts:
+        """An adapter's experts without expert 0, as the one module that they run as."""
         new = self.moe_delta_experts[adapter_name]
-        assert isinstance(new, nn.ModuleList)
-        return [self.base_layer, *new]
+        assert isinstance(new, Experts)
+        return new
 
     def router(self, adapter_name: str) -> Router:
         """An adapter's router."""
@@ -110,9 +118,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     def routes(self, adapter_name: str, x_TD: Tensor) -> Routes:
         """Where tokens go, of all the adapter's experts; the forward pass under way knows their languages."""
         reach = self._reach(self.context.state(len(x_TD), False), adapter_name, x_TD)
-        _, _, allowed_TE = self._sets(reach, x_TD, adapter_name)
+        sets_T, _ = self._sets(reach, adapter_name, self._gate(adapter_name, x_TD))
         config = self.settings[adapter_name].config
-        return choose_experts(self.router(adapter_name)(x_TD), config.experts_per_token, allowed_TE)
+        return choose_experts(self.router(adapter_name)(x_TD), config.experts_per_token, reach.allowed(sets_T))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         name = self.in_force
@@ -125,92 +133,103 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         return residual + y
 
     def _mixture(self, x_TD: Tensor, name: str) -> Tensor:
-        settings, experts = self.settings[name], self.experts(name)
+        # Router, gate, expert 0, new experts: each is called in every pass or in none, whatever the batch holds, so
+        # that processes whose batches differ run the same modules in the same order.
+        settings = self.settings[name]
         state = self.context.state(len(x_TD), self.training)
         state.expect(settings.losses)
         reach = self._reach(state, name, x_TD)
-        if len(reach.usable) == 1 and not (state.recording and settings.needs_logits):
-            return self._run_alone(experts, reach.usable[0], x_TD, name)
-        logits_TE = self.router(name)(x_TD)
-        sets_T, allowed_SE, allowed_TE = self._sets(reach, x_TD, name)
+        logits_TE = self.router(name)(x_TD) if settings.calls_router else None
+        gate_TS = self._gate(name, x_TD)
+        sets_T, allowed_SE = self._sets(reach, name, gate_TS)
+        records = state.recording and (len(reach.usable) > 1 or settings.needs_logits)
+        routes = None
+        if reach.forced is None:
+            assert logits_TE is not None  # there is a choice
+            routes = self._choose(settings, reach, logits_TE, reach.allowed(sets_T), records)
+        if records:
+            made = reach.forced_routes if routes is None else routes
+            self._record(settings, state, logits_TE, made, reach.groups, sets_T, allowed_SE)
+            if gate_TS is not None and settings.config.classifier_loss > 0:
+                self._record_classifier(settings, state, gate_TS, reach.groups)
+        dispatch = reach.forced
+        if dispatch is None:
+            assert routes is not None
+            dispatch = Dispatch.of(routes.indices_TK, routes.probabilities_TE.shape[1])
+        inputs = dispatch.rows(x_TD)
+        y_TD = dispatch.combine(self._run_all(inputs, x_TD, name), x_TD, routes)
+        if not self._needs_idle(reach, y_TD):
+            return y_TD
+        router = None if routes is not None or (records and settings.tables.logit_losses) else self.router(name)
+        gate = None if records and gate_TS is not None else self.classifier(name)
+        return with_idle(y_TD, self._idle(inputs, name, (router, gate)))
+
+    @staticmethod
+    def _choose(
+        settings: LayerSettings, reach: Reach, logits_TE: Tensor, allowed_TE: Tensor | None, records: bool
+    ) -> Routes:
+        """The tokens' choice, in a pass in which they have one."""
         last = reach.usable[-1] + 1
-        if not state.recording and last < len(experts):
+        if not records and last < logits_TE.shape[1]:
             # What nobody here may use takes no part at all: the sums are the same, bit for bit, as before it was added.
-            experts, logits_TE = experts[:last], logits_TE[:, :last]
-            allowed_TE = None if allowed_TE is None else allowed_TE[:, :last]
-        routes = choose_experts(
-            logits_TE, settings.config.experts_per_token, allowed_TE, renormalise=settings.config.norm_topk_prob
-        )
-        if state.recording:
-            self._record(settings, state, logits_TE, routes, reach.groups, sets_T, allowed_SE)
-            if settings.classifies and settings.config.classifier_loss > 0:
-                self._record_classifier(settings, state, x_TD, reach.groups, name)
-        return self._combine(experts, x_TD, routes)
+            logits_TE, allowed_TE = logits_TE[:, :last], None if allowed_TE is None else allowed_TE[:, :last]
+        config = settings.config
+        return choose_experts(logits_TE, config.experts_per_token, allowed_TE, renormalise=config.norm_topk_prob)
+
+    def _run_all(self, inputs: dict[int, Tensor], x_TD: Tensor, name: str) -> list[Tensor]:
+        """What the experts with rows make of them, by index; expert 0 is called without rows, too."""
+        first = self._run(0, self.base_layer, inputs.get(0, x_TD[:0]))
+        new = {index: rows for index, rows in inputs.items() if index}
+        outputs = self.new_experts(name)(new, self._run)
+        return [first, *outputs.values()] if 0 in inputs else list(outputs.values())
+
+    @staticmethod
+    def _needs_idle(reach: Reach, y_TD: Tensor) -> bool:
+        """Whether parameters without tokens get a gradient of zero rather than none.
+
+        DDP needs one for each; and a batch that nothing trains on, such as one of English alone, needs any at all.
+        """
+        if not torch.is_grad_enabled():
+            return False
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return parallel or len(reach.usable) > 1 or not y_TD.requires_grad
+
+    def _idle(self, used: Container[int], name: str, others: Iterable[nn.Module | None] = ()) -> list[Tensor]:
+        """Parameters of experts without tokens, and of other modules that take no part."""
+        idle = [expert for index, expert in enumerate(self.experts(name)) if index not in used]
+        return [p for module in (*idle, *others) if module is not None for p in parameters_of(module)]
 
     def _reach(self, state: ForwardState, name: str, x_TD: Tensor) -> Reach:
         """Which experts the tokens of a pass may use, before any gate."""
         return state.reach(self.settings[name].tables, len(x_TD), x_TD.device)
 
-    def _sets(self, reach: Reach, x_TD: Tensor, name: str) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """(T,) the set of experts that each token may use, the (S, E) sets, and (T, E) the same by token.
+    def _gate(self, name: str, x_TD: Tensor) -> Tensor | None:
+        """The gate's logits, one a growth step; None where it is not in use."""
+        classifier = self.classifier(name) if self.settings[name].classifies else None
+        return None if classifier is None else classifier(x_TD)
+
+    def _sets(self, reach: Reach, name: str, gate_TS: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """(T,) the set of experts that each token may use, None where all may use all, and the (S, E) sets.
 
         One set a group; and one more, expert 0 alone, for what the gate takes for an original language.
         """
         settings, tables, sets_T = self.settings[name], self.settings[name].tables, reach.sets_T
-        classifier = self.classifier(name)
-        if not settings.classifies or classifier is None or sets_T is None:
+        if gate_TS is None or sets_T is None:
             if not tables.restricted:
-                return None, reach.allowed_SE[:1], None
-            return sets_T, reach.allowed_SE[: len(tables.allowed)], reach.allowed_TE
-        original_T = classifier.recognises(x_TD, settings.config.open_steps)
+                return None, reach.allowed_SE[:1]
+            return sets_T, reach.allowed_SE[: len(tables.allowed)]
+        original_T = recognised(gate_TS[:, : 1 + settings.config.open_steps])
         # The gate of a growth step that no review has opened knows nothing, but its languages are none of the original.
         if any(tables.closed):
-            original_T = original_T & ~tables.tensor("closed", x_TD.device)[sets_T]
+            original_T = original_T & ~tables.tensor("closed", original_T.device)[sets_T]
         sets_T = sets_T.masked_fill(original_T, len(tables.allowed))
-        return sets_T, reach.allowed_SE, reach.allowed_SE[sets_T]
+        return sets_T, reach.allowed_SE
 
-    def _run_alone(self, experts: list[nn.Module], expert: int, x_TD: Tensor, name: str) -> Tensor:
-        y_TD = self._run(experts[expert], x_TD)
-        if torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized():
-            # DDP waits for every trainable parameter: idle experts, router and gate take part with no tokens.
-            idle = [self._run(e, x_TD[:0]).sum() for i, e in enumerate(experts) if i != expert and trainable(e)]
-            for part in (self.router(name), self.classifier(name)):
-                if part is not None and trainable(part):
-                    idle.append(part(x_TD[:0]).sum())
-            y_TD = y_TD + sum(idle)
-        return y_TD
-
-    def _combine(self, experts: list[nn.Module], x_TD: Tensor, routes: Routes) -> Tensor:
-        """Sort the choices by expert once, run every expert on its slice, put the rows back and sum."""
-        num_tokens, top_k = routes.indices_TK.shape
-        chosen = routes.indices_TK.reshape(-1)
-        order = chosen.argsort(stable=True)
-        # The host must know the slices: the one sync of this layer.
-        counts = chosen.bincount(minlength=len(experts) + 1).tolist()[: len(experts)]
-        used = order[: sum(counts)]
-        slices = x_TD.index_select(0, used // top_k).split(counts)
-        # In training an expert without tokens runs too: its gradient is then zero, not missing, as DDP needs.
-        outputs = [
-            self._run(expert, rows)
-            for expert, rows in zip(experts, slices, strict=True)
-            if len(rows) or (torch.is_grad_enabled() and trainable(expert))
-        ]
-        rows = torch.cat(outputs) if outputs else x_TD  # no token, no output
-        if len(used) == len(chosen):
-            place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-            y_TKD = rows.index_select(0, place)
-        else:
-            y_TKD = rows.new_zeros(len(chosen), rows.shape[-1]).index_copy(0, used, rows)
-        if top_k == 1 and routes.normalised:
-            return y_TKD  # a single weight is 1
-        y_TKD = y_TKD.view(num_tokens, top_k, y_TKD.shape[-1])
-        return (y_TKD * routes.weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
-
-    def _run(self, expert: nn.Module, x_TD: Tensor) -> Tensor:
+    def _run(self, index: int, expert: nn.Module, x_TD: Tensor) -> Tensor:
         """One expert on its tokens, in its own dtype (new experts are fp32 by PEFT's default), back in the input's."""
         dtype = x_TD.dtype
         if not torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(next(expert.parameters()).dtype)
+            x_TD = x_TD.to(next(parameters_of(expert)).dtype)
         y_TD = expert(x_TD, torch.zeros_like(x_TD)) if self._takes_residual else expert(x_TD)
         return y_TD.to(dtype)
 
@@ -218,16 +237,16 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         self,
         settings: LayerSettings,
         state: ForwardState,
-        logits_TE: Tensor,
+        logits_TE: Tensor | None,
         routes: Routes,
         groups: TokenGroups | None,
         sets_T: Tensor | None,
         allowed_SE: Tensor,
     ) -> None:
         """Deposit this layer's auxiliary losses and statistics."""
-        config, context, device = settings.config, self.context, logits_TE.device
-        counted_T = state.counted(logits_TE)
-        group_T = torch.zeros(len(logits_TE), dtype=torch.int64, device=device) if groups is None else groups[0]
+        config, context, device = settings.config, self.context, routes.indices_TK.device
+        counted_T = state.counted(routes.indices_TK)
+        group_T = torch.zeros_like(routes.indices_TK[:, 0]) if groups is None else groups.group_T
         balance, balanced = load_balancing_loss(
             probabilities_TE=routes.probabilities_TE,
             indices_TK=routes.indices_TK,
@@ -237,15 +256,15 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         )
         context.record(BALANCE_LOSS, balance, balanced)
         state.deposit(BALANCE_LOSS, config.load_balancing, balance, counted_T.sum())
-        self._record_logits(settings, state, logits_TE, groups)
+        if logits_TE is not None:
+            self._record_logits(settings, state, logits_TE, groups)
         on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
-        for group in range(len(settings.tables.languages.groups)) if groups is not None else ():
-            here_T = (group_T == group) & counted_T
-            context.record(
-                f"expert_0_share/{settings.tables.languages.groups[group]}", (on_zero_T & here_T).sum(), here_T.sum()
-            )
         if groups is None:
             context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
+            return
+        shares = torch.zeros(2, len(settings.counts), device=device)
+        shares = shares.index_add(1, group_T, torch.stack([on_zero_T, counted_T]).float())
+        context.record(settings.tables.share_names, *shares)
 
     def _record_logits(
         self, settings: LayerSettings, state: ForwardState, logits_TE: Tensor, groups: TokenGroups | None
@@ -277,21 +296,18 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         self,
         settings: LayerSettings,
         state: ForwardState,
-        x_TD: Tensor,
+        logits_TS: Tensor,
         groups: TokenGroups | None,
-        name: str,
     ) -> None:
         """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
-        config, classifier, counted_T = settings.config, self.classifier(name), state.counted(x_TD)
-        assert classifier is not None
+        config, counted_T = settings.config, state.counted(logits_TS)
         if groups is None:
             raise LanguageError(
                 f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.stage!r}) needs the "
                 "language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
             )
-        logits_TS = classifier(x_TD)
         logits_T = logits_TS.amin(dim=-1) if config.train_earlier_rows else logits_TS[:, config.newest_step]
-        loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups[0] == 0, counted_T=counted_T)
+        loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups.group_T == 0, counted_T=counted_T)
         self.context.record(GATE_LOSS, loss, tokens)
         state.deposit(GATE_LOSS, config.classifier_loss, loss, tokens)
 
@@ -346,8 +362,3 @@ MERGE_REFUSED = (
     "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
     "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
 )
-
-
-def trainable(module: nn.Module) -> bool:
-    """Whether any parameter wants a gradient."""
-    return any(p.requires_grad for p in module.parameters())

@@ -52,6 +52,7 @@ class LayerTables:
         gated: whether it uses gates.
         restricted: whether some group may not use every expert.
         offers_choice: whether some group may use more than one.
+        share_names: (G,) what each group's share of expert 0 is called in the statistics.
         uses_router: whether the rows that train matter: a choice depends on them, or the prior loss teaches them.
     """
 
@@ -67,6 +68,7 @@ class LayerTables:
     gated: bool
     restricted: bool
     offers_choice: bool
+    share_names: tuple[str, ...]
     uses_router: bool
     _tensors: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
@@ -131,6 +133,7 @@ def compile_tables(config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerTabl
         gated=isinstance(config.routing_rule, ClassifierRouting),
         restricted=not all(all(row) for row in allowed),
         offers_choice=offers_choice,
+        share_names=tuple(f"expert_0_share/{group}" for group in languages.groups),
         uses_router=prior or chosen,
     )
 
@@ -177,4 +180,4 @@ class LayerSettings:
     @property
     def calls_router(self) -> bool:
         """Whether a pass calls the router: a matter of the adapter, not of the batch, so that all ranks agree."""
-        return self.tables.offers_choice or self.needs_logits or self.config.router_z_loss_coef > 0
+        return self.tables.offers_choice or bool(self.tables.logit_losses)

@@ -1,0 +1,108 @@
+"""From choices to experts and back: rows of tokens sorted by expert, and what the experts say put in its place.
+
+In: which experts every token goes to. Out: `Dispatch`, the slice of rows that each expert gets, and the weighted sum of
+their outputs. Pure functions of tensors, which know no layer and no module.
+
+Shape legend: T tokens, D hidden size, K chosen experts a token, R rows: one for every choice that is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import Routes
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Which rows go to which expert.
+
+    Attributes:
+        counts: rows of each expert, in the order of experts; they are cut one after another.
+        token_R: the token of each row; None where one expert takes all tokens as they are.
+        choice_R: the choice, t * K + k, of each row; None as above.
+        place: where the row of each choice is, (T * K,); None where some choice is not used, and as above.
+    """
+
+    counts: tuple[int, ...]
+    token_R: Tensor | None = None
+    choice_R: Tensor | None = None
+    place: Tensor | None = None
+
+    @classmethod
+    def to_one(cls, expert: int, num_tokens: int) -> Dispatch:
+        """Every token goes to one expert."""
+        return cls((0,) * expert + (num_tokens,))
+
+    @classmethod
+    def of(cls, indices_TK: Tensor, num_experts: int) -> Dispatch:
+        """Sort the choices by expert, once; an index of `num_experts` is a choice that is not used.
+
+        The host must know where the slices end: that is the one time it waits for the device.
+        """
+        chosen, order = indices_TK.reshape(-1).sort(stable=True)
+        ends = torch.searchsorted(chosen, torch.arange(1, num_experts + 1, device=chosen.device)).tolist()
+        counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+        choice_R, place = order[: ends[-1]], None
+        if len(choice_R) == len(order):
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        top_k = indices_TK.shape[1]
+        return cls(counts, choice_R if top_k == 1 else choice_R // top_k, choice_R, place)
+
+    def rows(self, x_TD: Tensor) -> dict[int, Tensor]:
+        """The rows of every expert that has any, by its index."""
+        used = {expert: count for expert, count in enumerate(self.counts) if count}
+        x_RD = x_TD if self.token_R is None else x_TD.index_select(0, self.token_R)
+        if len(used) < 2:
+            return dict.fromkeys(used, x_RD)
+        return dict(zip(used, x_RD.split(list(used.values())), strict=True))
+
+    def combine(self, outputs: Sequence[Tensor], x_TD: Tensor, routes: Routes | None) -> Tensor:
+        """The experts' rows, one after another, back in their places, and each token's weighted sum, (T, D).
+
+        Args:
+            outputs: of the experts that have rows, in the order of experts.
+            x_TD: what the rows were taken from.
+            routes: the weights; None where every token has one expert, whose weight is 1.
+        """
+        if not outputs:
+            return x_TD  # no token, no output
+        y_RD = outputs[0] if len(outputs) == 1 else torch.cat(list(outputs))
+        if self.choice_R is None:
+            return y_RD
+        num_choices = len(x_TD) if routes is None else routes.indices_TK.numel()
+        if self.place is not None:
+            y_CD = y_RD.index_select(0, self.place)
+        else:
+            y_CD = y_RD.new_zeros(num_choices, y_RD.shape[-1]).index_copy(0, self.choice_R, y_RD)
+        if routes is None or (routes.indices_TK.shape[1] == 1 and routes.normalised):
+            return y_CD  # a single weight is 1
+        y_TKD = y_CD.view(*routes.indices_TK.shape, y_CD.shape[-1])
+        return (y_TKD * routes.weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
+
+
+class _NoPart(torch.autograd.Function):
+    """Zero, in which parameters take part with a gradient of zero, however many, in one operation."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.kinds = [(p.shape, p.dtype, p.device) for p in parameters]
+        return like.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.kinds)
+
+
+def with_idle(y: Tensor, idle: Sequence[Tensor]) -> Tensor:
+    """`y`, in whose backward pass idle parameters get a gradient of zero instead of none, as DDP waits for."""
+    idle = [parameter for parameter in idle if parameter.requires_grad]
+    if not idle:
+        return y
+    zero: Tensor = _NoPart.apply(y, *idle)
+    return y + zero
