@@ -30,7 +30,7 @@ from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete
 from .settings import LayerSettings
-from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, grown_layers, ungrow
+from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, ungrow
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -278,13 +278,8 @@ class MoeDeltaModel(BaseTuner):
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            config = self.peft_config[adapter_name]
-            if config.new_tokens:
-                grow(self.model, adapter_name, config)
-                for layer in grown_layers(self.model) or ():
-                    layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             if was_saved:  # its tensors are yet to come
-                AdapterLoad.expect(self.model, adapter_name, config.inference_mode)
+                AdapterLoad.expect(self.model, adapter_name, self.peft_config[adapter_name].inference_mode)
             undo.pop_all()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -338,6 +333,8 @@ class MoeDeltaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if peft_config.new_tokens:
+            grow(self.model, adapter_name, peft_config)
         plan = self._plan_under_way
         layer = layer_index(current_key)
         if plan.num_experts(layer) == 1:
