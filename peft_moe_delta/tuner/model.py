@@ -29,6 +29,7 @@ from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete
+from .optimizers import note_what_trains
 from .settings import LayerSettings
 from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, ungrow
 
@@ -281,6 +282,10 @@ class MoeDeltaModel(BaseTuner):
             if was_saved:  # its tensors are yet to come
                 AdapterLoad.expect(self.model, adapter_name, self.peft_config[adapter_name].inference_mode)
             undo.pop_all()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        note_what_trains(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
