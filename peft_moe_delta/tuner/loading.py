@@ -72,6 +72,7 @@ class AdapterLoad:
         loading: Any = self.model
         info, rest = loading._load_pretrained_model(*args, **kwargs)
         check_complete(self.model, self.adapter_name, {*info.missing_keys, *(key for key, *_ in info.mismatched_keys)})
+        info.missing_keys.clear()  # the rest is the base's or other adapters', which transformers would report
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and self.adapter_name in getattr(module, "settings", ()):
                 module.set_adapter(module.active_adapters, inference_mode=self.inference_mode)

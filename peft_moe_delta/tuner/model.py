@@ -29,8 +29,9 @@ from .fingerprint import check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete
+from .optimizers import note_what_trains
 from .settings import LayerSettings
-from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, grown_layers, ungrow
+from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, ungrow
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -278,14 +279,13 @@ class MoeDeltaModel(BaseTuner):
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-            config = self.peft_config[adapter_name]
-            if config.new_tokens:
-                grow(self.model, adapter_name, config)
-                for layer in grown_layers(self.model) or ():
-                    layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
             if was_saved:  # its tensors are yet to come
-                AdapterLoad.expect(self.model, adapter_name, config.inference_mode)
+                AdapterLoad.expect(self.model, adapter_name, self.peft_config[adapter_name].inference_mode)
             undo.pop_all()
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        note_what_trains(self.model)
 
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
@@ -338,6 +338,8 @@ class MoeDeltaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if peft_config.new_tokens:
+            grow(self.model, adapter_name, peft_config)
         plan = self._plan_under_way
         layer = layer_index(current_key)
         if plan.num_experts(layer) == 1:

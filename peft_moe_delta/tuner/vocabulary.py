@@ -200,7 +200,7 @@ def check_can_grow(model: PreTrainedModel, config: MoeDeltaConfig) -> None:
 
 
 def grow(model: PreTrainedModel, adapter_name: str, config: MoeDeltaConfig) -> None:
-    """Lay an adapter's `new_tokens` over a model's embeddings; their rows are zeros until filled or loaded."""
+    """Lay an adapter's `new_tokens` over a model's embeddings, once; their rows are zeros until filled or loaded."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, GrownEmbedding):
         tied = head.weight is embedding.weight
@@ -210,7 +210,8 @@ def grow(model: PreTrainedModel, adapter_name: str, config: MoeDeltaConfig) -> N
         model.set_output_embeddings(head)
         model.loss_function = GrownLoss(model.loss_function)
     for layer in (embedding, head):
-        layer.add_rows(adapter_name, config)
+        if adapter_name not in layer.settings:
+            layer.add_rows(adapter_name, config)
 
 
 @torch.no_grad()

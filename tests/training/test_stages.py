@@ -5,7 +5,9 @@ import torch
 from peft import PeftModel
 
 from builders import LANGUAGES, moe_config, token_batch
-from training.common import base_model, expert_model, parameters
+from peft_moe_delta import LanguageCollator
+from peft_moe_delta.errors import PeftMoeDeltaError
+from training.common import base_model, documents, expert_model, make_tokenizer, parameters, train
 
 TOKENS = token_batch(4, 6)
 IDS = torch.arange(len(LANGUAGES))
@@ -71,6 +73,69 @@ def test_hard_routing_to_single_experts_trains_no_router():
     assert trainable(model) == named(model, "moe_delta_experts")
     model.start_review()
     assert trainable(model) == named(model, "moe_delta_router")
+
+
+def to_second_adapter(model):
+    model.add_adapter("second", moe_config())
+    model.set_adapter("second")
+
+
+SWITCHES = {
+    "review": lambda model: model.start_review(),
+    "second adapter": to_second_adapter,
+    "new group": lambda model: model.add_languages({"sw": "bantu"}, {"bantu": 1}),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_a_reused_trainer_says_that_it_would_train_nothing(switch, tmp_path):
+    model = expert_model(routing="language", experts={"uralic": 1, "turkic": 1})
+    trainer = train(model, documents([6] * 8, list(LANGUAGES)), tmp_path, max_steps=2)
+    switch(model)
+    trainer.train_dataset = data = documents([6] * 8, list(model.active_config.languages))
+    trainer.data_collator = LanguageCollator(make_tokenizer(), model)
+    before = parameters(model)
+    with pytest.raises(PeftMoeDeltaError, match="made before the stage.*a new Trainer"):
+        trainer.train()
+    assert not changed(before, model)
+    train(model, data, tmp_path, max_steps=2)
+    assert changed(before, model)
+
+
+def test_a_reused_trainer_trains_what_its_optimizer_holds(tmp_path):
+    model = expert_model(routing="learned")
+    trainer = train(model, documents([6] * 8, list(LANGUAGES)), tmp_path, max_steps=2)
+    model.start_review()
+    before = parameters(model)
+    trainer.train()
+    assert changed(before, model) == named(model, "moe_delta_router")
+
+
+def test_an_optimizer_of_the_review_lacks_the_experts():
+    model = expert_model(routing="learned")
+    model.start_review()
+    optimizer = optimizer_of(model)
+    step(model, optimizer)
+    model.start_expansion()
+    with pytest.raises(PeftMoeDeltaError, match="moe_delta_experts"):
+        step(model, optimizer)
+    step(model, optimizer_of(model))
+
+
+def test_several_optimizers_may_share_what_trains():
+    model, other = expert_model(routing="language"), expert_model()
+    parts = [[p for n, p in model.named_parameters() if part in n] for part in ("experts", "router")]
+    optimizers = [torch.optim.SGD(part, lr=0.1) for part in parts]
+    bystander = optimizer_of(other)
+    for stage in (model.start_expansion, model.start_review, model.start_expansion):
+        stage()
+        before = parameters(model)
+        model.zero_grad()
+        model(input_ids=TOKENS, labels=TOKENS, language_ids=IDS).loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        step(other, bystander)
+        assert changed(before, model) == {n for n in trainable(model) if model.get_parameter(n).grad is not None}
 
 
 def toggle_layers(model):

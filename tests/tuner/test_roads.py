@@ -428,3 +428,30 @@ def test_one_config_object_serves_two_base_models():
         expected = logits(base, token_batch())
         base.add_adapter(config)
         torch.testing.assert_close(logits(base.eval(), token_batch()), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}], ids=["plain", "low_cpu_mem_usage"])
+def test_a_second_adapter_leaves_what_the_first_trains(options, trainable, tied, tmp_path):
+    for name, changes in (("first", {}), ("second", SECOND)):
+        model = upcycle(pico(tie_word_embeddings=tied), trained=True, **changes)
+        model.add_tokens(["x", "y"], VOCABULARY, [[3, 4], [5]])
+        model.save_pretrained(tmp_path / name)
+    model = PeftModel.from_pretrained(
+        pico(tie_word_embeddings=tied), tmp_path / "first", "first", is_trainable=True, **options
+    )
+    before = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("moe_delta_rows" in name for name in before)
+    model.load_adapter(tmp_path / "second", "second", is_trainable=trainable, **options)
+    after = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {name for name in after if ".second." not in name} == before
+    assert not any(p.is_meta for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_transformers_reports_nothing_missing_where_nothing_is(saved, caplog):
+    model = saved.load_base()
+    model.load_adapter(saved.adapter, "first")
+    model.load_adapter(saved.adapter, "second")
+    assert "MISSING" not in caplog.text
