@@ -29,6 +29,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     add("--reference", metavar="NAME", help="a model to compare with, the one for retention first")
     add("--trained", metavar="NAME=LANGUAGES", help="what a model was trained on (hu,el): adds the transfer matrix")
     add("--agreement", metavar="NAME=NAME", help="two models of one plan whose routes to compare")
+    parser.add_argument("--english-words", type=Path, help="the paper's list for the word pass rate, a word a line")
     parser.add_argument("--chat", action="store_true", help="put prompts through the chat template")
     parser.add_argument("--limit-bytes", type=int, help="of each language's text (default: all)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens a window of text (default: 512)")
@@ -54,6 +55,7 @@ def _evaluate(arguments: Namespace) -> str:
         prompts={code: read_texts(file) for code, file in _pairs("--prompts", arguments.prompts).items()},
         trained={name: codes.split(",") for name, codes in _pairs("--trained", arguments.trained).items()},
         agreement=list(_pairs("--agreement", arguments.agreement).items()),
+        english=arguments.english_words and arguments.english_words.read_text(encoding="utf-8").split(),
         chat=arguments.chat,
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,

@@ -55,7 +55,7 @@ def confusion_items(name: str, language: str, score: ConfusionScore) -> list[Ite
     """Line and, where there is one, word pass rate of responses; nothing where no response was counted."""
     rates = [("line_pass_rate", score.line_clean, score.counted)]
     if score.word_clean is not None:
-        rates.append(("word_pass_rate", score.word_clean, score.line_clean))
+        rates.append((score.word_metric, score.word_clean, score.line_clean))
     return [
         Items(name, metric, language, clean[counted].astype(float), paired=False)
         for metric, clean, counted in rates

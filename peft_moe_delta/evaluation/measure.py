@@ -7,7 +7,7 @@ Models are loaded and measured one after another, so that only one is in memory 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,7 @@ def evaluate_languages(
     prompts: Mapping[str, Sequence[str]] | None = None,
     trained: Mapping[str, Sequence[str]] | None = None,
     agreement: Sequence[tuple[str, str]] = (),
+    english: Collection[str] | None = None,
     chat: bool = False,
     max_length: int = 512,
     batch_size: int = 8,
@@ -71,6 +72,7 @@ def evaluate_languages(
         prompts: language -> prompts whose answers should be in it, for language confusion and to read.
         trained: model -> the languages it was trained on, for the transfer matrix against the first reference.
         agreement: pairs of models of one plan (before and after grafting, say) whose routes are compared.
+        english: English words for the word pass rate; see `language_confusion`.
         chat: put prompts through the chat template.
         max_length: tokens a window of text; see `bits_per_byte`.
         batch_size: rows a forward pass.
@@ -109,7 +111,7 @@ def evaluate_languages(
                 progress=progress,
             )
             answers.setdefault(code, {})[name] = written
-            items[name] += confusion_items(PROMPTS, code, language_confusion(written, code))
+            items[name] += confusion_items(PROMPTS, code, language_confusion(written, code, english=english))
         fertile += fertility_rows(measured, name, material.texts)
         routed, viewed = look_at_routing(measured, name, material.texts)
         routing += routed

@@ -43,6 +43,7 @@ METRICS = {
         Metric("exact_match", "exact match", True),
         Metric("line_pass_rate", "lines in the right language", True),
         Metric("word_pass_rate", "no English words", True),
+        Metric("word_pass_rate_web2", "no words of Webster's", True),
     )
 }
 """What the measures of this folder make. Rows read from elsewhere may have other metrics."""

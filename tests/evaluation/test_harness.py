@@ -14,13 +14,16 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from builders import perturbed, randomise_experts, upcycle
+from builders import perturbed, pico, randomise, randomise_experts, upcycle
 from evaluation.sample_report import sample_report
+from greek import GREEK, make_tokenizer
+from peft_moe_delta import extend_vocabulary, propose_tokens
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError, LanguageError
 from peft_moe_delta.evaluation import bits_per_byte, encode_task, exact_match
 from peft_moe_delta.evaluation.harness_files import with_harness_results, write_harness_tasks
 from peft_moe_delta.languages import LanguageTable
+from peft_moe_delta.tuner.vocabulary import grown_layers
 from recipe.pico_recipe import SENTENCES, pico_model, pico_recipe, pico_tokenizer, write_lines
 
 pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
@@ -93,6 +96,36 @@ def test_answers_come_back_in_the_order_of_their_requests(folder):
     for task in tasks:
         alone = evaluate(adapter_lm(folder, "hard", batch_size=1), folder, [task])
         assert math.isclose(alone[task]["bits_per_byte,none"], together[task]["bits_per_byte,none"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("with_tokenizer", [True, False])
+def test_new_tokens_and_padded_rows_count_as_in_our_bits_per_byte(tmp_path, with_tokenizer):
+    """`hf` reads the base's tokenizer, and resizes the base, which shrinks its softmax by the padded rows."""
+    tokenizer = make_tokenizer()
+    base = pico(vocab_size=len(tokenizer) + 6, max_position_embeddings=512)
+    base.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    write_harness_tasks(
+        tmp_path / "tasks", {"hu": write_lines(tmp_path / "hu.jsonl", [{"text": t} for t in GREEK])}, {}
+    )
+    model = upcycle(load(tmp_path / "base"), routing="language", top_k=1, trained=True)
+    plain = bits_per_byte(model, tokenizer, GREEK, language="hu", max_length=WINDOW, stride=WINDOW).value
+    model.save_pretrained(tmp_path / "adapter")
+    options = {"pretrained": str(tmp_path / "base"), "peft": str(tmp_path / "adapter"), "max_length": WINDOW}
+    task = "moe_delta_text_hu"
+    found = evaluate(MoeDeltaLM(**options, dtype="float32", device="cpu"), tmp_path, [task])
+    assert found[task]["bits_per_byte,none"] == pytest.approx(plain, rel=1e-5)
+
+    extend_vocabulary(model, tokenizer, propose_tokens(GREEK, tokenizer, 20))
+    for layer in grown_layers(model.base_model.model):
+        randomise(layer.moe_delta_rows, 3, 0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    if with_tokenizer:
+        tokenizer.save_pretrained(tmp_path / "adapter")
+    grown = bits_per_byte(model, tokenizer, GREEK, language="hu", max_length=WINDOW, stride=WINDOW).value
+    assert grown != pytest.approx(plain, rel=0.01)
+    found = evaluate(MoeDeltaLM(**options, dtype="float32", device="cpu"), tmp_path, [task])
+    assert found[task]["bits_per_byte,none"] == pytest.approx(grown, rel=1e-5)
 
 
 def test_a_task_without_language_is_refused_where_routing_needs_one(folder):

