@@ -4,13 +4,13 @@ Importing this package registers its tuner with PEFT: `get_peft_model(model, Moe
 """
 
 from .allocation import allocate_experts, group_languages
-from .delta import PostTrainingDelta
 from .errors import PeftMoeDeltaError
 from .evaluation import EvalReport, TaskSet, evaluate_languages
+from .graft.delta import PostTrainingDelta
+from .graft.files import graft_checkpoint
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
 from .plan import ExpertPlan
-from .streaming import graft_checkpoint
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from .tuner import MoeDeltaConfig, MoeDeltaModel, register
 from .vocabulary import extend_vocabulary, propose_tokens

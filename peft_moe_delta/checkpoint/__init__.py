@@ -11,7 +11,7 @@
 from .folder import Job, check_space, resumable_folder, whole_folder, write_safetensors
 from .header import DTYPES, unique_json
 from .manifest import MANIFEST_FILE, file_sha256, read_manifest, verify, write_manifest
-from .paths import ADAPTER_FILES, HUB_FILES, inside, resolve
+from .paths import ADAPTER_FILES, HUB_FILES, inside, resolve, within
 from .reader import INDEX_FILE, SINGLE_FILE, CheckpointReader, first_few
 from .shards import Shard, plan_shards, write_index, write_shards
 
@@ -36,6 +36,7 @@ __all__ = [
     "unique_json",
     "verify",
     "whole_folder",
+    "within",
     "write_index",
     "write_manifest",
     "write_safetensors",

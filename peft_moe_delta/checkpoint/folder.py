@@ -85,7 +85,9 @@ class Job:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
         for file in self.folder.iterdir():
-            if file.name not in self.finished:
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name not in self.finished:
                 file.unlink()
         self._note()
 
@@ -136,7 +138,7 @@ def resumable_folder(output: str | Path, key: str, *, overwrite: bool = False) -
                 _refuse_existing(output, overwrite)  # the run that held the lock until now may have made it
                 job = Job(work, key)
                 yield job
-                for file in sorted(job.folder.iterdir()):
+                for file in sorted(job.folder.rglob("*")):
                     if file.name not in job.finished:
                         sync(file)
                 sync(job.folder)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .header import unique_json
-from .paths import inside, is_plain_name
+from .paths import files_in, inside, is_plain_name, within
 
 MANIFEST_FILE = "manifest.json"
 FORMAT = "peft-moe-delta manifest 1"
@@ -37,14 +37,14 @@ def write_manifest(folder: Path, record: Mapping[str, Any], known: Mapping[str, 
     """Write the manifest of everything in a folder.
 
     Args:
-        folder: holds files only.
+        folder: of files, some of them in folders.
         record: what they were made from: JSON.
         known: name -> sha256 of files that need not be read again.
     """
     files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": known.get(file.name) or file_sha256(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != MANIFEST_FILE
+        name: {"bytes": file.stat().st_size, "sha256": known.get(name) or file_sha256(file)}
+        for name, file in files_in(folder).items()
+        if name != MANIFEST_FILE
     }
     content = {"format": FORMAT, **record, "files": files}
     content["sha256"] = _own_sha256(content)
@@ -66,7 +66,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             raise ValueError(f"format {content['format']!r}, this package reads {FORMAT!r}")
         if content.pop("sha256") != _own_sha256(content):
             raise ValueError("it was changed after it was written")
-        if not all(is_plain_name(name) for name in content["files"]):
+        if not all(is_plain_name(part) for name in content["files"] for part in name.split("/")):
             raise ValueError("it names files outside its folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no manifest: {error!r}. Fetch the folder again.") from error
@@ -83,7 +83,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     wrong = []
     for name, expected in manifest["files"].items():
-        path = inside(folder, name)
+        path = within(folder, name)
         if not path.is_file():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != expected["bytes"]:
@@ -91,7 +91,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
         elif file_sha256(path) != expected["sha256"]:
             wrong.append(f"{name} has other content")
     known = {MANIFEST_FILE, *manifest["files"]}
-    added = [path.name for path in sorted(folder.iterdir()) if path.name not in known]
+    added = [name for name in files_in(folder) if name not in known]
     wrong += [f"{name} is not in the manifest" for name in added if not name.startswith(_FREE)]
     if wrong:
         raise CheckpointError(f"{folder} is not what was written: {'; '.join(wrong)}. Fetch or make it again.")

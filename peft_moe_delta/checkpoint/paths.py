@@ -63,3 +63,17 @@ def inside(folder: Path, name: str) -> Path:
             "it."
         )
     return path
+
+
+def within(folder: Path, name: str) -> Path:
+    """As `inside`, of a file that may lie in a folder of that folder; `name` has slashes between its parts."""
+    *folders, last = name.split("/")
+    for part in folders:
+        folder = inside(folder, part)
+    return inside(folder, last)
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """Name -> path of every file in a folder, those in its folders under names with slashes; in order of the names."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if not path.is_dir()}
+    return dict(sorted(found.items()))

@@ -7,7 +7,7 @@ one runs the code inside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..tensors import Tensors, sampled_rows
 from .header import Entry, read_header, unique_json
 from .paths import inside, is_plain_name
 
@@ -23,7 +24,7 @@ INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-class CheckpointReader(Mapping[str, Tensor]):
+class CheckpointReader(Tensors):
     """The tensors of a checkpoint by name; opening it reads headers only, `reader[name]` reads one tensor.
 
     Attributes:
@@ -57,19 +58,31 @@ class CheckpointReader(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         path, entry = self._places[name]
-        content = torch.empty(entry.size, dtype=torch.uint8)
+        return self._read(name, path, entry.start, entry.size).view(entry.dtype).reshape(entry.shape)
+
+    def sample(self, name: str) -> Tensor:
+        path, entry = self._places[name]
+        if not entry.shape or not entry.size:
+            return self[name]
+        rows, size = sampled_rows(entry.shape[0]), entry.size // entry.shape[0]
+        content = torch.cat([self._read(name, path, entry.start + row * size, size) for row in rows])
+        return content.view(entry.dtype).reshape(len(rows), *entry.shape[1:])
+
+    def _read(self, name: str, path: Path, start: int, size: int) -> Tensor:
+        """Some of a file's bytes."""
+        content = torch.empty(size, dtype=torch.uint8)
         view = content.numpy().data
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
+                file.seek(start)
                 filled = 0
-                while filled < entry.size and (count := file.readinto(view[filled:])):
+                while filled < size and (count := file.readinto(view[filled:])):
                     filled += count
         except OSError as error:
             raise CheckpointError(f"Cannot read {name} from {path}: {error}.") from error
-        if filled < entry.size:
+        if filled < size:
             raise CheckpointError(f"{path} ends within {name}: it was cut short while in use. Fetch it again.")
-        return content.view(entry.dtype).reshape(entry.shape)
+        return content
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

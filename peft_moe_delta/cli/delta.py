@@ -7,14 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import ADAPTER_FILES, CheckpointReader, resolve
-from ..delta import DeltaFile, PostTrainingDelta, combine_deltas, draw_delta, expert_agreement
+from ..checkpoint import ADAPTER_FILES, resolve
 from ..errors import GraftError
-from ..tuner.vocabulary import match_tokenizers, num_rows
+from ..graft.adapter import Adapter
+from ..graft.delta import PostTrainingDelta, weights_of
+from ..graft.doubts import expert_agreement
+from ..graft.picture import draw_delta
+from ..graft.rows import match_tokenizers, num_rows
+from ..graft.stored import DeltaFile, combine_deltas
 from .command import Command
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -46,10 +49,9 @@ def _compute(arguments: Namespace) -> str:
     if arguments.rank is not None and arguments.rank < 1:
         raise GraftError(f"--rank must be at least 1; got {arguments.rank}.")
     folders = [resolve(name) for name in (arguments.base, arguments.post_trained)]
-    base, post_trained = (CheckpointReader(folder) for folder in folders)
-    rows = [num_rows(reader.shapes) for reader in (base, post_trained)]
+    rows = [num_rows(weights_of(folder)[0]) for folder in folders]
     vocabulary = match_tokenizers(*map(str, folders), base_rows=rows[0], post_trained_rows=rows[1])
-    delta = PostTrainingDelta.from_checkpoints(base, post_trained, vocabulary)
+    delta = PostTrainingDelta.from_checkpoints(folders[0], folders[1], vocabulary)
     delta.save(arguments.output, DTYPES[arguments.dtype], rank=arguments.rank)
     return _describe(DeltaFile.open(arguments.output))
 
@@ -60,8 +62,8 @@ def _inspect(arguments: Namespace) -> str:
     delta = DeltaFile.open(arguments.file)
     text = _describe(delta)
     if arguments.adapter is not None:
-        adapter = CheckpointReader(resolve(arguments.adapter, files=ADAPTER_FILES) / ADAPTER_FILE)
-        found = expert_agreement(delta, CheckpointReader(resolve(arguments.base)), adapter)
+        adapter = Adapter.of_folder(resolve(arguments.adapter, files=ADAPTER_FILES))
+        found = expert_agreement(delta, weights_of(arguments.base)[0], adapter)
         rows = [f"| {row.expert} | {row.cosine:+.3f} | {row.lowest:+.3f} | {row.tensor} |" for row in found]
         text += "\n\n| expert | cosine of delta and own change | lowest of a tensor | which |\n|---|---:|---:|---|\n"
         text += "\n".join(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ..tuner.explain import explain
+from ..graft.explain import explain
 from .command import Command
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
 from ..checkpoint import verify
-from ..streaming import graft_checkpoint
+from ..graft.files import graft_checkpoint
 from .command import Command
 
 

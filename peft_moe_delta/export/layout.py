@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
+from .names import DenseNames
 from .weights import UpcycledWeights
 
 SAME_FIELDS = (
@@ -71,6 +72,15 @@ class Layout:
 
     def tensors(self, weights: UpcycledWeights) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with its on-disk name; a layer's experts come together, and a tied embedding once."""
+        on_disk = self.on_disk(weights)
+        for name, tensor in self._parts(weights):
+            yield on_disk(name), tensor
+
+    def on_disk(self, weights: UpcycledWeights) -> Callable[[str], str]:
+        """What `save_pretrained` of the architecture calls the tensors that the methods below name."""
+        return DenseNames(weights.config).on_disk
+
+    def _parts(self, weights: UpcycledWeights) -> Iterator[tuple[str, Tensor]]:
         layer_of = {name: layer for layer, names in weights.mlp_names.items() for name in names.values()}
         written: set[int] = set()
         for name in weights.dense:
@@ -143,6 +153,9 @@ class MoeLayout(Layout, ABC):
         sizes = weights.config.hidden_size, weights.config.intermediate_size
         if any(size * weights.dtype.itemsize % ROW_BYTES for size in sizes):
             yield f"its experts need rows of a multiple of {ROW_BYTES} bytes; here sizes {sizes} in {weights.dtype}"
+
+    def on_disk(self, weights: UpcycledWeights) -> Callable[[str], str]:
+        return str  # they are the disk's names
 
     @property
     def dense_names(self) -> frozenset[str]:

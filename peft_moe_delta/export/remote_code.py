@@ -17,7 +17,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -96,6 +96,9 @@ class RemoteCodeLayout(Layout):
 
     def files(self, weights: UpcycledWeights) -> Mapping[str, str]:
         return {f"{MODULE}.py": modelling_source(*_names(weights))}
+
+    def on_disk(self, weights: UpcycledWeights) -> Callable[[str], str]:
+        return str  # an architecture of its own is saved under the names that it has in memory
 
     def mlp(self, weights: UpcycledWeights, layer: int) -> Iterator[tuple[str, Tensor]]:
         if layer not in weights.moe_layers:

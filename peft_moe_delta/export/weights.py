@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ..architectures import attention_module_name, mlp_module_name
-from ..delta import rounded
 from ..errors import GraftError
 from ..languages import LanguageTable
 from ..plan import ExpertPlan
+from ..tensors import rounded
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader
-from ..delta import PostTrainingDelta, graft_tensor
 from ..errors import GraftError
 from ..evaluation import TaskSet
 from ..evaluation.scoring import Material
+from ..graft.arithmetic import graft_tensor
+from ..graft.delta import PostTrainingDelta
+from ..graft.memory import EXPERT_SCALES
 from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
-from ..tuner.grafting.adapter import EXPERT_SCALES
 from .data import held_out, read_tasks
 from .fields import AUTO, Graft, Recipe
 from .scoring import scores_of

@@ -3,9 +3,7 @@
 `context` carries languages in and losses out, `settings` says who may do what, `blocks` finds the MLPs, `experts` makes
 experts from one, `router` scores them, `attention` mixes attention modules, `vocabulary` adds rows for new tokens,
 `initialisation` fills experts from checkpoints, `growing` adds languages to a trained adapter, `fingerprint` knows the
-base model, `grafting/` moves an adapter onto a post-trained model, `recording` writes down where tokens go, `agreement`
-compares that between two models, `comparison` holds an export against its adapter, `explain` says what an adapter can
-be shipped as.
+base model, `recording` writes down where tokens go, `agreement` compares that between two models.
 """
 
 from .agreement import route_agreement

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from ..architectures import linear_maps
-from ..delta import low_rank_weight
+from ..tensors import low_rank_weight
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
 

@@ -219,14 +219,14 @@ class MoeDeltaModel(BaseTuner):
             config.routing = before
 
     def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
-        """The same experts over the post-trained checkpoint; see `grafting.graft`."""
-        from .grafting import graft
+        """The same experts over the post-trained checkpoint; see `graft.memory`."""
+        from ..graft.memory import graft
 
         return graft(self, post_trained, **options)
 
     def merge_and_graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PreTrainedModel:
-        """A stand-alone stock model with the post-training delta on every expert; see `grafting.merge_and_graft`."""
-        from .grafting import merge_and_graft
+        """A stand-alone stock model with the post-training delta on every expert; see `graft.memory`."""
+        from ..graft.memory import merge_and_graft
 
         return merge_and_graft(self, post_trained, **options)
 

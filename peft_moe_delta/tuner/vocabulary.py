@@ -9,19 +9,18 @@ Shape legend: N new tokens, D hidden size, V the base's rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..delta.vocabulary import VocabularyMap, is_embedding, with_new_rows
-from ..errors import ArchitectureError, GraftError, PlanError
+from ..errors import ArchitectureError, PlanError
+from ..tensors import with_new_rows
 from .config import MoeDeltaConfig
 
 if TYPE_CHECKING:
@@ -234,68 +233,3 @@ def grown_layers(model: PreTrainedModel) -> tuple[GrownEmbedding, GrownHead] | N
     """A model's grown embeddings; None where no adapter has new tokens."""
     layers = model.get_input_embeddings(), model.get_output_embeddings()
     return layers if isinstance(layers[0], GrownEmbedding) else None  # type: ignore[return-value]
-
-
-def match_tokenizers(
-    base: str, post_trained: str, *, base_rows: int, post_trained_rows: int, new_tokens: Collection[str] = ()
-) -> VocabularyMap | None:
-    """How the embedding rows of two checkpoints belong together; None where one of them has no tokenizer beside it.
-
-    Args:
-        base, post_trained: folders or Hub ids.
-        base_rows, post_trained_rows: rows of their embeddings (`num_rows`).
-        new_tokens: tokens learnt in expansion.
-
-    Raises:
-        GraftError: see `VocabularyMap.match`; or the post-trained model has one of `new_tokens` of its own.
-    """
-    ours, theirs = _tokenizer(base), _tokenizer(post_trained)
-    if ours is None or theirs is None:
-        return None
-    vocabulary = theirs.get_vocab()
-    double = [token for token in new_tokens if token in vocabulary]
-    if double:
-        raise GraftError(
-            f"The post-trained model has {len(double)} tokens of its own that were learnt in expansion too, such as "
-            f"{double[0]!r}, and only one row can serve each. Expand without them."
-        )
-    added = {str(token) for token in theirs.added_tokens_decoder.values() if token.special}
-    return VocabularyMap.match(
-        ours.get_vocab(),
-        vocabulary,
-        special=added | set(theirs.all_special_tokens),
-        base_rows=base_rows,
-        post_trained_rows=post_trained_rows,
-    )
-
-
-def first_new_id(config: MoeDeltaConfig, vocabulary: VocabularyMap | None) -> int | None:
-    """Id of an adapter's first new token over the post-trained model: behind that model's own; None without any.
-
-    Args:
-        config: the adapter's.
-        vocabulary: from `match_tokenizers`; None leaves the ids as they are.
-    """
-    return vocabulary.next_id if config.new_tokens and vocabulary is not None else config.first_new_token_id
-
-
-def num_rows(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Rows of the embeddings among a model's tensors, given by name and shape.
-
-    Raises:
-        GraftError: there is none.
-    """
-    rows = next((shape[0] for name, shape in shapes.items() if is_embedding(name)), None)
-    if rows is None:
-        raise GraftError("The checkpoint has no embeddings under a known name. Pass a causal language model.")
-    return rows
-
-
-def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
-    """The tokenizer beside a checkpoint; None where there is none."""
-    if not name or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except OSError:  # a model that was made in memory, under a name of its own
-        return None

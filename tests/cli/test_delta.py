@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from builders import perturbed, pico, randomise_experts, upcycle
 from greek import make_tokenizer
 from peft_moe_delta.cli import main
-from peft_moe_delta.delta import DeltaFile, PostTrainingDelta
+from peft_moe_delta.graft.delta import PostTrainingDelta
+from peft_moe_delta.graft.stored import DeltaFile
 
 
 @pytest.fixture

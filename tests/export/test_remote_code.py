@@ -27,9 +27,9 @@ from builders import (
 from peft_moe_delta.attention import Borrowed, OwnSlot, SharedKeyValues
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.export.remote_code import modelling_source
+from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.routing import Routes, choose_experts, classifier_logits, router_logits
 from peft_moe_delta.tuner import route_agreement
-from peft_moe_delta.tuner.grafting import to_stock
 
 TOKENS = token_batch()
 UNEQUAL = {"uralic": [2, 1], "turkic": [1, 0]}

@@ -7,8 +7,8 @@ import torch
 
 from builders import in_bf16, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.errors import GraftError
+from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.tuner.agreement import route_agreement
-from peft_moe_delta.tuner.grafting import to_stock
 
 BATCHES = [{"input_ids": token_batch()}, {"input_ids": token_batch(2, 5, seed=6)}]
 

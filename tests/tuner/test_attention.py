@@ -12,8 +12,8 @@ from transformers import DynamicCache, StaticCache
 
 from builders import logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.errors import ArchitectureError, GraftError, LanguageError, PlanError
+from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.tuner.attention import MoeDeltaAttention
-from peft_moe_delta.tuner.grafting import to_stock
 from training.common import checkpoint
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "cohere", "granite", "olmo2", "smollm3")

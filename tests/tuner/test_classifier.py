@@ -11,8 +11,8 @@ from builders import EXPERTS, alike, logits, moe_layers, perturbed, pico, token_
 from chance import shifted
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import GraftError, LanguageError, PlanError
+from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.routing import most_similar_layers
-from peft_moe_delta.tuner.grafting import to_stock
 
 TOKENS = token_batch(4, 9)
 IDS = torch.arange(4)

@@ -9,8 +9,8 @@ from peft import PeftModel
 from builders import LANGUAGES, logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import GraftError, LanguageError, PlanError
+from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.routing import within_reach
-from peft_moe_delta.tuner.grafting import to_stock
 
 TOKENS = token_batch(4, 7)
 EARLIER = torch.arange(len(LANGUAGES))
