@@ -50,8 +50,8 @@ def test_a_wrong_export_does_not_appear(make_trio, monkeypatch, wrong):
     trio = make_trio("llama")
     write = StockTarget.write_config
 
-    def write_wrong(self, folder):
-        write(self, folder)
+    def write_wrong(self, folder, report):
+        write(self, folder, report)
         config = json.loads((folder / "config.json").read_text()) | wrong
         config["rope_parameters"] |= {key: wrong[key] for key in ("rope_theta",) if key in wrong}
         (folder / "config.json").write_text(json.dumps(config))
