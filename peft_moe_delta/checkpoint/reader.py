@@ -7,7 +7,7 @@ one runs the code inside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +56,33 @@ class CheckpointReader(Mapping[str, Tensor]):
             raise CheckpointError(_why_unreadable(self.path))
 
     def __getitem__(self, name: str) -> Tensor:
+        entry = self._places[name][1]
+        return self._read(name, [(entry.start, entry.size)]).reshape(entry.shape)
+
+    def elements(self, name: str, places: Sequence[int]) -> Tensor:
+        """Single numbers of a tensor, by their places in row-major order; nothing else of it is read."""
+        entry = self._places[name][1]
+        width = entry.dtype.itemsize
+        return self._read(name, [(entry.start + place * width, width) for place in places])
+
+    def _read(self, name: str, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """`(start, bytes)` after `(start, bytes)` of a tensor's file, flat, in its dtype."""
         path, entry = self._places[name]
-        content = torch.empty(entry.size, dtype=torch.uint8)
+        content = torch.empty(sum(size for _, size in parts), dtype=torch.uint8)
         view = content.numpy().data
+        filled = end = 0
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(entry.start)
-                filled = 0
-                while filled < entry.size and (count := file.readinto(view[filled:])):
-                    filled += count
+                for start, size in parts:
+                    file.seek(start)
+                    end += size
+                    while filled < end and (count := file.readinto(view[filled:end])):
+                        filled += count
         except OSError as error:
             raise CheckpointError(f"Cannot read {name} from {path}: {error}.") from error
-        if filled < entry.size:
+        if filled < end:
             raise CheckpointError(f"{path} ends within {name}: it was cut short while in use. Fetch it again.")
-        return content.view(entry.dtype).reshape(entry.shape)
+        return content.view(entry.dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -24,14 +24,12 @@ from ..delta.vocabulary import VocabularyMap, is_embedding, with_new_rows
 from ..errors import CheckpointError, GraftError
 from ..export import AttentionWeights, LazyTensors, UpcycledWeights
 from ..plan import ExpertPlan
-from ..tuner.fingerprint import check_fingerprint, fingerprint_of, sampled_blocks
+from ..tuner.fingerprint import check_fingerprint, fingerprint
 from ..tuner.vocabulary import first_new_id
 from .adapter import AdapterFile, Block
 
 _LEFTOVERS = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
 """Endings of buffers in old files that models compute themselves."""
-_FIRST_MATRICES = ("gate_up_proj", "gate_proj", "dense_h_to_4h", "c_fc", "fc1", "up_proj")
-"""Matrices that MLPs define first, likeliest first: fingerprints sample the first one."""
 
 
 @dataclass
@@ -79,11 +77,11 @@ class Sources:
         for layer, block in adapter.mlps.items():
             if block.module.rpartition(".")[2] != mlp_module_name(config.model_type):
                 raise GraftError(f"The experts of layer {layer} stand for {block.module}, which is not the MLP.")
-        sources.sampled_matrix = sources._check_base()
+        if saved := adapter.config.base_fingerprint:
+            check_fingerprint(saved, base, sources.transformed(), verify_weights=True)
         return sources
 
     def __post_init__(self) -> None:
-        self.sampled_matrix = ""
         self.grafted_config = copy.deepcopy(self.adapter.config)
         self.grafted_config.first_new_token_id = first_new_id(self.adapter.config, self.vocabulary)
         weights = self.upcycled()
@@ -199,40 +197,19 @@ class Sources:
 
     def fingerprint_of_post_trained(self) -> dict[str, object]:
         """What a grafted adapter says of its base."""
-        return self._fingerprint(self.post_trained, self.sampled_matrix)
+        return fingerprint(self.post_trained, self.transformed())
+
+    def transformed(self) -> list[Mapping[str, str]]:
+        """Of each MLP that the adapter transforms: name inside it -> name in the dense model."""
+        layers = self.adapter.config.wanted_layers or sorted(self.mlp_names)
+        if self.adapter.config.base_fingerprint and self.adapter.config.base_fingerprint["blocks"] != len(layers):
+            layers = sorted(self.adapter.mlps)
+        return [self.mlp_names[layer] for layer in layers]
 
     def _base(self, name: str) -> Tensor:
         if name not in self.base:
             raise GraftError(f"The base model's files lack {name}, which the post-trained model's hold. Save it again.")
         return self.base[name]
-
-    def _check_base(self) -> str:
-        """Refuse a base model that the adapter was not made for; give the matrix that was sampled.
-
-        PEFT saves its JSON with sorted keys, so which matrix was defined first is found by trying.
-        """
-        saved = self.adapter.config.base_fingerprint
-        layer = self.plan.layers[0]
-        matrices = [m for m, name in self.mlp_names[layer].items() if len(self.base_files.shapes[name]) >= 2]
-        matrices.sort(key=lambda m: [first in m for first in _FIRST_MATRICES], reverse=True)
-        if saved is None:
-            return matrices[0]
-        error: CheckpointError | None = None
-        for matrix in matrices:
-            try:
-                check_fingerprint(saved, self._fingerprint(self.base_files, matrix), verify_weights=True)
-                return matrix
-            except CheckpointError as found:
-                error = error or found
-        raise error or CheckpointError(f"No matrices in the MLPs of {self.base_files.path}.")
-
-    def _fingerprint(self, reader: CheckpointReader, matrix: str) -> dict[str, object]:
-        layers = self.adapter.config.wanted_layers or sorted(self.mlp_names)
-        if self.adapter.config.base_fingerprint and self.adapter.config.base_fingerprint["blocks"] != len(layers):
-            layers = sorted(self.adapter.mlps)
-        shapes = [{m: list(reader.shapes[name]) for m, name in self.mlp_names[layer].items()} for layer in layers]
-        sampled = [reader[self.mlp_names[layers[index]][matrix]] for index in sampled_blocks(len(layers))]
-        return fingerprint_of(shapes, sampled)
 
 
 class GraftedDense(Mapping[str, Tensor]):
