@@ -6,6 +6,7 @@ of its rows, without reading all of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ BLOCK = 1 << 18
 """Elements that are summed at a time."""
 SAMPLED_ROWS = 16
 """Rows that stand for a tensor, evenly spread."""
+_EMBEDDING = re.compile(r"(?:embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)\.(?:weight|bias)$")
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -88,6 +90,11 @@ class View(Tensors):
 def held(tensors: Mapping[str, Tensor]) -> Tensors:
     """Any mapping as `Tensors`."""
     return tensors if isinstance(tensors, Tensors) else Held(tensors)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor has one row a token: an input or output embedding."""
+    return _EMBEDDING.search(name) is not None
 
 
 def sampled_rows(length: int) -> list[int]:

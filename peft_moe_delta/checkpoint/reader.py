@@ -7,7 +7,7 @@ one runs the code inside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,32 +57,40 @@ class CheckpointReader(Tensors):
             raise CheckpointError(_why_unreadable(self.path))
 
     def __getitem__(self, name: str) -> Tensor:
-        path, entry = self._places[name]
-        return self._read(name, path, entry.start, entry.size).view(entry.dtype).reshape(entry.shape)
+        entry = self._places[name][1]
+        return self._read(name, [(entry.start, entry.size)]).reshape(entry.shape)
 
     def sample(self, name: str) -> Tensor:
-        path, entry = self._places[name]
+        entry = self._places[name][1]
         if not entry.shape or not entry.size:
             return self[name]
         rows, size = sampled_rows(entry.shape[0]), entry.size // entry.shape[0]
-        content = torch.cat([self._read(name, path, entry.start + row * size, size) for row in rows])
-        return content.view(entry.dtype).reshape(len(rows), *entry.shape[1:])
+        return self._read(name, [(entry.start + row * size, size) for row in rows]).reshape(-1, *entry.shape[1:])
 
-    def _read(self, name: str, path: Path, start: int, size: int) -> Tensor:
-        """Some of a file's bytes."""
-        content = torch.empty(size, dtype=torch.uint8)
+    def elements(self, name: str, places: Sequence[int]) -> Tensor:
+        """Single numbers of a tensor, by their places in row-major order; nothing else of it is read."""
+        entry = self._places[name][1]
+        width = entry.dtype.itemsize
+        return self._read(name, [(entry.start + place * width, width) for place in places])
+
+    def _read(self, name: str, parts: Sequence[tuple[int, int]]) -> Tensor:
+        """`(start, bytes)` after `(start, bytes)` of a tensor's file, flat, in its dtype."""
+        path, entry = self._places[name]
+        content = torch.empty(sum(size for _, size in parts), dtype=torch.uint8)
         view = content.numpy().data
+        filled = end = 0
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(start)
-                filled = 0
-                while filled < size and (count := file.readinto(view[filled:])):
-                    filled += count
+                for start, size in parts:
+                    file.seek(start)
+                    end += size
+                    while filled < end and (count := file.readinto(view[filled:end])):
+                        filled += count
         except OSError as error:
             raise CheckpointError(f"Cannot read {name} from {path}: {error}.") from error
-        if filled < size:
+        if filled < end:
             raise CheckpointError(f"{path} ends within {name}: it was cut short while in use. Fetch it again.")
-        return content
+        return content.view(entry.dtype)
 
     def __contains__(self, name: object) -> bool:
         return name in self._places

@@ -17,10 +17,10 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader, first_few, resolve
 from ..errors import GraftError
 from ..export.names import DenseNames
-from ..tensors import Tensors, View, held
+from ..tensors import Tensors, View, held, is_embedding
 from .dense import Dense, read_config
 from .report import DeltaReport, family_of
-from .rows import AlignedWeights, VocabularyMap, is_embedding
+from .rows import AlignedWeights, VocabularyMap
 from .stored import DeltaFile, write_delta
 
 _HEADS = ("lm_head.weight", "embed_out.weight")

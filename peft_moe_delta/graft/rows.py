@@ -16,7 +16,6 @@ know it. Tokens learnt in expansion stand after the post-trained model's own, in
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +25,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import GraftError
-from ..tensors import Tensors
+from ..tensors import Tensors, is_embedding
 from ..tuner.config import MoeDeltaConfig
 
 MIN_SHARED = 0.9
 """Share of the base's tokens that its post-trained sibling must know: below, it has another tokenizer."""
-
-_EMBEDDING = re.compile(r"(?:embed_tokens|lm_head|wte|word_embeddings|embed_in|embed_out)\.(?:weight|bias)$")
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a tensor has one row a token: an input or output embedding."""
-    return _EMBEDDING.search(name) is not None
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,8 +24,9 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader
 from ..checkpoint.header import Entry, encode_header
 from ..errors import CheckpointError, GraftError
+from ..tensors import is_embedding
 from .report import DeltaReport
-from .rows import VocabularyMap, is_embedding
+from .rows import VocabularyMap
 
 FORMAT = "peft-moe-delta post-training delta"
 VERSION = 2

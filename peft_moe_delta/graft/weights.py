@@ -21,15 +21,15 @@ from ..errors import CheckpointError, GraftError
 from ..export import AttentionWeights, LazyTensors, UpcycledWeights
 from ..plan import ExpertPlan
 from ..routing import ClassifierRouting
-from ..tensors import Tensors, all_finite, low_rank_weight, rounded, with_new_rows
+from ..tensors import Tensors, all_finite, is_embedding, low_rank_weight, rounded, with_new_rows
 from ..tuner.config import MoeDeltaConfig
-from ..tuner.fingerprint import check_fingerprint, fingerprint_of, sampled_blocks
+from ..tuner.fingerprint import check_fingerprint, fingerprint
 from .adapter import Adapter, Block
 from .arithmetic import graft_tensor
 from .delta import PostTrainingDelta
 from .dense import Dense
 from .report import GraftReport
-from .rows import VocabularyMap, first_new_id, is_embedding
+from .rows import VocabularyMap, first_new_id
 from .scale import Scale, scale_of_groups
 
 
@@ -245,25 +245,21 @@ class GraftedWeights:
         Raises:
             CheckpointError: see `check_fingerprint`.
         """
-        if self.adapter.config.base_fingerprint is not None:
-            check_fingerprint(self.adapter.config.base_fingerprint, self.fingerprint(base), verify_weights=True)
+        if (saved := self.adapter.config.base_fingerprint) is not None:
+            check_fingerprint(saved, base.tensors, self._blocks(base), verify_weights=True)
 
     def fingerprint(self, model: Dense) -> dict[str, object]:
         """What an adapter with these blocks says of its base."""
+        return fingerprint(model.tensors, self._blocks(model))
+
+    def _blocks(self, model: Dense) -> list[dict[str, str]]:
+        """Of each MLP that the adapter transforms, in layer order: name inside of it -> name in the model."""
         layers = self.adapter.config.wanted_layers or sorted(self.adapter.mlps)
         if self.adapter.config.base_fingerprint and self.adapter.config.base_fingerprint["blocks"] != len(layers):
             layers = sorted(self.adapter.mlps)
         module = next(iter(self.adapter.mlps.values())).module
-        blocks = []
-        for layer in layers:
-            prefix = _in_layer(module, layer) + "."
-            blocks.append([name for name in model.order if name.startswith(prefix)])
-        shapes = [
-            {name.removeprefix(_in_layer(module, layer) + "."): list(model.tensors.meta(name).shape) for name in block}
-            for layer, block in zip(layers, blocks, strict=True)
-        ]
-        first = [next(n for n in block if model.tensors.meta(n).dim() >= 2) for block in blocks]
-        return fingerprint_of(shapes, [model.tensors[first[index]] for index in sampled_blocks(len(blocks))])
+        prefixes = [_in_layer(module, layer) + "." for layer in layers]
+        return [{n.removeprefix(start): n for n in model.order if n.startswith(start)} for start in prefixes]
 
 
 def upcycled_weights(

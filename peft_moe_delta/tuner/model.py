@@ -25,7 +25,7 @@ from .attention import MoeDeltaAttention
 from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
-from .fingerprint import check_fingerprint, fingerprint
+from .fingerprint import base_weights, check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete
@@ -322,10 +322,14 @@ class MoeDeltaModel(BaseTuner):
         plan = peft_config.plan(layers)
         if peft_config.new_tokens:
             check_can_grow(self.model, peft_config)
-        found = fingerprint([block_of(blocks[layer][1]) for layer in layers])
-        if peft_config.base_fingerprint is not None:
-            check_fingerprint(peft_config.base_fingerprint, found, verify_weights=peft_config.verify_base)
-        peft_config.base_fingerprint = found
+        weights = base_weights(model)
+        mlps = [
+            {inner: f"{name}.{inner}" for inner, _ in block_of(block).named_parameters()}
+            for name, block in (blocks[layer] for layer in layers)
+        ]
+        if (saved := peft_config.base_fingerprint) is not None:
+            check_fingerprint(saved, weights, mlps, verify_weights=peft_config.verify_base)
+        peft_config.base_fingerprint = fingerprint(weights, mlps)
         self._plan_under_way = plan
 
     def _create_and_replace(

@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from peft_moe_delta import MoeDeltaConfig, graft_checkpoint
-from peft_moe_delta.tuner.fingerprint import fingerprint_of, sampled_blocks
+from peft_moe_delta.checkpoint import CheckpointReader
+from peft_moe_delta.tuner.fingerprint import fingerprint
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22}
 NARROW = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 22}
@@ -59,8 +60,8 @@ def shapes_of(config: LlamaConfig, layer: int) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{layer}.{name}": shape for name, shape in inside.items()}
 
 
-def write_pair(config: LlamaConfig, folder: Path) -> dict[str, torch.Tensor]:
-    """Base and post-trained checkpoints in shards; returns the base's MLP weights that fingerprints look at."""
+def write_pair(config: LlamaConfig, folder: Path) -> None:
+    """Base and post-trained checkpoints in shards."""
     generator = torch.Generator().manual_seed(0)
     groups: list[dict[str, tuple[int, ...]]] = []
     for layer in range(config.num_hidden_layers):
@@ -71,8 +72,6 @@ def write_pair(config: LlamaConfig, folder: Path) -> dict[str, torch.Tensor]:
     groups[0]["model.embed_tokens.weight"] = groups[-1]["lm_head.weight"] = width
     groups[-1]["model.norm.weight"] = (config.hidden_size,)
     weight_map: dict[str, str] = {}
-    sampled = {f"model.layers.{i}.mlp.gate_proj.weight": i for i in sampled_blocks(config.num_hidden_layers)}
-    kept: dict[str, torch.Tensor] = {}
     for side in ("base", "post"):
         (folder / side).mkdir(parents=True)
         config.save_pretrained(folder / side)
@@ -80,34 +79,33 @@ def write_pair(config: LlamaConfig, folder: Path) -> dict[str, torch.Tensor]:
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map |= dict.fromkeys(group, file)
         base = {name: noise(shape, 0.02, generator) for name, shape in group.items()}
-        kept |= {name: base[name] for name in sampled if name in base}
         save_file(base, folder / "base" / file, metadata={"format": "pt"})
         post = {name: tensor + noise(tensor.shape, 0.001, generator) for name, tensor in base.items()}
         save_file(post, folder / "post" / file, metadata={"format": "pt"})
     for side in ("base", "post"):
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / side / "model.safetensors.index.json").write_text(json.dumps(index))
-    return kept
 
 
 def noise(shape: Any, size: float, generator: torch.Generator) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * size).bfloat16()
 
 
-def write_adapter(config: LlamaConfig, sampled: dict[str, torch.Tensor], folder: Path, full: bool) -> None:
+def write_adapter(config: LlamaConfig, folder: Path, full: bool) -> None:
     """An adapter as training leaves it: one expert in every layer, low-rank, or in four layers, full."""
     generator = torch.Generator().manual_seed(1)
     layers = range(config.num_hidden_layers)
     chosen = set(range(0, len(layers), -(-len(layers) // FULL_LAYERS)) if full else layers)
     tensors: dict[str, torch.Tensor] = {}
-    shapes: dict[str, list[int]] = {}
+    blocks: list[dict[str, str]] = []
     for layer in layers:
         mlp = f"base_model.model.model.layers.{layer}.mlp."
+        blocks.append({})
         for name, shape in shapes_of(config, layer).items():
             matrix = name.split(".mlp.")[-1]
             if ".mlp." not in name:
                 continue
-            shapes[matrix] = list(shape)
+            blocks[-1][matrix] = name
             key = f"{mlp}moe_delta_experts.0.{matrix}"
             if layer not in chosen:
                 continue
@@ -125,7 +123,7 @@ def write_adapter(config: LlamaConfig, sampled: dict[str, torch.Tensor], folder:
         experts={"expanded": [int(layer in chosen) for layer in layers]},
         expert_rank=None if full else RANK,
         target_modules=["mlp"],
-        base_fingerprint=fingerprint_of([shapes] * len(layers), list(sampled.values())),
+        base_fingerprint=fingerprint(CheckpointReader(folder.parent / "base"), blocks),
         base_model_name_or_path="base",
     ).save_pretrained(str(folder))
 
@@ -258,9 +256,9 @@ def measure(folder: Path, rounds: int, mergekit: str | None) -> tuple[list[list[
     rows, verdicts, merged, peaks = [], [], [], {}
     for label, shape in (("1.1B", LARGE), ("22 narrow layers", NARROW), ("88 narrow layers", DEEP)):
         config, place = config_of(shape), folder / "models"
-        sampled = write_pair(config, place)
+        write_pair(config, place)
         for full in (False, True):
-            write_adapter(config, sampled, place / f"adapter-{full}", full)
+            write_adapter(config, place / f"adapter-{full}", full)
             name = f"{label}, {'full experts in 4 layers' if full else f'rank-{RANK} experts'}"
             trio = [place / "base", place / "post", place / f"adapter-{full}"]
             row, ratio, peak = case(name, trio, folder, rounds if shape is LARGE else 1)

@@ -8,8 +8,8 @@ import torch
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.graft.arithmetic import graft_tensor
 from peft_moe_delta.graft.delta import PostTrainingDelta
-from peft_moe_delta.graft.rows import VocabularyMap, is_embedding
-from peft_moe_delta.tensors import with_new_rows
+from peft_moe_delta.graft.rows import VocabularyMap
+from peft_moe_delta.tensors import is_embedding, with_new_rows
 
 BASE = {"<eos>": 0, "a": 1, "b": 2, "c": 3}
 

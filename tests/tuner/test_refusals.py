@@ -264,7 +264,7 @@ def adapter(tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"intermediate_size": 40}, ["another base model", "shapes", "[48, 32]", "[40, 32]"]),
+        ({"intermediate_size": 40}, ["another base model", "shapes", "[32, 48]", "[32, 40]"]),
         ({"num_hidden_layers": 3}, ["another base model", "blocks", "2", "3"]),
     ],
     ids=str,
