@@ -9,6 +9,7 @@ from .errors import PeftMoeDeltaError
 from .evaluation import EvalReport, TaskSet, evaluate_languages
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
+from .monitor import TrainingMonitor
 from .plan import ExpertPlan
 from .streaming import graft_checkpoint
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
@@ -31,6 +32,7 @@ __all__ = [
     "RouterStatistics",
     "RoutingCallback",
     "TaskSet",
+    "TrainingMonitor",
     "allocate_experts",
     "evaluate_languages",
     "extend_vocabulary",

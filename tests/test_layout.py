@@ -30,6 +30,7 @@ LEVELS = {
     "tuner": 4,
     "allocation": 5,
     "mixing": 5,
+    "monitor": 5,
     "training": 5,
     "vocabulary": 5,
     "evaluation": 5,
@@ -39,8 +40,15 @@ LEVELS = {
     "cli": 7,
     "__init__": 8,
 }
-# Arrows within a level: everyone raises the package's errors, the command line runs recipes, new tokens are measured.
-WITHIN_A_LEVEL = {("languages", "errors"), ("architectures", "errors"), ("cli", "recipe"), ("evaluation", "vocabulary")}
+# Arrows within a level: everyone raises the package's errors, the command line runs recipes, new tokens are measured,
+# trainers are watched.
+WITHIN_A_LEVEL = {
+    ("languages", "errors"),
+    ("architectures", "errors"),
+    ("cli", "recipe"),
+    ("evaluation", "vocabulary"),
+    ("training", "monitor"),
+}
 
 TENSORS_AND_FILES_ONLY = {"delta", "checkpoint"}  # use neither of the next line's libraries
 MODEL_LIBRARIES = {"peft", "transformers"}

@@ -119,6 +119,7 @@ def graft_checkpoint(
         layout=destination.name,
         language=language,
         replicated_bytes=destination.replicated_bytes,
+        warnings=tuple(sources.grafted_config.doubts),
         **new_tokens_of(sources.grafted_config),
     )
     output = Path(output).expanduser().resolve()

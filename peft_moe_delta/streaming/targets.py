@@ -135,5 +135,12 @@ class AdapterTarget(Target):
         config = copy.deepcopy(self.sources.grafted_config)
         config.base_model_name_or_path, config.revision = self.post_trained, None
         config.base_fingerprint = self.sources.fingerprint_of_post_trained()
-        config.graft = asdict(GraftReport(self.post_trained, 1.0, self.sources.expert_scales, **new_tokens_of(config)))
+        report = GraftReport(
+            self.post_trained,
+            1.0,
+            self.sources.expert_scales,
+            warnings=tuple(config.doubts),
+            **new_tokens_of(config),
+        )
+        config.graft = asdict(report)
         config.save_pretrained(str(folder))

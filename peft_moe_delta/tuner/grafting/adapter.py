@@ -101,13 +101,12 @@ class _Graft:
             new_tokens=tuner.active_config.new_tokens or (),
         )
         self.delta = PostTrainingDelta.from_checkpoints(before, after, self.vocabulary)
-        self.doubts = doubts = (
-            self.delta.report().doubtful
-        )  # reads every tensor once: a damaged one ends the graft here
+        doubts = self.delta.report().doubtful  # reads every tensor once: a damaged one ends the graft here
         if doubts:
             warnings.warn(
                 f"Grafting looks doubtful: {'; '.join(doubts)}. Score the result before you ship it.", stacklevel=5
             )
+        self.doubts = (*doubts, *tuner.active_config.doubts)
         if scale != Scale(1.0):
             self._scale_dense()
 
