@@ -185,7 +185,8 @@ class ForwardState:
         batch, sequence = self.shape
         if self.language_ids is not None:
             ids_T = self.language_ids.reshape(-1).to(device)
-            groups = frozenset(table.group_of[i] for i in _present(ids_T, table))
+            present = _present(self.language_ids.reshape(-1), table)
+            groups = frozenset(table.group_of[i] for i in present)
             group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
             # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
             padding_group = next(iter(groups)) if len(groups) == 1 else 0
