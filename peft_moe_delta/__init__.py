@@ -10,6 +10,7 @@ from .graft.delta import PostTrainingDelta
 from .graft.files import graft_checkpoint
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
+from .monitor import TrainingMonitor
 from .plan import ExpertPlan
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from .tuner import MoeDeltaConfig, MoeDeltaModel, register
@@ -31,6 +32,7 @@ __all__ = [
     "RouterStatistics",
     "RoutingCallback",
     "TaskSet",
+    "TrainingMonitor",
     "allocate_experts",
     "evaluate_languages",
     "extend_vocabulary",

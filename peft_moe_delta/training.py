@@ -18,6 +18,7 @@ from .errors import DataError
 from .export.gate import evaluating
 from .languages import PADDING_LANGUAGE_ID, LanguageTable
 from .losses import IGNORED_LABEL, share_of_step
+from .monitor import TrainingMonitor
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
 from .tuner.context import ForwardContext
 
@@ -231,11 +232,13 @@ class AuxiliaryLossMixin(_Trainer):
 
         class LanguageSFTTrainer(AuxiliaryLossMixin, SFTTrainer): ...
 
-    Keeps the `language` column, too, which `SFTTrainer` would drop.
+    Keeps the `language` column, too, which `SFTTrainer` would drop, and adds a `TrainingMonitor`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not any(isinstance(callback, TrainingMonitor) for callback in self.callback_handler.callbacks):
+            self.add_callback(TrainingMonitor())
         model: Any = self.model
         if (context := _context_of(model)) is not None:
             context.name_arguments(model.get_base_model() if hasattr(model, "get_base_model") else model)

@@ -30,6 +30,7 @@ LEVELS = {
     "tuner": 4,
     "allocation": 5,
     "mixing": 5,
+    "monitor": 5,
     "training": 5,
     "vocabulary": 5,
     "evaluation": 5,
@@ -39,11 +40,12 @@ LEVELS = {
     "cli": 7,
     "__init__": 8,
 }
-# Arrows within a level: everyone raises the package's errors, the command line runs recipes, new tokens are measured.
-# One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both has these methods.
+# Arrows within a level: everyone raises the package's errors, the command line runs recipes, new tokens are measured,
+# trainers are watched. One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both
+# has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("tensors", "errors"), ("cli", "recipe"),
-    ("evaluation", "vocabulary"), ("tuner", "graft"),
+    ("evaluation", "vocabulary"), ("training", "monitor"), ("tuner", "graft"),
 }  # fmt: skip
 
 TENSORS_AND_FILES_ONLY = {"tensors", "checkpoint"}  # use neither of the next line's libraries

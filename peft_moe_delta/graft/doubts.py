@@ -79,7 +79,7 @@ def expert_agreement(delta: DeltaFile, base: Mapping[str, Tensor], adapter: Adap
 
 @torch.no_grad()
 def doubts(weights: GraftedWeights) -> tuple[str, ...]:
-    """What makes a graft doubtful, told from a few rows of every tensor."""
+    """What makes a graft doubtful: what a few rows of every tensor tell, and what training has left doubtful."""
     base, after = weights.base, weights.post_trained.tensors
     names = [name for name in weights.names if name in base and after.meta(name).is_floating_point()]
     squares = []
@@ -96,7 +96,7 @@ def doubts(weights: GraftedWeights) -> tuple[str, ...]:
         return own, _sampled_change(key, start, weights.adapter.tensors, len(base.meta(name)))
 
     found += [row.doubt for row in _agreement(weights.adapter, changes) if row.doubt]
-    return tuple(found)
+    return (*found, *weights.adapter.config.doubts)
 
 
 def _agreement(adapter: Adapter, changes: Callable[[str, str], tuple[Tensor, Tensor]]) -> tuple[ExpertAgreement, ...]:

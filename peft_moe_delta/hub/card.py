@@ -45,6 +45,7 @@ class CardFacts:
         plan: `ExpertPlan` as JSON.
         training: one row a stage: what it was, its settings, the last losses of its log.
         graft: `GraftReport` as JSON.
+        doubts: why its training or its graft is doubtful.
         data: what it was trained on, in the author's words.
         limits: what a user must know, in the author's words, beside what the facts imply.
         measured_as: name of this model in the report.
@@ -64,6 +65,7 @@ class CardFacts:
     plan: dict[str, Any] | None = None
     training: list[dict[str, Any]] = field(default_factory=list)
     graft: dict[str, Any] | None = None
+    doubts: list[str] = field(default_factory=list)
     data: str | None = None
     limits: list[str] = field(default_factory=list)
     measured_as: str | None = None
@@ -129,6 +131,7 @@ class CardFacts:
             adapter={key: settings[key] for key in ("routing", "top_k", "expert_rank", "experts") if key in settings},
             plan=_read(folder / PLAN_FILE) or (_read(Path(adapter) / PLAN_FILE) if adapter else None),
             graft=graft,
+            doubts=list(dict.fromkeys([*(settings.get("doubts") or ()), *((graft or {}).get("warnings") or ())])),
             **further,
         )
 

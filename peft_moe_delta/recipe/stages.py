@@ -28,6 +28,7 @@ from ..errors import DataError
 from ..evaluation import encode_task
 from ..hub.card import PLAN_FILE
 from ..loading import load_adapter, load_causal_lm, load_tokenizer
+from ..monitor import TrainingMonitor
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary
@@ -196,7 +197,11 @@ def _train(
             seed=recipe.seed,
         )
         trainer = Trainer(
-            model, arguments, train_dataset=features, data_collator=collator, callbacks=[RoutingCallback()]
+            model,
+            arguments,
+            train_dataset=features,
+            data_collator=collator,
+            callbacks=[RoutingCallback(), TrainingMonitor()],
         )
         trainer.train()
     (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")

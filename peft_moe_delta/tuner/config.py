@@ -78,6 +78,7 @@ class MoeDeltaConfig(PeftConfig):
         base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
         graft: what the adapter was grafted onto and how; None for an adapter that was not grafted. Filled in.
         mixed: seed, branches and rule of a model that `mix` made; None for any other. Filled in.
+        doubts: what went wrong in training, for the card and for the report of a graft. Filled in.
         verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
 
     Raises:
@@ -116,6 +117,7 @@ class MoeDeltaConfig(PeftConfig):
     base_fingerprint: dict[str, Any] | None = None
     graft: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None
+    doubts: list[str] = field(default_factory=list)
     verify_base: bool = True
 
     def __post_init__(self) -> None:

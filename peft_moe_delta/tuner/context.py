@@ -111,6 +111,7 @@ class ForwardState:
         mask_T: bool, False for padding; None where no token is known to be padding.
         share: how much of its optimizer step the pass is (`losses.share_of_step`).
         recording: whether the layers must deposit auxiliary losses.
+        seen: tokens of each group, where something is recorded.
         layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
     """
 
@@ -121,6 +122,7 @@ class ForwardState:
     mask_T: Tensor | None = None
     share: Tensor | float = 1.0
     recording: bool = False
+    seen: Tensor | None = None
     layers: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
@@ -136,6 +138,9 @@ class ForwardState:
         if key not in self._found:
             self._found[key] = self._find_groups(table, device)
         found: TokenGroups | None = self._found[key]
+        if self.recording and self.seen is None and found is not None:
+            counted_T = self.counted(found.group_T).long()
+            self.seen = counted_T.new_zeros(len(table.groups)).index_add_(0, found.group_T, counted_T)
         return found
 
     def reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
@@ -180,7 +185,8 @@ class ForwardState:
         batch, sequence = self.shape
         if self.language_ids is not None:
             ids_T = self.language_ids.reshape(-1).to(device)
-            groups = frozenset(table.group_of[i] for i in _present(ids_T, table))
+            present = _present(self.language_ids.reshape(-1), table)
+            groups = frozenset(table.group_of[i] for i in present)
             group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
             # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
             padding_group = next(iter(groups)) if len(groups) == 1 else 0
@@ -256,6 +262,7 @@ class ForwardContext:
         current: the forward pass under way; None between passes.
         statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device;
             several names have a vector of each.
+        tokens: how many tokens of each group have been trained on; None where nobody has begun to count.
         auxiliary: the last training pass's auxiliary loss where it could not be added to the model's own loss.
     """
 
@@ -263,9 +270,11 @@ class ForwardContext:
         self.language: str | None = None
         self.current: ForwardState | None = None
         self.statistics: dict[str | tuple[str, ...], tuple[Tensor, Tensor]] = {}
+        self.tokens: Tensor | None = None
         self.auxiliary: Tensor | None = None
         self._collected: list[Tensor] | None = None
         self._share: Tensor | float | None = None
+        self._suspect: Tensor | None = None
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -386,18 +395,24 @@ class ForwardContext:
             recording=model.training and torch.is_grad_enabled(),
         )
         if self.current.recording:
+            self._refuse_diverged(model)
             self._keep_through_checkpointing(model)
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, self.current = self.current, None
+        if state is not None and state.seen is not None:
+            self.tokens = state.seen if self.tokens is None else self.tokens + state.seen.to(self.tokens.device)
         auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
+        loss = output.get("loss") if isinstance(output, dict) else None
+        shown = auxiliary if loss is None else loss
+        if shown is not None and state is not None and state.recording:
+            self._suspect = ~shown.detach().isfinite()
         if auxiliary is None:
             return None
         if self._collected is not None:
             self._collected.append(auxiliary)
             return None
-        loss = output.get("loss") if isinstance(output, dict) else None
         if loss is None or "log_probs" in output:
             self.auxiliary = auxiliary
             warnings.warn(
@@ -409,6 +424,24 @@ class ForwardContext:
             return None
         output["loss"] = loss + auxiliary.to(loss)
         return output
+
+    def _refuse_diverged(self, model: nn.Module) -> None:
+        """Stop a training whose weights have become NaN, which the loss in Trainer's log does not say.
+
+        They are looked at where the last pass's loss was not finite, which by itself may be a step without targets.
+
+        Raises:
+            PeftMoeDeltaError: a weight that trains is not finite.
+        """
+        suspect, self._suspect = self._suspect, None
+        if suspect is None or torch.compiler.is_compiling() or not bool(suspect):
+            return
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and not bool(parameter.isfinite().all()):
+                raise PeftMoeDeltaError(
+                    f"Training has diverged: {name} is not finite. Go back to a checkpoint, lower the learning rate, "
+                    "and give the trainer a TrainingMonitor(), which stops before such a step."
+                )
 
     def _keep_through_checkpointing(self, model: nn.Module) -> None:
         """Let gradient checkpointing recompute a layer with the languages of the pass it belongs to.
@@ -478,7 +511,9 @@ class _CheckpointContexts:
     def _replayed(self, state: ForwardState, recompute: Any) -> Iterator[None]:
         # The same operations must run again, but what they deposit was counted the first time.
         context = self.context
-        replay = ForwardState(state.shape, mask_T=state.mask_T, recording=state.recording, _found=state._found)
+        replay = ForwardState(
+            state.shape, mask_T=state.mask_T, recording=state.recording, seen=state.seen, _found=state._found
+        )
         before, context.current = context.current, replay
         statistics, context.statistics = context.statistics, {}
         try:

@@ -20,6 +20,8 @@ from training.common import (
     train,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:This training is doubtful:UserWarning")  # a few tokens, random experts
+
 DATA = documents([7, 5, 3, 6], ["en", "hu", "az", "en"])
 REVIEW = {"stage": "review", "language_prior_coef": 5.0}
 

@@ -1,0 +1,157 @@
+"""Training that goes bad says so: it stops before non-finite numbers reach the weights, and what is left is doubted.
+
+In: what Trainer tells a callback. Out: warnings, and reasons to doubt the adapter in its config (`doubts`), from where
+they come into its folder, the report of a graft, and the model card.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .tuner import MoeDeltaConfig, MoeDeltaLayer
+from .tuner.experts import LowRankLinear
+
+FAR = 1.0
+"""From here on an expert's own change, as a share of the MLP's norm, is doubted: two unrelated models of equal norm are
+at sqrt(2), so such an expert has little to do with the MLP that it began as, and a delta of that one means nothing."""
+
+PARAMETERS_PER_TOKEN = 1000
+"""A group whose experts have more parameters to every token of its text is doubted. MoE-LPR trains about one to one,
+the demo, which still gains, 200 to one."""
+
+
+class TrainingMonitor(TrainerCallback):
+    """Stops a training that diverges, and warns of what makes an adapter doubtful.
+
+    - A gradient that is not finite never reaches the weights: the step is left out, and training stops with the last
+      good state in the model (and in a checkpoint, unless `save_strategy="no"`). One wait for the device a step, where
+      Trainer waits for the loss anyway, and one pass over the gradients. With fp16's loss scaling, which leaves such
+      steps out itself and goes on, this is left to it.
+    - At every log and at the end: an expert that has moved away from its MLP by more than the MLP's own norm.
+    - At the end: a group that has seen very little text for its experts' size.
+    """
+
+    def __init__(self) -> None:
+        self._resumed = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._resumed = state.global_step > 0
+        for layer in _layers(kwargs["model"]):
+            layer.context.tokens = None
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model = kwargs["model"]
+        found = [] if args.fp16 else not_finite({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        if not found:
+            return
+        for parameter in model.parameters():
+            parameter.grad = None  # an optimizer leaves out what has none
+        control.should_training_stop = True
+        control.should_save = control.should_save or args.save_strategy != "no"
+        doubt(
+            model,
+            f"training stopped at step {state.global_step + 1} of {state.max_steps}, where the gradient of {found[0]} "
+            f"(and {len(found) - 1} more) was not finite. The weights are those after step {state.global_step}. Lower "
+            "the learning rate, or look at the text of that step",
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_log:
+            _doubt_distance(kwargs["model"])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        _doubt_distance(kwargs["model"])
+        if not self._resumed:  # what was seen before was not counted
+            _doubt_amount(kwargs["model"], args.world_size)
+
+
+def not_finite(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors that are not finite; one wait for the device where all are."""
+    if not tensors:
+        return []
+    total: Any = torch.nn.utils.get_total_norm([t.detach() for t in tensors.values()])
+    if bool((total.full_tensor() if hasattr(total, "full_tensor") else total).isfinite()):
+        return []
+    return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())] or [max(tensors)]
+
+
+@torch.no_grad()
+def _doubt_distance(model: nn.Module) -> None:
+    """Doubt the experts that are far from their MLP."""
+    for name, module in model.named_modules():
+        if not isinstance(module, MoeDeltaLayer) or (adapter := module.in_force) is None:
+            continue
+        for number, expert in enumerate(module.experts(adapter)[1:], start=1):
+            trained = [p for p in expert.parameters() if p.requires_grad]
+            if not trained or any(hasattr(p, "full_tensor") or not p.numel() for p in trained):
+                continue  # nothing new, or only a shard of it
+            change, base = (torch.stack(part).sum() for part in zip(*_squares(expert, module.base_layer), strict=True))
+            if not change <= FAR**2 * base:  # NaN, too
+                share = float((change / base) ** 0.5)
+                doubt(
+                    model,
+                    "the experts' training has diverged: one has moved by more than the norm of the weights that it "
+                    "began as. Lower the learning rate",
+                    f"expert {number} of {name}, by {share:.0%}",
+                )
+                return
+
+
+def _squares(expert: nn.Module, base: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """`||E - W_0||^2` and `||W_0||^2` of each of an expert's tensors."""
+    for name, module in expert.named_modules():
+        if isinstance(module, LowRankLinear):
+            # ||B A||^2 = tr(B^T B A A^T), without forming the product
+            yield ((module.B.T @ module.B) * (module.A @ module.A.T)).sum(), module.frozen.weight.float().square().sum()
+            continue
+        for key, parameter in module.named_parameters(name, recurse=False):
+            if parameter.requires_grad:
+                before = base.get_parameter(key)
+                yield (parameter.float() - before.float()).square().sum(), before.float().square().sum()
+
+
+def _doubt_amount(model: nn.Module, processes: int) -> None:
+    """Doubt the groups whose experts had little to learn from."""
+    layers = _layers(model)
+    if not layers or (adapter := layers[0].in_force) is None or (context := layers[0].context).tokens is None:
+        return
+    groups = layers[0].settings[adapter].tables.languages.groups
+    parameters = [0] * len(groups)
+    for layer in layers:
+        for expert, group in zip(layer.experts(adapter), layer.settings[adapter].tables.owners, strict=True):
+            parameters[group] += sum(p.numel() for p in expert.parameters() if p.requires_grad)
+    for index, size in enumerate(parameters):
+        tokens = processes * int(context.tokens[index])
+        if size > PARAMETERS_PER_TOKEN * tokens:
+            doubt(
+                model,
+                f"the experts of {groups[index]!r} have {size:,} parameters and saw {tokens:,} tokens, fewer than one "
+                f"for {PARAMETERS_PER_TOKEN:,} of them. Bring more text, or use low-rank experts (expert_rank)",
+            )
+
+
+def doubt(model: nn.Module, reason: str, example: str | None = None) -> None:
+    """Warn of a reason to doubt a model, once, and keep it in the config of the adapter in force, if there is one."""
+    configs, active = getattr(model, "peft_config", {}), getattr(model, "active_adapters", ())
+    config: Any = next((configs.get(name) for name in (active() if callable(active) else active)), None)
+    if isinstance(config, MoeDeltaConfig):
+        if reason in config.doubts:
+            return
+        config.doubts.append(reason)
+    warnings.warn(f"This training is doubtful: {reason}{f' ({example})' if example else ''}.", stacklevel=2)
+
+
+def _layers(model: nn.Module) -> list[MoeDeltaLayer]:
+    return [module for module in model.modules() if isinstance(module, MoeDeltaLayer)]
