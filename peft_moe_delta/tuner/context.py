@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ class ForwardState:
     layers: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
-    """What was found out for one layer and holds for all of its kind, by that (its identity) and the device."""
+    """What was found out for one layer and holds for all of its kind, by that and the device."""
 
     def groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
         """The language groups of the tokens; None where no language is known.
@@ -134,7 +135,7 @@ class ForwardState:
         Raises:
             LanguageError: a code or an id is not in the table.
         """
-        key = id(table), device  # the layers of one model may lie on several devices
+        key = table, device  # the layers of one model may lie on several devices
         if key not in self._found:
             self._found[key] = self._find_groups(table, device)
         found: TokenGroups | None = self._found[key]
@@ -149,7 +150,7 @@ class ForwardState:
         Raises:
             LanguageError: a code or an id is not in the table, or no language is known where the routing needs it.
         """
-        key = tables, device
+        key = tables.number, device
         if key not in self._found:
             self._found[key] = self._find_reach(tables, tokens, device)
         found: Reach = self._found[key]
@@ -254,12 +255,11 @@ def _present(ids_T: Tensor, table: LanguageTable) -> list[int]:
 class ForwardContext:
     """The side channel of one base model, shared by all its upcycled layers and adapters.
 
-    It knows one pass at a time: threads that call one model must take turns, or a pass may read another's languages.
-    (State by thread would do, but torch.compile cannot trace it, and breaks its graph at every layer.)
+    Every thread has a pass of its own, so threads may call one model in several languages at once. Code that
+    torch.compile makes cannot ask which thread it is in, so there a second pass at the same time is refused.
 
     Attributes:
         language: default language code, used when a call names none and the active adapter knows it.
-        current: the forward pass under way; None between passes.
         statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device;
             several names have a vector of each.
         tokens: how many tokens of each group have been trained on; None where nobody has begun to count.
@@ -268,7 +268,10 @@ class ForwardContext:
 
     def __init__(self) -> None:
         self.language: str | None = None
-        self.current: ForwardState | None = None
+        self._passes: dict[int, ForwardState] = {}  # by thread
+        self._traced: ForwardState | None = None  # of a pass that compiled code began
+        self._eager: ForwardState | None = None  # what compiled code sees of the others,
+        self._under_way = 0  # if there is but one
         self.statistics: dict[str | tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self.tokens: Tensor | None = None
         self.auxiliary: Tensor | None = None
@@ -278,8 +281,32 @@ class ForwardContext:
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """For a copy: without the last pass's loss, whose graph cannot be copied."""
-        return {**self.__dict__, "auxiliary": None}
+        """For a copy: without passes under way, and without the last pass's loss, whose graph cannot be copied."""
+        return {**self.__dict__, "auxiliary": None, "_passes": {}, "_traced": None, "_eager": None, "_under_way": 0}
+
+    @property
+    def current(self) -> ForwardState | None:
+        """The forward pass under way in this thread; None between passes."""
+        if not torch.compiler.is_compiling():
+            return self._passes.get(get_ident(), self._traced)
+        if self._under_way > 1:
+            raise PeftMoeDeltaError(
+                "Two threads call one compiled model at the same time, and compiled code cannot tell whose languages "
+                "are whose. Let them take turns (a threading.Lock around the call), or do not compile the model."
+            )
+        return self._eager if self._traced is None else self._traced
+
+    @current.setter
+    def current(self, state: ForwardState | None) -> None:
+        if torch.compiler.is_compiling():
+            self._traced = state
+            return
+        if state is None:
+            self._passes.pop(get_ident(), None)
+            self._traced = None
+        else:
+            self._passes[get_ident()] = state
+        self._eager, self._under_way = next(iter(self._passes.values()), None), len(self._passes)
 
     @classmethod
     def of(cls, model: nn.Module) -> ForwardContext:
@@ -363,6 +390,12 @@ class ForwardContext:
     def _enter(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if getattr(model, "_is_replica", False):
+            raise PeftMoeDeltaError(
+                "torch.nn.DataParallel copies a model for each GPU, and the copies would run the original's modules. "
+                "Train with one process a GPU (torchrun or accelerate launch), or show the process one GPU "
+                "(CUDA_VISIBLE_DEVICES=0); Trainer uses DataParallel where it sees several GPUs from one process."
+            )
         language = kwargs.pop("language", None)
         language_ids = kwargs.pop("language_ids", None)
         if language is not None and language_ids is not None:

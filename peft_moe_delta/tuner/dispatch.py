@@ -80,10 +80,15 @@ class Dispatch:
             y_CD = y_RD.index_select(0, self.place)
         else:
             y_CD = y_RD.new_zeros(num_choices, y_RD.shape[-1]).index_copy(0, self.choice_R, y_RD)
-        if routes is None or (routes.indices_TK.shape[1] == 1 and routes.normalised):
-            return y_CD  # a single weight is 1
+        if routes is None or not weighs(routes):
+            return y_CD
         y_TKD = y_CD.view(*routes.indices_TK.shape, y_CD.shape[-1])
         return (y_TKD * routes.weights_TK[..., None]).sum(dim=1).to(x_TD.dtype)
+
+
+def weighs(routes: Routes) -> bool:
+    """Whether weights matter: a single one that is normalised is 1."""
+    return routes.indices_TK.shape[1] > 1 or not routes.normalised
 
 
 class _NoPart(torch.autograd.Function):

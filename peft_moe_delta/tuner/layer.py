@@ -20,7 +20,7 @@ from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, 
 from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig
 from .context import ForwardContext, ForwardState, Reach, TokenGroups
-from .dispatch import Dispatch, with_idle
+from .dispatch import Dispatch, weighs, with_idle
 from .experts import Experts, expert_weights, full_expert, low_rank_expert, parameters_of
 from .router import Classifier, Router
 from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
@@ -160,7 +160,10 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         y_TD = dispatch.combine(self._run_all(inputs, x_TD, name), x_TD, routes)
         if not self._needs_idle(reach, y_TD):
             return y_TD
-        router = None if routes is not None or (records and settings.tables.logit_losses) else self.router(name)
+        taught = records and (
+            settings.tables.logit_losses or (routes is not None and settings.config.load_balancing > 0)
+        )
+        router = None if taught or (routes is not None and weighs(routes)) else self.router(name)
         gate = None if records and gate_TS is not None else self.classifier(name)
         return with_idle(y_TD, self._idle(inputs, name, (router, gate)))
 

@@ -10,6 +10,7 @@ with a gate one more, expert 0 alone, for what the gate takes for an original la
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ BALANCE_LOSS, PRIOR_LOSS, Z_LOSS, GATE_LOSS = (
 )
 
 Rows = tuple[tuple[bool, ...], ...]
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +57,7 @@ class LayerTables:
         offers_choice: whether some group may use more than one.
         share_names: (G,) what each group's share of expert 0 is called in the statistics.
         uses_router: whether the rows that train matter: a choice depends on them, or the prior loss teaches them.
+        number: another for each table of a process, by which a pass remembers what it found out.
     """
 
     languages: LanguageTable
@@ -70,6 +74,7 @@ class LayerTables:
     offers_choice: bool
     share_names: tuple[str, ...]
     uses_router: bool
+    number: int = field(default_factory=_numbers.__next__)
     _tensors: dict[tuple[str, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerTables:
@@ -78,6 +83,9 @@ class LayerTables:
     def __getstate__(self) -> dict[str, Any]:
         """For a file, whose reader may have other devices."""
         return {**self.__dict__, "_tensors": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, number=next(_numbers))
 
     def usable(self, groups: Iterable[int]) -> tuple[int, ...]:
         """The experts that tokens of these groups may use, ascending."""

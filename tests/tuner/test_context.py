@@ -1,12 +1,13 @@
 """The side channel beyond one device and one model: a second device is played by `meta`, which has shapes only."""
 
 import copy
+import threading
 
 import pytest
 import torch
 
 from builders import HIDDEN, LANGUAGES, logits, pico, token_batch, upcycle
-from peft_moe_delta.errors import LanguageError
+from peft_moe_delta.errors import LanguageError, PeftMoeDeltaError
 from peft_moe_delta.languages import LanguageTable
 from peft_moe_delta.tuner.context import ForwardContext, ForwardState
 
@@ -67,3 +68,43 @@ def test_a_layer_without_tokens_gives_none_back(routing):
     model.set_language("hu")
     with torch.no_grad():
         assert layer(torch.zeros(1, 0, HIDDEN)).shape == (1, 0, HIDDEN)
+
+
+def test_a_data_parallel_copy_is_refused():
+    replica = upcycle(pico()).get_base_model()._replicate_for_data_parallel()
+    with pytest.raises(PeftMoeDeltaError, match="one process a GPU"):
+        replica(input_ids=token_batch())
+
+
+def test_threads_may_call_one_model_in_several_languages_at_once():
+    model, tokens = upcycle(pico(), trained=True, routing="language"), token_batch()
+    expected = {code: logits(model, tokens, language=code) for code in LANGUAGES}
+    wrong, meet = [], threading.Barrier(len(LANGUAGES))
+    # A layer waits until every thread is in the middle of its pass.
+    handle = next(iter(model.layers().values())).register_forward_pre_hook(lambda *_: print(meet.wait(30)))
+
+    def call(code):
+        for _ in range(5):
+            if not torch.equal(logits(model, tokens, language=code), expected[code]):
+                wrong.append(code)
+
+    threads = [threading.Thread(target=call, args=(code,)) for code in LANGUAGES]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    handle.remove()
+    assert not meet.broken and wrong == []
+    assert ForwardContext.of(model.get_base_model()).current is None
+
+
+def test_compiled_code_refuses_a_second_thread_inside_a_pass(monkeypatch):
+    context = ForwardContext()
+    context.current = ForwardState((1, 1))
+    other = threading.Thread(target=lambda: setattr(context, "current", ForwardState((1, 2))))
+    other.start()
+    other.join()
+    assert context.current.shape == (1, 1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(PeftMoeDeltaError, match="take turns"):
+        assert context.current
