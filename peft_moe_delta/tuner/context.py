@@ -25,11 +25,9 @@ from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID, LanguageTable
 from ..losses import share_of_step
 from ..routing import Routes
+from . import generation
 from .dispatch import Dispatch
 from .settings import LayerTables
-
-ARGUMENTS = ("language", "language_ids")
-"""Keyword arguments that an upcycled model accepts beyond the base model's own."""
 
 COLUMNS = ("text",)
 """What `LanguageCollator` reads in a data set beyond the arguments of a model, so that Trainer must not drop it."""
@@ -316,6 +314,7 @@ class ForwardContext:
             context = cls()
             model.__dict__["_moe_delta_context"] = context
             model.__dict__["forward"] = LanguageForward(model)
+            generation.attach(model)
             context._handles = [
                 model.register_forward_pre_hook(context._enter, with_kwargs=True),
                 model.register_forward_hook(context._leave, always_call=True),
@@ -327,6 +326,7 @@ class ForwardContext:
         for handle in self._handles:
             handle.remove()
         del model.__dict__["_moe_delta_context"]
+        generation.detach(model)
         forward = model.__dict__["forward"]
         if not isinstance(forward, LanguageForward):
             return  # somebody put theirs over ours, which by itself does nothing
@@ -512,7 +512,7 @@ class LanguageForward:
         self.model = model
         self.wrapped = model.__dict__.get("forward")  # what accelerate or others put over the class's own
         parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
-        names = (*ARGUMENTS, *COLUMNS)
+        names = (*generation.ARGUMENTS, *COLUMNS)
         extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
         rest = [p for p in parameters if p.kind is p.VAR_KEYWORD]
         self.__signature__ = inspect.Signature([p for p in parameters if p not in rest] + extra + rest)

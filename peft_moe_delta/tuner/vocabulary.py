@@ -102,9 +102,21 @@ class GrownLayer(nn.Module, BaseTunerLayer):
 class GrownEmbedding(GrownLayer):
     """An input embedding: (...) token ids -> (..., D)."""
 
+    @property
+    def num_embeddings(self) -> int:
+        """Token ids that are in force."""
+        name, known = self.in_force, len(self.base_layer.get_parameter("weight"))
+        return known if name is None else max(known, self.first(name) + len(self.rows(name)))
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a row."""
+        return self.base_layer.get_parameter("weight").shape[1]
+
     def forward(self, ids: Tensor) -> Tensor:
         name = self.in_force
         if name is None:
+            self._check_known(ids)
             return self.base_layer(ids)
         rows, place = self.rows(name), ids - self.first(name)
         is_new = (place >= 0) & (place < len(rows))
@@ -113,6 +125,18 @@ class GrownEmbedding(GrownLayer):
         new = F.embedding(place.clamp(0, len(rows) - 1), rows).to(known.dtype)
         scale = getattr(self.base_layer, "embed_scale", None)
         return torch.where(is_new[..., None], new if scale is None else new * scale.to(new.dtype), known)
+
+    def _check_known(self, ids: Tensor) -> None:
+        """Refuse new tokens where the adapter that has them is not in force; a lookup beyond the end is no clear error.
+
+        Raises:
+            PlanError: there are some.
+        """
+        if ids.numel() and (largest := int(ids.max())) >= self.num_embeddings:
+            raise PlanError(
+                f"Token {largest} is none of the base model's {self.num_embeddings}: it is an adapter's new token, and "
+                "that adapter is disabled or not active. Tokenize for the base model with the base model's tokenizer."
+            )
 
 
 class GrownHead(GrownLayer):

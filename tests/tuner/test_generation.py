@@ -1,9 +1,14 @@
 """Generation: what the cache remembers equals what a full pass recomputes, whoever shares the batch."""
 
+import copy
+
 import pytest
 import torch
+from transformers import DynamicCache, GenerationConfig, pipeline
 
-from builders import logits, pico, token_batch, upcycle
+from builders import VOCABULARY, logits, pico, token_batch, upcycle
+from peft_moe_delta.errors import LanguageError, PlanError
+from training.common import make_tokenizer
 
 IDS = torch.tensor([0, 1, 3])
 ROUTINGS = pytest.mark.parametrize("routing", ["learned", "language"])
@@ -74,3 +79,138 @@ def test_new_tokens_continue_the_last_language_of_a_mixed_prompt():
         expected = torch.cat([expected, following.argmax(-1, keepdim=True)], dim=1)
         ids = torch.cat([ids, ids[:, -1:]], dim=1)
     assert torch.equal(generate(model, tokens, language_ids=ids[:, :7]), expected)
+
+
+REPETITIVE = torch.tensor([[5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6]])
+MIXED = torch.tensor([[1] * 5 + [3] * 7])
+
+
+def token_by_token(model, tokens, language=None, ids=None):
+    """What uncached passes give, one for each new token."""
+    for _ in range(NEW_TOKENS):
+        arguments = {"language": language} if ids is None else {"language_ids": ids}
+        following = logits(model, tokens, **arguments)[:, -1]
+        following[:, 2] = -torch.inf
+        tokens = torch.cat([tokens, following.argmax(-1, keepdim=True)], dim=1)
+        if ids is not None:
+            ids = torch.cat([ids, ids[:, -1:]], dim=1)
+    return tokens
+
+
+def with_cached_start(model):
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(REPETITIVE[:, :4], language_ids=MIXED[:, :4], past_key_values=cache, use_cache=True)
+    return {"past_key_values": cache}
+
+
+WAYS = {
+    "cached": lambda model: {},
+    "uncached": lambda model: {"use_cache": False},
+    "static cache": lambda model: {"cache_implementation": "static"},
+    "continued cache": with_cached_start,
+    "prompt lookup": lambda model: {"prompt_lookup_num_tokens": 3},
+    "prompt lookup as long as the prompt": lambda model: {"prompt_lookup_num_tokens": REPETITIVE.shape[1] - 1},
+    "prefill in chunks": lambda model: {"prefill_chunk_size": 5},
+    "plain assistant": lambda model: {"assistant_model": pico(seed=3)},
+    "upcycled assistant": lambda model: {"assistant_model": upcycle(pico(seed=3), trained=True).base_model.model},
+    "itself as assistant": lambda model: {"assistant_model": copy.deepcopy(model).base_model.model},
+}
+
+
+@ROUTINGS
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.filterwarnings("ignore")  # transformers deprecates its own arguments in some of these
+def test_every_way_of_generating_equals_token_by_token(way, routing):
+    model = upcycle(pico(), trained=True, routing=routing)
+    assert torch.equal(
+        generate(model, REPETITIVE, language_ids=MIXED, **way(model)), token_by_token(model, REPETITIVE, ids=MIXED)
+    )
+    in_turkic = token_by_token(model, REPETITIVE, "az")
+    if way is not with_cached_start:  # whose start is in another language
+        assert torch.equal(generate(model, REPETITIVE, language="az", **way(model)), in_turkic)
+        assert torch.equal(generate(model, REPETITIVE, language_ids=torch.tensor([3]), **way(model)), in_turkic)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_prompts_of_mixed_languages_and_several_beams(cache):
+    model = upcycle(pico(), trained=True, routing="language")
+    beams = generate(model, REPETITIVE, language_ids=MIXED, num_beams=3, num_return_sequences=2, use_cache=cache)
+    assert beams.shape[0] == 2
+    everything = torch.full_like(beams, 3)
+    everything[:, :12] = MIXED
+    best = logits(model, beams, language_ids=everything).log_softmax(-1)[:, 11:-1]
+    scores = best.gather(-1, beams[:, 12:, None]).sum((1, 2))
+    assert scores[0] >= scores[1]
+    assert torch.equal(beams, generate(model, REPETITIVE, language_ids=MIXED, num_beams=3, num_return_sequences=2))
+
+
+def test_embeddings_as_prompt():
+    model = upcycle(pico(), trained=True, routing="language")
+    mask = torch.ones_like(REPETITIVE)
+    options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+    for cache in (True, False):
+        found = model.generate(
+            inputs_embeds=model.get_input_embeddings()(REPETITIVE),
+            attention_mask=mask,
+            language_ids=MIXED,
+            use_cache=cache,
+            **options,
+        )
+        assert torch.equal(found, token_by_token(model, REPETITIVE, ids=MIXED)[:, 12:])
+
+
+def test_a_continued_cache_needs_the_languages_of_what_is_in_it():
+    model = upcycle(pico(), trained=True, routing="language")
+    with pytest.raises(LanguageError, match=r"8 ids a row where the prompt has 12 tokens.*each token so far"):
+        generate(model, REPETITIVE, language_ids=MIXED[:, 4:], **with_cached_start(model))
+
+
+def with_new_tokens(**fields):
+    model = upcycle(pico(), trained=True, **fields)
+    model.add_tokens(["x", "y"], VOCABULARY, [[3, 4], [5]])
+    return model
+
+
+NEW_IDS = torch.tensor([[5, 99, 7, 100, 9, 5, 99, 7, 100, 9, 5, 99]])
+
+
+@pytest.mark.parametrize("way", [WAYS["cached"], WAYS["prompt lookup"], WAYS["itself as assistant"]])
+@pytest.mark.filterwarnings("ignore")
+def test_new_tokens_in_every_way_of_generating(way):
+    model = with_new_tokens()
+    assert torch.equal(generate(model, NEW_IDS, **way(model)), token_by_token(model, NEW_IDS))
+    assert model.config.vocab_size == VOCABULARY
+    assert model.get_input_embeddings().num_embeddings == VOCABULARY + 2
+    assert model.get_input_embeddings().embedding_dim == 32
+
+
+def test_new_tokens_without_their_adapter_are_refused():
+    model = with_new_tokens()
+    with model.disable_adapter():
+        assert torch.equal(logits(model, REPETITIVE), logits(pico(), REPETITIVE))
+        assert model.get_input_embeddings().num_embeddings == VOCABULARY
+        with pytest.raises(PlanError, match="Token 100 is none of the base model's 99.*base model's tokenizer"):
+            logits(model, NEW_IDS)
+
+
+def test_continuous_batching_takes_the_default_language():
+    model = upcycle(pico(), trained=True, routing="language")
+    model.set_language("az")
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    (found,) = model.base_model.model.generate_batch([REPETITIVE[0].tolist()], generation_config=config).values()
+    expected = REPETITIVE
+    for _ in range(NEW_TOKENS):
+        expected = torch.cat([expected, logits(model, expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert found.generated_tokens == expected[0, 12:].tolist()
+
+
+def test_a_pipeline_takes_a_language():
+    model = upcycle(pico(), trained=True, routing="language")
+    tokenizer = make_tokenizer()
+    generator = pipeline("text-generation", model=model.base_model.model, tokenizer=tokenizer)
+    text = tokenizer.decode(REPETITIVE[0])
+    for code in ("az", "hu"):
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        found = generator(text, language=code, return_tensors=True, **options)
+        assert found[0]["generated_token_ids"] == token_by_token(model, REPETITIVE, code)[0].tolist()
