@@ -12,6 +12,7 @@ from ..delta import DeltaFile, PostTrainingDelta, combine_deltas, draw_delta, ex
 from ..errors import GraftError
 from ..tuner.vocabulary import match_tokenizers, num_rows
 from .command import Command
+from .options import pairs_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -73,16 +74,8 @@ def _inspect(arguments: Namespace) -> str:
 
 
 def _combine(arguments: Namespace) -> str:
-    parts = []
-    for given in arguments.delta:
-        file, _, weight = given.rpartition("=")
-        try:
-            parts.append((file, float(weight)))
-        except ValueError:
-            raise GraftError(
-                f"--delta {given}: expected FILE=WEIGHT with a number, such as chat.safetensors=0.5."
-            ) from None
-    combine_deltas(parts, arguments.output, DTYPES[arguments.dtype])
+    parts = pairs_of("--delta", arguments.delta, float)
+    combine_deltas(list(parts.items()), arguments.output, DTYPES[arguments.dtype])
     return _describe(DeltaFile.open(arguments.output))
 
 

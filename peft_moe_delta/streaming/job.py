@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from ..checkpoint import (
     ADAPTER_FILES,
@@ -38,6 +38,7 @@ from ..checkpoint import (
 )
 from ..delta import Scale
 from ..errors import CheckpointError, GraftError
+from ..loading import load_config
 from ..tuner.grafting import GraftReport, check_has_delta, check_same_kind
 from ..tuner.grafting.report import new_tokens_of
 from ..tuner.vocabulary import match_tokenizers, num_rows
@@ -262,12 +263,8 @@ def _is_done(output: Path, record: Mapping[str, Any], inputs: _Inputs) -> bool:
 
 
 def _config(folder: Path) -> PretrainedConfig:
-    try:
-        inside(folder, "config.json")
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        return config
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder} has no config of a dense model that transformers knows: {error}.") from error
+    inside(folder, "config.json")
+    return load_config(folder, trust_remote_code=False)
 
 
 def _bytes_of(size: int | str) -> int:

@@ -18,10 +18,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..delta.vocabulary import VocabularyMap, is_embedding, with_new_rows
-from ..errors import ArchitectureError, GraftError, PlanError
+from ..errors import ArchitectureError, CheckpointError, GraftError, PlanError
+from ..loading import load_tokenizer
 from .config import MoeDeltaConfig
 
 if TYPE_CHECKING:
@@ -296,6 +297,8 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     if not name or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except OSError:  # a model that was made in memory, under a name of its own
-        return None
+        return load_tokenizer(name)
+    except CheckpointError:
+        if Path(name).is_dir():
+            raise
+        return None  # a model that was made in memory, under a name of its own

@@ -16,12 +16,13 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...checkpoint import CheckpointReader, resolve
 from ...delta import PostTrainingDelta, Scale, graft_tensor, scale_of_groups
 from ...delta.vocabulary import is_embedding
 from ...errors import GraftError
+from ...loading import load_causal_lm
 from ..experts import LowRankLinear
 from ..vocabulary import first_new_id, grown_layers, match_tokenizers, num_rows
 from .checks import check_has_delta, check_siblings
@@ -213,7 +214,7 @@ def _load(post_trained: str | Path) -> PreTrainedModel:
     """
     folder = resolve(post_trained)
     CheckpointReader(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = load_causal_lm(folder, dtype="auto")
     model.name_or_path = str(post_trained)  # a Hub id stays one: the grafted adapter names it as its base
     return model
 
