@@ -50,7 +50,9 @@ def meanings_of(kind: Any) -> dict[str, str]:
 def type_of(hint: Any) -> str:
     """A type as a reader of YAML knows it."""
     text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text.replace(" | None", ""))
+    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text.replace(" | None", "").replace(", NoneType]", "]"))
+    text = re.sub(r"^Optional\[(.*)\]$", r"\1", text)
+    text = re.sub(r"^Union\[(.*)\]$", lambda found: re.sub(r", (?![^\[]*\])", " | ", found[1]), text)
     for name, word in {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.items():
         text = re.sub(rf"\b{name}\b", word, text)
     text = text.replace("dict[text, Any]", "section").replace("Any", "anything")

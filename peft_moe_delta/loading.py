@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,6 +61,16 @@ def load_adapter(model: PreTrainedModel, name: str | Path, **options: Any) -> Pe
         PeftMoeDeltaError: it is another model's.
     """
     return _loaded("adapter", name, lambda: PeftModel.from_pretrained(model, name, **options))
+
+
+def load_adapter_config(name: str | Path) -> PeftConfig:
+    """The config of an adapter, of whatever method.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        PeftMoeDeltaError: it is this package's, and says what cannot be.
+    """
+    return _loaded("config of an adapter", name, lambda: PeftConfig.from_pretrained(str(name)))
 
 
 def _loaded(what: str, name: str | Path, load: Callable[[], Loaded]) -> Loaded:

@@ -30,6 +30,10 @@ class Tensors(Mapping[str, Tensor]):
         tensor = self[name]
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
+    def origin(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        """Where a tensor lies, below any other names that it has, and its name there."""
+        return self, name
+
     def sample(self, name: str) -> Tensor:
         """A few of a tensor's rows (`sampled_rows`)."""
         tensor = self[name]
@@ -41,6 +45,9 @@ class Held(Tensors):
     """Tensors in memory."""
 
     tensors: Mapping[str, Tensor]
+
+    def origin(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        return self.tensors, name
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -64,6 +71,10 @@ class View(Tensors):
     """
 
     places: Mapping[str, tuple[Tensors, str]]
+
+    def origin(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        tensors, there = self.places[name]
+        return tensors.origin(there)
 
     def __getitem__(self, name: str) -> Tensor:
         tensors, there = self.places[name]

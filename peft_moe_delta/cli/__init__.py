@@ -9,6 +9,10 @@ import argparse
 import logging
 import sys
 from contextlib import redirect_stdout
+from typing import NoReturn
+
+import torch
+from safetensors import SafetensorError
 
 from ..errors import PeftMoeDeltaError
 from . import allocation, delta, evaluate, explain, graft, grow, harness, mix, pipeline, publish
@@ -29,8 +33,9 @@ COMMANDS: tuple[Command, ...] = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Exit status 1 with one clear message for an error of ours."""
-    parser = argparse.ArgumentParser(
+    """Run a command. What a user or the machine can do wrong ends in one line on standard error: exit status 2 for a
+    command line that cannot be read, 130 after Ctrl-C, 1 for anything else."""
+    parser = Parser(
         prog="peft-moe-delta",
         description="Teach an instruction-tuned language model new languages without re-aligning it.",
     )
@@ -45,6 +50,31 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with redirect_stdout(sys.stderr):  # Trainer's log lines are progress, not results
             result = chosen.run(chosen)
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept, what was under way is gone", file=sys.stderr)
+        sys.exit(130)
     except PeftMoeDeltaError as error:
-        sys.exit(f"error: {error}")
-    print(result)
+        sys.exit(f"error: {_one_line(error)}")
+    except (OSError, SafetensorError) as error:  # the disk is full, a folder may not be written, the network is away
+        sys.exit(f"error: {_one_line(error)}. Nothing half done was left behind: mend the cause and run it again.")
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        sys.exit(
+            f"error: out of memory: {_one_line(error)}. Take smaller batches, shorter sequences or a smaller model."
+        )
+    print(_printable(result))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line instead of below the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {_printable(message)}. `{self.prog} --help` lists what there is.\n")
+
+
+def _one_line(error: BaseException) -> str:
+    return _printable(" ".join(str(error).split()))
+
+
+def _printable(text: str) -> str:
+    """Text that any stream takes: a file's name need not be valid Unicode."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -16,6 +16,7 @@ from ..graft.picture import draw_delta
 from ..graft.rows import match_tokenizers, num_rows
 from ..graft.stored import DeltaFile, combine_deltas
 from .command import Command
+from .options import pairs_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,16 +76,8 @@ def _inspect(arguments: Namespace) -> str:
 
 
 def _combine(arguments: Namespace) -> str:
-    parts = []
-    for given in arguments.delta:
-        file, _, weight = given.rpartition("=")
-        try:
-            parts.append((file, float(weight)))
-        except ValueError:
-            raise GraftError(
-                f"--delta {given}: expected FILE=WEIGHT with a number, such as chat.safetensors=0.5."
-            ) from None
-    combine_deltas(parts, arguments.output, DTYPES[arguments.dtype])
+    parts = pairs_of("--delta", arguments.delta, float)
+    combine_deltas(list(parts.items()), arguments.output, DTYPES[arguments.dtype])
     return _describe(DeltaFile.open(arguments.output))
 
 

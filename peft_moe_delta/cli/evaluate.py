@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from ..evaluation.page import write_report
 from ..evaluation.table import markdown
 from ..recipe.data import read_tasks, read_texts
 from .command import Command
+from .options import pairs_of
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -40,21 +40,21 @@ def _add_arguments(parser: ArgumentParser) -> None:
 
 def _evaluate(arguments: Namespace) -> str:
     check_installed()
-    models = _pairs("--model", arguments.model)
-    texts = _pairs("--text", arguments.text)
+    models = pairs_of("--model", arguments.model)
+    texts = pairs_of("--text", arguments.text)
     if not models or not texts:
         raise DataError("evaluate needs at least one --model NAME=MODEL and one --text LANGUAGE=FILE.")
-    about = _pairs("--task-language", arguments.task_language)
-    tasks = {name: TaskSet(read_tasks(f), about.get(name)) for name, f in _pairs("--tasks", arguments.tasks).items()}
+    about = pairs_of("--task-language", arguments.task_language)
+    tasks = {name: TaskSet(read_tasks(f), about.get(name)) for name, f in pairs_of("--tasks", arguments.tasks).items()}
     report = evaluate_languages(
         models,
         {code: read_texts(file, arguments.limit_bytes) for code, file in texts.items()},
-        languages=_pairs("--group", arguments.group) or None,
+        languages=pairs_of("--group", arguments.group) or None,
         references=arguments.reference,
         tasks=tasks,
-        prompts={code: read_texts(file) for code, file in _pairs("--prompts", arguments.prompts).items()},
-        trained={name: codes.split(",") for name, codes in _pairs("--trained", arguments.trained).items()},
-        agreement=list(_pairs("--agreement", arguments.agreement).items()),
+        prompts={code: read_texts(file) for code, file in pairs_of("--prompts", arguments.prompts).items()},
+        trained={name: codes.split(",") for name, codes in pairs_of("--trained", arguments.trained).items()},
+        agreement=list(pairs_of("--agreement", arguments.agreement).items()),
         english=arguments.english_words and arguments.english_words.read_text(encoding="utf-8").split(),
         chat=arguments.chat,
         max_length=arguments.max_length,
@@ -65,21 +65,6 @@ def _evaluate(arguments: Namespace) -> str:
     page = write_report(report, arguments.output)
     doubts = [f"warning: {warning}" for warning in report.warnings]
     return "\n".join([markdown(report, report.models[-1].name), "", *doubts, f"The report: {page}"])
-
-
-def _pairs(option: str, values: Iterable[str]) -> dict[str, str]:
-    """`NAME=VALUE` arguments, in order.
-
-    Raises:
-        DataError: one has another form, or a name comes twice.
-    """
-    pairs: dict[str, str] = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value) or name in pairs:
-            raise DataError(f"{option} takes NAME=VALUE, each name once; got {text!r}.")
-        pairs[name] = value
-    return pairs
 
 
 COMMANDS = (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 
-from ..checkpoint import verify
+from ..checkpoint import ADAPTER_FILES, resolve, verify
+from ..errors import RecipeError
+from ..graft.explain import adapter_config
 from ..graft.files import graft_checkpoint
 from .command import Command
+from .options import number_of, pairs_of
 
 
 def _add_graft_arguments(parser: ArgumentParser) -> None:
@@ -16,8 +19,8 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("output", help="the folder to make")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the post-training delta (1)")
     parser.add_argument(
-        "--expert-scale", type=_scale, action="append", metavar="A | GROUP=A",
-        help="share of the experts' own change (1); once for all, or once a group",
+        "--expert-scale", action="append", default=[], metavar="A | GROUP=A",
+        help="share of the experts' own change (1): of all, or of a group; both together: of a group and of the others",
     )  # fmt: skip
     parser.add_argument(
         "--target", choices=("stock", "remote_code", "adapter"), default="stock",
@@ -34,23 +37,26 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
 
 
-def _scale(text: str) -> tuple[str | None, float]:
-    group, _, number = text.rpartition("=")
-    try:
-        return group or None, float(number)
-    except ValueError:
-        raise ArgumentTypeError(f"expected a number or GROUP=number, got {text!r}") from None
+def _expert_scale(adapter: str, given: list[str]) -> float | dict[str, float]:
+    """One number for all groups, numbers of some (the others keep 1), or both: then the one is for the others."""
+    named = pairs_of("--expert-scale", [text for text in given if "=" in text], float)
+    default = [number_of("--expert-scale", text) for text in given if "=" not in text]
+    if len(default) > 1:
+        raise RecipeError(f"--expert-scale takes one number for all groups, or GROUP=NUMBER; got {given}.")
+    if not named or not default:
+        return named or (default or [1.0])[0]
+    groups = adapter_config(resolve(adapter, files=ADAPTER_FILES)).language_table.groups[1:]
+    return {**dict.fromkeys(groups, default[0]), **named}
 
 
 def _graft(arguments: Namespace) -> str:
-    given = dict(arguments.expert_scale or [(None, 1.0)])
     report = graft_checkpoint(
         arguments.base,
         arguments.post_trained,
         arguments.adapter,
         arguments.output,
         scale=arguments.scale,
-        expert_scale=given.get(None, given),
+        expert_scale=_expert_scale(arguments.adapter, arguments.expert_scale),
         target=arguments.target,
         language=arguments.language,
         replicate_dense_layers=arguments.replicate_dense_layers,

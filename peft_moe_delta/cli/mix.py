@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
 
 from ..checkpoint import whole_folder
-from ..errors import PlanError
 from ..mixing import fit_routers, mix
 from ..recipe.data import read_texts
 from .command import Command
+from .options import pairs_of
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -36,13 +35,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
 def _run(arguments: Namespace) -> str:
     others = arguments.others
     if "=" in others:
-        others = {group: float(weight) for group, weight in _pairs(others.split(","), "--others").items()}
+        others = pairs_of("--others", others.split(","), float)
     options = {} if arguments.attention_experts is None else {"attention_experts": arguments.attention_experts}
     with whole_folder(arguments.output) as folder:
         model = mix(
             arguments.seed,
-            _pairs(arguments.branch, "--branch"),
-            _pairs(arguments.language, "--language") or None,
+            pairs_of("--branch", arguments.branch),
+            pairs_of("--language", arguments.language) or None,
             others=others,
             base_output=arguments.base_output,
             routing=arguments.routing,
@@ -50,18 +49,10 @@ def _run(arguments: Namespace) -> str:
             **options,
         )
         if arguments.text:
-            texts = {code: read_texts(path) for code, path in _pairs(arguments.text, "--text").items()}
+            texts = {code: read_texts(path) for code, path in pairs_of("--text", arguments.text).items()}
             fit_routers(model, texts).save(folder / "router_statistics.safetensors")
         model.save_pretrained(str(folder))
     return f"adapter: {arguments.output}\nits base: {model.active_peft_config.base_model_name_or_path}"
-
-
-def _pairs(given: Sequence[str], option: str) -> dict[str, str]:
-    """`["a=1", "b=2"]` as a mapping."""
-    pairs = [text.partition("=") for text in given]
-    if any(not name or not equals or not value for name, equals, value in pairs):
-        raise PlanError(f"{option} takes NAME=VALUE; got {list(given)}.")
-    return {name: value for name, _, value in pairs}
 
 
 COMMANDS = (Command("mix", "dense models trained from one seed become the experts of one", _add_arguments, _run),)

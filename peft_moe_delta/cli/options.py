@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import RecipeError
 from ..recipe.reader import read_yaml
+
+Value = TypeVar("Value", str, float)
 
 
 class Options:
@@ -46,22 +49,48 @@ class Options:
             value = typed.get(name, file.get(name, option["default"]))
             if value is None and option["required"]:
                 raise RecipeError(f"{name} is missing. Give --{name.replace('_', '-')}, or {name} in a --config file.")
-            values[name] = pairs_of(value or {}, name) if option["pairs"] else _checked(name, value, option["flag"])
+            values[name] = pairs_of(name, value or {}) if option["pairs"] else _checked(name, value, option["flag"])
         return values
 
 
-def pairs_of(given: Mapping[str, str] | Sequence[str], name: str) -> dict[str, str]:
-    """`["a=1", "b=2"]`, or a mapping, as a mapping.
+def pairs_of(option: str, given: Mapping[str, Any] | Sequence[str], kind: type[Value] = str) -> dict[str, Value]:  # type: ignore[assignment]
+    """`["a=1", "b=2"]`, or the mapping of a file, as a mapping: the one reader of NAME=VALUE.
+
+    A name ends at the first "=", or at the last one where a number is asked for, as it may be the name of a file.
 
     Raises:
-        RecipeError: something that is no NAME=VALUE.
+        RecipeError: no NAME=VALUE, a name that comes twice, or no finite number where one is asked for.
     """
+    expected = f"{option} takes NAME={'NUMBER' if kind is float else 'VALUE'}"
     if isinstance(given, Mapping):
-        return {str(key): str(value) for key, value in given.items()}
-    pairs = [str(text).partition("=") for text in given]
-    if isinstance(given, str) or any(not key or not equals or not value for key, equals, value in pairs):
-        raise RecipeError(f"{name} takes NAME=VALUE; got {given!r}.")
-    return {key: value for key, _, value in pairs}
+        parts = [(name, "" if value is None else str(value)) for name, value in given.items()]
+    elif isinstance(given, str):
+        raise RecipeError(f"{expected}, any number of times; got {given!r}.")
+    else:
+        parts = [(t.rpartition("=") if kind is float else t.partition("="))[::2] for t in map(str, given)]
+    pairs: dict[str, Value] = {}
+    for name, value in parts:
+        if not name or not value:
+            raise RecipeError(f"{expected}; got {name + value!r}.")
+        if name in pairs:
+            raise RecipeError(f"{expected}, each name once; {name!r} comes twice.")
+        pairs[name] = kind(number_of(option, value) if kind is float else value)
+    return pairs
+
+
+def number_of(option: str, text: str) -> float:
+    """A finite number.
+
+    Raises:
+        RecipeError: it is none.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise RecipeError(f"{option} takes a finite number; got {text!r}.")
+    return number
 
 
 def _checked(name: str, value: Any, flag: Mapping[str, Any]) -> Any:

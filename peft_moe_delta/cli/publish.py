@@ -12,6 +12,7 @@ from ..evaluation.report import EvalReport
 from ..hub import CardFacts, push_to_hub, write_card
 from ..hub.card import CARD_FILE, FACTS_FILE
 from .command import Command
+from .options import pairs_of
 
 
 def _add_card_arguments(parser: ArgumentParser) -> None:
@@ -52,18 +53,11 @@ def _write_card(folder: Path, arguments: Namespace) -> Path:
             adapter=arguments.adapter,
             base_model=arguments.base_model,
             post_trained=arguments.post_trained,
-            parents=dict(_parent(text) for text in arguments.parent),
+            parents=pairs_of("--parent", arguments.parent),
             licence=arguments.licence,
             **said,
         )
     return write_card(arguments.output or folder, facts, EvalReport.load(report_path) if report_path else None)
-
-
-def _parent(text: str) -> tuple[str, str]:
-    model, equals, licence = text.partition("=")
-    if not (model and equals and licence):
-        raise CardError(f"--parent takes MODEL=LICENCE, such as Qwen/Qwen3-0.6B=apache-2.0; got {text!r}.")
-    return model, licence
 
 
 def _add_push_arguments(parser: ArgumentParser) -> None:

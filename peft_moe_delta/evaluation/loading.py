@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from ..errors import CheckpointError
 from ..languages import ORIGINAL_GROUP, closest_code
+from ..loading import load_causal_lm, load_tokenizer
 from ..tuner import MoeDeltaLayer
 from ..vocabulary import give_tokens
 
@@ -68,14 +68,8 @@ def load(source: Source) -> Measured:
     if isinstance(source, tuple):
         model, tokenizer = source
         return Measured(model, with_learnt_tokens(tokenizer, model), source=None)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(str(source)))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"Cannot load a model with its tokenizer from {str(source)!r}: {error}. Give a folder that save_pretrained "
-            "wrote, or a Hub id."
-        ) from error
+    model = load_causal_lm(source, dtype="auto")
+    tokenizer = load_tokenizer(with_tokenizer(str(source)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)  # type: ignore[arg-type]  # `to` loses its self
     return Measured(model, with_learnt_tokens(tokenizer, model), str(source))

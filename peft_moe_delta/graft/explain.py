@@ -10,14 +10,13 @@ import dataclasses
 from pathlib import Path
 from typing import NoReturn
 
-from peft import PeftConfig
 from transformers import PretrainedConfig
 
 from ..architectures import layer_index
 from ..errors import CheckpointError, GraftError
 from ..export import Fit, Layout, UpcycledWeights, choose, every_fit
 from ..export.names import DenseNames
-from ..loading import load_config
+from ..loading import load_adapter_config, load_config
 from ..tuner.blocks import is_target
 from ..tuner.config import MoeDeltaConfig
 from .weights import upcycled_weights, why_not_encodable
@@ -33,7 +32,7 @@ def explain(adapter: str | Path, post_trained: str | Path | None = None) -> list
     Raises:
         CheckpointError: no such adapter, another method's, or no such model.
     """
-    config = _adapter_config(adapter)
+    config = adapter_config(adapter)
     try:
         base = load_config(str(post_trained or config.base_model_name_or_path))
     except CheckpointError as error:
@@ -57,13 +56,13 @@ def explain(adapter: str | Path, post_trained: str | Path | None = None) -> list
     return [*fits, Fit("adapter over the post-trained model (graft)", Layout())]
 
 
-def _adapter_config(adapter: str | Path) -> MoeDeltaConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(adapter))
-    except ValueError as error:
-        raise CheckpointError(
-            f"{str(adapter)!r} is no adapter: {error}. Pass the folder that save_pretrained wrote."
-        ) from error
+def adapter_config(adapter: str | Path) -> MoeDeltaConfig:
+    """The config of an adapter of this package.
+
+    Raises:
+        CheckpointError: no such adapter, or another method's.
+    """
+    config = load_adapter_config(adapter)
     if not isinstance(config, MoeDeltaConfig):
         raise CheckpointError(f"{str(adapter)!r} is an adapter of {config.peft_type}, not of this package.")
     return config

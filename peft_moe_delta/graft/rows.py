@@ -22,9 +22,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..errors import GraftError
+from ..errors import CheckpointError, GraftError
+from ..loading import load_tokenizer
 from ..tensors import Tensors, is_embedding
 from ..tuner.config import MoeDeltaConfig
 
@@ -232,6 +233,8 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase | None:
     if not name or (Path(name).is_dir() and not (Path(name) / "tokenizer_config.json").is_file()):
         return None
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except OSError:  # a model that was made in memory, under a name of its own
-        return None
+        return load_tokenizer(name)
+    except CheckpointError:
+        if Path(name).is_dir():
+            raise
+        return None  # a model that was made in memory, under a name of its own

@@ -9,10 +9,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import MANIFEST_FILE, within
 from ..errors import CheckpointError
+from ..loading import load_tokenizer
 from ..tuner.config import MoeDeltaConfig
 from ..vocabulary import give_tokens
 
@@ -35,7 +36,7 @@ def grown_tokenizer(folder: Path, config: MoeDeltaConfig) -> PreTrainedTokenizer
     """
     if not config.new_tokens or config.first_new_token_id is None or not (folder / "tokenizer_config.json").is_file():
         return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
     give_tokens(tokenizer, config.new_tokens, config.first_new_token_id)
     return tokenizer
 

@@ -39,6 +39,9 @@ class Dryable(Tensors):
     tensors: Tensors
     switch: Switch
 
+    def origin(self, name: str) -> tuple[Mapping[str, Tensor], str]:
+        return self.tensors.origin(name)
+
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors.meta(name) if self.switch.dry else self.tensors[name]
 

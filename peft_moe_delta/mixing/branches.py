@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..checkpoint import CheckpointReader, resolve, whole_folder
 from ..errors import PlanError
 from ..languages import ORIGINAL_GROUP
+from ..loading import load_causal_lm, load_tokenizer
 from ..tuner import MoeDeltaConfig, MoeDeltaModel
 from .checks import check_branch
 
@@ -59,7 +60,7 @@ def mix(
     weights = _weights(branches, others, base_output)
     folder = resolve(seed)
     readers = {group: CheckpointReader(check_branch(folder, resolve(path))) for group, path in branches.items()}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = load_causal_lm(folder, dtype=dtype)
     model.name_or_path = str(seed)
     config = MoeDeltaConfig(
         languages=dict(languages or {group: group for group in branches}),
@@ -142,7 +143,7 @@ def _write_base(tuner: MoeDeltaModel, seed: Path, output: str | Path) -> None:
     with whole_folder(output) as folder:
         dense.save_pretrained(folder, state_dict=state)
         if (seed / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(seed).save_pretrained(folder)
+            load_tokenizer(seed).save_pretrained(folder)
 
 
 def _warn_of_equal_branches(tuner: MoeDeltaModel, branches: Mapping[str, str | Path]) -> None:

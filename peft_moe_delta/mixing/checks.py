@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer
-
 from ..checkpoint import CheckpointReader, first_few
 from ..errors import CheckpointError
+from ..loading import load_config, load_tokenizer
 
 _MEANING = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rope_parameters",
@@ -26,7 +25,7 @@ def check_branch(seed: Path, branch: Path) -> Path:
     Raises:
         CheckpointError: architecture, config, names, shapes or tokenizer differ, or a file cannot be read.
     """
-    ours, theirs = (AutoConfig.from_pretrained(folder) for folder in (seed, branch))
+    ours, theirs = (load_config(folder) for folder in (seed, branch))
     for field in _MEANING:
         one, other = getattr(ours, field, None), getattr(theirs, field, None)
         if one != other:
@@ -59,7 +58,7 @@ def _check_tokenizers(seed: Path, branch: Path) -> None:
     """Every token has one id in both, as far as both come with a tokenizer."""
     if not all((folder / "tokenizer_config.json").is_file() for folder in (seed, branch)):
         return
-    ours, theirs = (AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (seed, branch))
+    ours, theirs = (load_tokenizer(folder).get_vocab() for folder in (seed, branch))
     differing = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
     if differing:
         raise CheckpointError(

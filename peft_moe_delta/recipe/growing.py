@@ -14,13 +14,13 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
-from ..loading import load_adapter, load_tokenizer
+from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..tuner import MoeDeltaModel
 from .data import read_texts
@@ -97,7 +97,7 @@ def grow(growth: Growth) -> Path:
         LanguageError, PlanError: as `MoeDeltaModel.add_languages`.
     """
     with whole_folder(growth.output) as folder:
-        base = growth.model or PeftConfig.from_pretrained(growth.adapter).base_model_name_or_path
+        base = growth.model or load_adapter_config(growth.adapter).base_model_name_or_path
         if base is None:
             raise RecipeError(f"The adapter {growth.adapter} names no base model. Give it as `model`.")
         model = load_adapter(load_model(base), growth.adapter, is_trainable=True)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointReader, first_few
 from ..errors import CheckpointError
-from ..tensors import Held, View, is_embedding
+from ..tensors import Tensors, is_embedding
 
 VERSION = 2
 _SAMPLES = 8
@@ -210,10 +210,7 @@ def _places(name: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:
 
 
 def _source(weights: Mapping[str, Tensor], name: str) -> tuple[Mapping[str, Tensor], str]:
-    """Where a tensor lies, below any other names that it has, and its name there."""
-    while isinstance(weights, View):
-        weights, name = weights.places[name]
-    return (weights.tensors if isinstance(weights, Held) else weights), name
+    return weights.origin(name) if isinstance(weights, Tensors) else (weights, name)
 
 
 def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:

@@ -77,7 +77,7 @@ def test_the_command_prints_one_line_a_form(tmp_path, capsys):
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="is no adapter"):
+    with pytest.raises(CheckpointError, match="Cannot load a config of an adapter"):
         explain(tmp_path)
 
 

@@ -127,7 +127,7 @@ def test_the_command_writes_a_card_and_makes_it_again(models, tmp_path, capsys):
     (tmp_path / "card/README.md").write_text("spoilt")
     main(["card", str(tmp_path / "card")])
     assert (tmp_path / "card/README.md").read_bytes() == written
-    with pytest.raises(SystemExit, match="--parent takes MODEL=LICENCE"):
+    with pytest.raises(SystemExit, match="--parent takes NAME=VALUE; got 'mit'"):
         main(["card", str(models["stock"]), "--parent", "mit"])
 
 
