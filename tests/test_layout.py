@@ -45,8 +45,8 @@ LEVELS = {
 # trainers are watched. One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both
 # has these methods.
 WITHIN_A_LEVEL = {
-    ("languages", "errors"), ("architectures", "errors"), ("tensors", "errors"), ("cli", "recipe"),
-    ("evaluation", "vocabulary"), ("training", "monitor"), ("tuner", "graft"),
+    ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
+    ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"), ("tuner", "graft"),
 }  # fmt: skip
 
 TENSORS_AND_FILES_ONLY = {"tensors", "checkpoint"}  # use neither of the next line's libraries

@@ -6,8 +6,7 @@ on as many tokens, from the same weights; how many rows run at once and how they
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..export.gate import evaluating
 from .blocks import Block, decoder_blocks
 from .states import StateMeans
 from .statistics import LAST_LAYERS, SOURCES, LanguageStatistics
@@ -94,7 +94,7 @@ def measure_languages(
     blocks = decoder_blocks(model, target_modules)
     reader = _Reader(model, tokenizer, texts, blocks, measurement, batch_size, progress)
     grams: dict[str, np.ndarray] = {}
-    with _evaluation_mode(model):
+    with evaluating(model):
         if set(sources) & set(STATE_SOURCES):
             states = reader.states()
             grams |= {source: states[source] for source in STATE_SOURCES if source in sources}
@@ -202,15 +202,3 @@ def _settings(source: str, measurement: Measurement) -> dict[str, Any]:
         "gradients": ("tokens", "sequence_length", "vector_layers", "seed"),
     }.get(source, ("tokens", "sequence_length", "seed"))
     return {name: asdict(measurement)[name] for name in named}
-
-
-@contextmanager
-def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout; every module gets its own training flag back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -11,8 +11,7 @@ from tqdm import tqdm
 from ..errors import DataError
 from ..evaluation import TaskSet, evaluate_languages
 from ..evaluation.figures import check_installed
-from ..evaluation.page import write_report
-from ..evaluation.table import markdown
+from ..evaluation.page import markdown, write_report
 from ..recipe.data import read_tasks, read_texts
 from .command import Command
 from .options import pairs_of
@@ -63,8 +62,7 @@ def _evaluate(arguments: Namespace) -> str:
         progress=partial(tqdm, leave=False),
     )
     page = write_report(report, arguments.output)
-    doubts = [f"warning: {warning}" for warning in report.warnings]
-    return "\n".join([markdown(report, report.models[-1].name), "", *doubts, f"The report: {page}"])
+    return f"{markdown(report, report.models[-1].name)}\n\nThe report: {page}"
 
 
 COMMANDS = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ..evaluation.table import markdown
+from ..evaluation.page import markdown
 from ..hub import push_to_hub
 from ..hub.card import CARD_FILE
 from ..recipe import OURS, Run, read_recipe

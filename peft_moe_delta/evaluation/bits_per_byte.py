@@ -16,15 +16,22 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..padding import beginning
 from .forward import Progress, batches_by_length, evaluating, logits_at
 
 
 @dataclass(frozen=True, eq=False)
 class TextScore:
-    """Bits and bytes of each document, in the order the documents came in."""
+    """Bits, bytes and tokens of each document, in the order the documents came in.
+
+    Attributes:
+        definition: how they were scored, in words that stay with the number.
+    """
 
     bits: np.ndarray
     bytes: np.ndarray
+    tokens: np.ndarray
+    definition: str
 
     @property
     def value(self) -> float:
@@ -55,23 +62,27 @@ def bits_per_byte(
     """Score every token of every document exactly once.
 
     A document longer than `max_length` tokens is cut in windows of that length, each moving on by `stride` tokens
-    (default: half a window) and scored only on those; the tokens before them are context. `language` is handed to the
+    (default: a whole window, as lm-evaluation-harness does) and scored only on those; the tokens before them are
+    context. `language` is handed to the
     model's forward when given. `progress` wraps the list of batches, e.g. `tqdm.tqdm`.
     """
-    stride = max(1, max_length // 2) if stride is None else stride
+    stride = max_length if stride is None else stride
     if not 1 <= stride <= max_length:
         raise DataError(f"stride: got {stride}, expected 1 to max_length ({max_length}). Lower it, or leave it out.")
-    windows = [
-        window
-        for document, ids in enumerate(_encode(tokenizer, documents))
-        for window in _windows(document, ids, max_length, stride)
-    ]
+    encoded = list(_encode(tokenizer, documents))
+    windows = [window for document, ids in enumerate(encoded) for window in _windows(document, ids, max_length, stride)]
     batches = batches_by_length([len(window.inputs) for window in windows], batch_size)
     bits = np.zeros(len(documents))
     with evaluating(model):
         for batch in progress(batches) if progress else batches:
             _add_bits(model, [windows[index] for index in batch], language, bits)
-    return TextScore(bits=bits, bytes=np.array([len(document.encode()) for document in documents]))
+    return TextScore(
+        bits=bits,
+        bytes=np.array([len(document.encode()) for document in documents]),
+        tokens=np.array([len(ids) - 1 for ids in encoded]),
+        definition=f"every token once, in windows of {max_length} tokens that move on by {stride}; every document "
+        f"begins with {tokenizer.convert_ids_to_tokens(beginning(tokenizer))}",
+    )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> Iterator[list[int]]:
@@ -79,17 +90,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> Ite
     if isinstance(documents, str) or len(documents) == 0:
         got = "one string" if isinstance(documents, str) else "an empty list"
         raise DataError(f"documents: got {got}, expected a list of texts. Pass at least one document, in a list.")
-    beginning = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if beginning is None:
-        raise DataError(
-            "tokenizer: got neither a bos nor an eos token, expected one of them to begin every document with. "
-            "Set tokenizer.bos_token."
-        )
+    first = beginning(tokenizer)
     encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
     for index, ids in enumerate(encoded):
         if not ids:
             raise DataError(f"documents[{index}]: got no text, expected at least one token. Drop empty documents.")
-        yield [beginning, *ids]
+        yield [first, *ids]
 
 
 def _windows(document: int, ids: list[int], max_length: int, stride: int) -> Iterator[Window]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,8 @@ class Items:
     Attributes:
         values: one number an item.
         weights: what the sum of values is divided by, item by item (bytes); None for a mean.
+        tokens: how many were scored; None where that is not counted.
+        definition: how the number came about.
         paired: whether the same items are there for every model, so that differences mean something.
     """
 
@@ -35,6 +38,19 @@ class Items:
     values: np.ndarray
     weights: np.ndarray | None = None
     paired: bool = True
+    tokens: int | None = None
+    definition: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values that `from_json` reads back."""
+        weights = None if self.weights is None else self.weights.tolist()
+        return {**vars(self), "values": self.values.tolist(), "weights": weights}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Items:
+        """Read what `to_json` gave."""
+        weights = None if data["weights"] is None else np.array(data["weights"])
+        return cls(**{**data, "values": np.array(data["values"]), "weights": weights})
 
     @property
     def higher_is_better(self) -> bool:
@@ -43,12 +59,20 @@ class Items:
 
 def text_items(language: str, score: TextScore) -> Items:
     """Bits per byte of held-out text."""
-    return Items(TEXT, "bits_per_byte", language, score.bits, score.bytes)
+    return Items(
+        TEXT,
+        "bits_per_byte",
+        language,
+        score.bits,
+        score.bytes,
+        tokens=int(score.tokens.sum()),
+        definition=score.definition,
+    )
 
 
 def task_items(name: str, language: str | None, score: TaskScore) -> Items:
     """Exact match of a set of tasks."""
-    return Items(name, "exact_match", language, score.correct)
+    return Items(name, "exact_match", language, score.correct, definition=score.definition)
 
 
 def confusion_items(name: str, language: str, score: ConfusionScore) -> list[Items]:
@@ -57,7 +81,7 @@ def confusion_items(name: str, language: str, score: ConfusionScore) -> list[Ite
     if score.word_clean is not None:
         rates.append((score.word_metric, score.word_clean, score.line_clean))
     return [
-        Items(name, metric, language, clean[counted].astype(float), paired=False)
+        Items(name, metric, language, clean[counted].astype(float), paired=False, definition=score.definition)
         for metric, clean, counted in rates
         if counted.any()
     ]
@@ -143,6 +167,8 @@ def _score(model: str, one: Items, groups: Mapping[str, str]) -> Score:
         language=one.language,
         status=status_of(one.language, groups),
         items=len(one.values),
+        tokens=one.tokens,
+        definition=one.definition,
         higher_is_better=one.higher_is_better,
         **interval._asdict(),
     )

@@ -26,7 +26,7 @@ import regex
 
 from ..errors import DataError
 from ..languages import script_of
-from .identification import detect_language, label_of
+from .identification import SURE, detect_language, label_of
 
 SHORTEST_LINE = 5
 """Words a line must have to be counted."""
@@ -55,6 +55,12 @@ class ConfusionScore:
     line_clean: np.ndarray
     word_clean: np.ndarray | None
     english: str = "web2"
+
+    @property
+    def definition(self) -> str:
+        """How the rates came about."""
+        words = "" if self.word_clean is None else f"; English words are those of the {self.english} list"
+        return f"lines of {SHORTEST_LINE} words or more, their language by lid.176 (small) above {SURE}{words}"
 
     @property
     def line_pass_rate(self) -> float | None:

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..padding import beginning_of_prompt
 from .forward import Progress, batches_by_length, evaluating, logits_at
 
 IGNORED = -100  # the label that PyTorch's cross-entropy and every Trainer leave out of the loss
@@ -20,9 +21,10 @@ IGNORED = -100  # the label that PyTorch's cross-entropy and every Trainer leave
 
 @dataclass(frozen=True, eq=False)
 class TaskScore:
-    """1.0 for each task answered exactly, else 0.0, in the order the tasks came in."""
+    """1.0 for each task answered exactly, else 0.0, in the order the tasks came in; and how they were scored."""
 
     correct: np.ndarray
+    definition: str
 
     @property
     def value(self) -> float:
@@ -38,8 +40,7 @@ def encode_task(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) ->
     """
     if tokenizer.eos_token_id is None:
         raise DataError("tokenizer: got no eos token, expected one to end an answer with. Set tokenizer.eos_token.")
-    beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    context = beginning + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    context = beginning_of_prompt(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     target = tokenizer(answer, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
     if not context or len(target) == 1:
         raise DataError(
@@ -66,7 +67,9 @@ def exact_match(
     with evaluating(model):
         for batch in progress(batches) if progress else batches:
             correct[batch] = _answered(model, [encoded[index] for index in batch], language)
-    return TaskScore(correct=correct)
+    begins = tokenizer.convert_ids_to_tokens(beginning_of_prompt(tokenizer))
+    definition = "the greedy answer is the expected one, token by token to the end; every prompt begins with "
+    return TaskScore(correct=correct, definition=definition + (begins[0] if begins else "its own first token"))
 
 
 def _encode(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from .report import TEXT, Difference, EvalReport, Score
+from .report import TEXT, Difference, EvalReport, Score, heading
 
 INK = "#1f2430"
 """Of text and axes; in the page it follows the reader's light or dark theme."""
@@ -94,18 +94,6 @@ def as_svg(figure: Any) -> str:
     text = buffer.getvalue()
     width = f'style="max-width: {figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px" '
     return text[text.index("<svg") :].replace(INK, "currentColor").replace("<svg ", f"<svg {width}", 1)
-
-
-def heading(column: Score | Difference) -> str:
-    """What a column of numbers is called: `hu bits/byte`, or the name of the tasks."""
-    from .report import METRICS
-
-    label = METRICS[column.metric].label if column.metric in METRICS else column.metric
-    if column.task == TEXT:
-        return f"{column.language} {label}"
-    if column.metric == "exact_match":
-        return column.task
-    return " ".join(part for part in (column.language, column.task, label) if part)
 
 
 def colour_of(report: EvalReport, model: str) -> str:

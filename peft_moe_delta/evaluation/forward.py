@@ -44,6 +44,7 @@ def logits_at(
     """
     forward = _inner_forward(model)
     device = next(model.parameters()).device
+    check_positions(model, max(len(row) for row in rows))
     input_ids, attention_mask = padded(rows)
     wanted = torch.tensor(list(positions), device=device)
     options: dict[str, Any] = {} if language is None else {"language": language}
@@ -53,6 +54,27 @@ def logits_at(
         options["logits_to_keep"] = wanted
     logits = model(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **options).logits
     return logits if "logits_to_keep" in forward else logits[:, wanted]
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """How many positions a model has; None where nothing limits them."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    most = getattr(text, "max_position_embeddings", None)
+    return most if isinstance(most, int) else None
+
+
+def check_positions(model: nn.Module, tokens: int) -> None:
+    """
+    Raises:
+        DataError: a row is longer than the model has positions for.
+    """
+    most = most_tokens(model)
+    if most is not None and tokens > most:
+        raise DataError(
+            f"The model reads at most {most} tokens at a time; got a row of {tokens}. Pass max_length={most} or less, "
+            "or shorter tasks and prompts."
+        )
 
 
 def _inner_forward(model: nn.Module) -> frozenset[str]:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..errors import DataError
-from .forward import Progress, batches_by_length, evaluating
+from ..padding import beginning_of_prompt
+from .forward import Progress, batches_by_length, check_positions, evaluating
 
 
 def generate(
@@ -36,8 +37,6 @@ def generate(
     """
     if isinstance(prompts, str) or len(prompts) == 0:
         raise DataError("prompts: expected a list with at least one text. Pass what the model is to continue.")
-    if chat and tokenizer.chat_template is None:
-        raise DataError("The tokenizer has no chat template. Set tokenizer.chat_template, or pass chat=False.")
     rows = [_encode(tokenizer, prompt, chat) for prompt in prompts]
     written = [""] * len(rows)
     with evaluating(model):
@@ -49,13 +48,22 @@ def generate(
     return written
 
 
+def in_chat(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A prompt as a chat model sees it: a user's turn in the chat template, and the beginning of the answer.
+
+    Raises:
+        DataError: the tokenizer has no chat template.
+    """
+    if tokenizer.chat_template is None:
+        raise DataError("The tokenizer has no chat template. Set tokenizer.chat_template, or pass chat=False.")
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> list[int]:
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
-    beginning = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return beginning + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if chat:  # a template brings its own beginning
+        return list(tokenizer(in_chat(tokenizer, prompt), add_special_tokens=False)["input_ids"])
+    return beginning_of_prompt(tokenizer) + list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 
 def _continue(
@@ -63,6 +71,7 @@ def _continue(
 ) -> list[str]:
     """One batch, padded on the left; the padding's id does not matter, as it is masked."""
     longest = max(len(row) for row in rows)
+    check_positions(model, longest + max_new_tokens)
     padding = tokenizer.eos_token_id or 0
     input_ids = torch.tensor([[padding] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])

@@ -154,6 +154,7 @@ def _scores(
                 low=None if spread is None else value - spread,
                 high=None if spread is None else value + spread,
                 items=data.get("n-samples", {}).get(task, {}).get("effective"),
+                definition=f"by lm-evaluation-harness {data.get('lm_eval_version', '')}".strip(),
                 higher_is_better=bool(data.get("higher_is_better", {}).get(task, {}).get(metric, True)),
             )
         )

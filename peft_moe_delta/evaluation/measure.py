@@ -1,13 +1,15 @@
-"""`evaluate_languages`: any number of models, side by side, on the same held-out material.
+"""From models to a report: each is measured once, alone in memory, and what was found is put side by side.
 
 In: models (folders, Hub ids, adapters, models in memory) and, by language, texts, tasks and prompts. Out: `EvalReport`.
-Models are loaded and measured one after another, so that only one is in memory at a time.
+`evaluate_languages` does it in one go; a recipe keeps each model's `Findings` as a file and assembles them at its end.
 """
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,23 +17,15 @@ from typing import Any
 import torch
 
 from ..errors import DataError
-from .compare import (
-    Items,
-    all_pairs,
-    check_references,
-    compare,
-    confusion_items,
-    status_of,
-    transfer,
-)
+from .compare import Items, all_pairs, check_references, compare, confusion_items, status_of, transfer
 from .confusion import check_can_score, language_confusion
 from .fertility import fertility
 from .forward import Progress
-from .generation import generate
+from .generation import generate, in_chat
 from .identification import wrong_language
 from .loading import Measured, Source, load
 from .report import Agreement, EvalReport, Fertility, Generation, Model, Routing, TokenView
-from .routes import first_choice_agreement, routing_by_language, token_view
+from .routes import drift_doubts, route_drift, routing_by_language, token_view
 from .scoring import Material, TaskSet, score_material
 
 PROMPTS = "answers"
@@ -41,6 +35,47 @@ _PACKAGES = ("peft-moe-delta", "peft", "torch", "transformers")
 _ROUTED_TEXTS = 8  # of a language, for routing shares
 _SHOWN_CHARACTERS = 200  # of a text, in the token view
 _SHOWN_PROMPTS = 3  # of a language, side by side
+
+Bar = Callable[[str], Progress | None]
+"""What is being done -> what wraps its list of batches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """All that was found out about one model.
+
+    Attributes:
+        model: its row in the report.
+        groups: language -> group, of an adapter of this package.
+        items: its measures, item by item.
+        routing, tokens, fertility: rows of the report.
+        answers: language -> what it wrote, prompt by prompt.
+    """
+
+    model: Model
+    groups: dict[str, str] = field(default_factory=dict)
+    items: list[Items] = field(default_factory=list)
+    routing: list[Routing] = field(default_factory=list)
+    tokens: list[TokenView] = field(default_factory=list)
+    fertility: list[Fertility] = field(default_factory=list)
+    answers: dict[str, list[str]] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        """Write a JSON file that `load` reads."""
+        rows = {name: [vars(row) for row in getattr(self, name)] for name in _FOUND}
+        data = {"model": asdict(self.model), "groups": self.groups, "items": [one.to_json() for one in self.items]}
+        path.write_text(json.dumps({**data, **rows, "answers": self.answers}, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Findings:
+        """Read what `save` wrote."""
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data |= {name: [kind(**row) for row in data[name]] for name, kind in _FOUND.items()}
+        data |= {"model": Model(**data["model"]), "items": [Items.from_json(one) for one in data["items"]]}
+        return cls(**data)
+
+
+_FOUND: dict[str, Callable[..., Any]] = {"routing": Routing, "tokens": TokenView, "fertility": Fertility}
 
 
 def evaluate_languages(
@@ -71,7 +106,8 @@ def evaluate_languages(
         tasks: name -> tasks with exact answers.
         prompts: language -> prompts whose answers should be in it, for language confusion and to read.
         trained: model -> the languages it was trained on, for the transfer matrix against the first reference.
-        agreement: pairs of models of one plan (before and after grafting, say) whose routes are compared.
+        agreement: pairs of models of one plan, the one after grafting (say) and the one before: whether their routes
+            agree, on the texts and, with `chat`, on the prompts as the model sees them.
         english: English words for the word pass rate; see `language_confusion`.
         chat: put prompts through the chat template.
         max_length: tokens a window of text; see `bits_per_byte`.
@@ -90,63 +126,55 @@ def evaluate_languages(
     for code in material.prompts:
         check_can_score(code)
     warnings = doubts(material)  # first: they need an extra that may be missing
-    options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size, "progress": progress}
-    rows, items, routing, tokens, fertile = [], {}, [], [], []
-    answers: dict[str, dict[str, list[str]]] = {}
-    groups = dict(languages or {})
+    found: dict[str, Findings] = {}
     for name, source in models.items():
         measured = load(source)
-        if languages is None:
-            groups = measured.groups | groups
-        items[name], model_row = measure_items(measured, name, material, **options)
-        rows.append(model_row)
-        for code, asked in material.prompts.items():
-            written = generate(
-                measured.model,
-                measured.tokenizer,
-                asked,
-                language=measured.spoken(code),
-                max_new_tokens=max_new_tokens,
-                chat=chat,
-                progress=progress,
-            )
-            answers.setdefault(code, {})[name] = written
-            items[name] += confusion_items(PROMPTS, code, language_confusion(written, code, english=english))
-        fertile += fertility_rows(measured, name, material.texts)
-        routed, viewed = look_at_routing(measured, name, material.texts)
-        routing += routed
-        tokens += viewed
-    scores, differences = compare(items, groups, all_pairs(models, references))
-    return EvalReport(
-        models=rows,
-        languages={code: status_of(code, groups) or "unseen" for code in (*material.texts, *material.prompts)},
-        references=list(references),
-        scores=scores,
-        differences=differences,
-        routing=routing,
-        agreement=[row for pair in agreement for row in _agreements(pair, models, material.texts)],
-        tokens=tokens,
-        generations=side_by_side(material.prompts, answers),
-        transfer=transfer(items, trained, references[0]) if trained else [],
-        fertility=fertile,
+        found[name] = measure(
+            measured,
+            name,
+            material,
+            max_length=max_length,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            bar=lambda label: progress,
+        )
+        found[name].items.extend(
+            row
+            for code, written in found[name].answers.items()
+            for row in confusion_items(PROMPTS, code, language_confusion(written, code, english=english))
+        )
+    groups: dict[str, str] = {}
+    for findings in found.values():
+        groups = findings.groups | groups
+    drift = [row for pair in agreement for row in _drift(pair, models, material, chat)]
+    return assemble(
+        found,
+        material.prompts,
+        groups=groups if languages is None else languages,
+        languages=[*material.texts, *material.prompts],
+        references=references,
+        pairs=all_pairs(models, references),
+        trained=trained,
+        agreement=drift,
         warnings=warnings,
-        command=command(),
-        versions=versions(),
     )
 
 
-def measure_items(
-    measured: Measured, name: str, material: Material, *, max_length: int, batch_size: int, progress: Progress | None
-) -> tuple[list[Items], Model]:
-    """Text and tasks of one model, item by item, and what scoring the text cost."""
+def measure(
+    measured: Measured,
+    name: str,
+    material: Material,
+    *,
+    max_length: int = 512,
+    batch_size: int = 8,
+    max_new_tokens: int = 64,
+    chat: bool = False,
+    bar: Bar = lambda label: None,
+) -> Findings:
+    """One model: scored on texts and tasks, asked the prompts, and its routes looked at."""
     peak = _Peak()
-    scores = score_material(
-        measured,
-        material,
-        text_options={"max_length": max_length, "batch_size": batch_size},
-        task_options={},
-        bar=lambda label: progress,
-    )
+    scores = score_material(measured, material, max_length=max_length, batch_size=batch_size, bar=bar)
     row = Model(
         name=name,
         source=measured.source,
@@ -154,17 +182,83 @@ def measure_items(
         tokens_per_second=scores.tokens_per_second,
         peak_memory_bytes=peak.read(),
     )
-    return scores.items({task: listed.language for task, listed in material.tasks.items()}), row
+    routing, views = look_at_routing(measured, name, material.texts)
+    answers = {
+        code: generate(
+            measured.model,
+            measured.tokenizer,
+            asked,
+            language=measured.spoken(code),
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            progress=bar(f"{code} prompts"),
+        )
+        for code, asked in material.prompts.items()
+    }
+    return Findings(
+        model=row,
+        groups=measured.groups,
+        items=scores.items(material.tasks),
+        routing=routing,
+        tokens=views,
+        fertility=fertility_rows(measured, name, material.texts),
+        answers=answers,
+    )
+
+
+def assemble(
+    found: Mapping[str, Findings],
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    groups: Mapping[str, str],
+    languages: Iterable[str],
+    references: Sequence[str],
+    pairs: Sequence[tuple[str, str]],
+    trained: Mapping[str, Sequence[str]] | None = None,
+    agreement: Sequence[Agreement] = (),
+    warnings: Sequence[str] = (),
+) -> EvalReport:
+    """What was found out about each model, side by side.
+
+    Args:
+        found: by the models' names, in the order of the tables.
+        prompts: what they were asked, by language.
+        groups: language -> group; one without is unseen.
+        languages: codes, in order.
+        references, trained: as in `evaluate_languages`.
+        pairs: models whose difference is taken.
+        agreement: of the routes of models before and after a graft; where they drift, a warning comes first.
+        warnings: beside those.
+    """
+    items = {name: findings.items for name, findings in found.items()}
+    scores, differences = compare(items, groups, pairs)
+    statuses = {code: status_of(code, groups) or "unseen" for code in languages}
+    answers = {code: {name: f.answers[code] for name, f in found.items() if code in f.answers} for code in prompts}
+    return EvalReport(
+        models=[findings.model for findings in found.values()],
+        languages=statuses,
+        references=list(references),
+        scores=scores,
+        differences=differences,
+        routing=[row for findings in found.values() for row in findings.routing],
+        agreement=list(agreement),
+        tokens=[row for findings in found.values() for row in findings.tokens],
+        generations=side_by_side(prompts, answers),
+        transfer=transfer(items, trained, references[0]) if trained else [],
+        fertility=[row for findings in found.values() for row in findings.fertility],
+        warnings=[*drift_doubts(agreement, statuses), *warnings],
+        command=command(),
+        versions=versions(),
+    )
 
 
 def look_at_routing(
-    measured: Measured, name: str, texts: Mapping[str, Sequence[str]], experts: Sequence[str] | None = None
+    measured: Measured, name: str, texts: Mapping[str, Sequence[str]]
 ) -> tuple[list[Routing], list[TokenView]]:
     """Routing shares of a few texts a language, and the first of them token by token; nothing of a dense model."""
     shares, views = [], []
     for code, documents in texts.items():
-        options: dict[str, Any] = {"name": name, "language": code, "experts": experts}
-        options["spoken"] = measured.spoken(code)
+        options: dict[str, Any] = {"name": name, "language": code, "spoken": measured.spoken(code)}
         row = routing_by_language(measured.model, measured.tokenizer, documents[:_ROUTED_TEXTS], **options)
         view = token_view(measured.model, measured.tokenizer, documents[0][:_SHOWN_CHARACTERS], **options)
         if row is not None and view is not None:
@@ -182,24 +276,15 @@ def fertility_rows(measured: Measured, name: str, texts: Mapping[str, Sequence[s
     ]
 
 
-def _agreements(
-    pair: tuple[str, str], models: Mapping[str, Source], texts: Mapping[str, Sequence[str]]
-) -> list[Agreement]:
-    """Of two models, language by language."""
-    model, reference = load(models[pair[0]]), load(models[pair[1]])
-    found = (
-        first_choice_agreement(
-            model.model,
-            reference.model,
-            model.tokenizer,
-            documents[:_ROUTED_TEXTS],
-            names=pair,
-            language=code,
-            spoken=(model.spoken(code), reference.spoken(code)),
-        )
-        for code, documents in texts.items()
-    )
-    return [row for row in found if row is not None]
+def _drift(pair: tuple[str, str], models: Mapping[str, Source], material: Material, chat: bool) -> list[Agreement]:
+    """Of two models, on the texts and on the prompts as a chat model sees them."""
+    after, before = load(models[pair[0]]), load(models[pair[1]])
+    texts = {code: documents[:_ROUTED_TEXTS] for code, documents in material.texts.items()}
+    rows = route_drift(before, after, texts, names=pair)
+    if chat:
+        asked = {code: [in_chat(after.tokenizer, text) for text in texts] for code, texts in material.prompts.items()}
+        rows += route_drift(before, after, asked, names=pair, kind="chat")
+    return rows
 
 
 def side_by_side(

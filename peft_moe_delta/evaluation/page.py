@@ -1,20 +1,22 @@
-"""The report as one self-contained HTML page: no network, works from a file, light and dark, readable on a phone.
+"""The report to be read: Markdown tables for terminals, READMEs and cards, and one self-contained HTML page.
 
-In: `EvalReport`. Out: `report.html`, beside the JSON that every number in it comes from and the figures as PNG.
+In: `EvalReport`. Out: Markdown; or `report.html` (no network, works from a file, light and dark, readable on a phone)
+beside the JSON that every number in it comes from and the figures as PNG.
 """
 
 from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .figures import COLOURS, as_svg, colour_of, figures, heading, save_pngs
-from .report import EvalReport, Score
+from .figures import COLOURS, as_svg, colour_of, figures, save_pngs
+from .report import METRICS, TEXT, Difference, EvalReport, Score, heading
 
 PAGE = "report.html"
 FIGURES = "figures"
@@ -57,6 +59,63 @@ def render(report: EvalReport) -> str:
         transfer=transfer_table(report),
         command=shlex.join(report.command),
     )
+
+
+def markdown(report: EvalReport, model: str) -> str:
+    """Warnings, every model's scores, what `model` gained and lost, and how each number came about."""
+    parts = [*(f"Warning: {warning}" for warning in report.warnings)]
+    for title, table in tables(report, model):
+        parts += [f"{title}:", table]
+    if definitions := report.definitions():
+        parts.append("\n".join(f"- {definition}" for definition in definitions))
+    return "\n\n".join(parts)
+
+
+def tables(report: EvalReport, model: str) -> list[tuple[str, str]]:
+    """`(title, Markdown)`: every model's scores, then what the named one gained and lost."""
+    columns = report.columns()
+    found = [
+        (
+            "Scores, with 95% intervals",
+            _table(
+                columns,
+                (
+                    (_bold(row.name, model), [_cell(report.score(row.name, column)) for column in columns])
+                    for row in report.models
+                ),
+            ),
+        )
+    ]
+    pairs = [pair for pair in report.pairs() if pair[0] == model]
+    if pairs:
+        rows = (
+            (f"minus {reference}", [_cell(report.difference(model, reference, c), "+") for c in columns])
+            for _, reference in pairs
+        )
+        found.append((f"{model}, paired differences", _table(columns, rows)))
+    return found
+
+
+def _table(columns: list[Score], rows: Iterable[tuple[str, list[str]]]) -> str:
+    lines = [["", *(_directed(column) for column in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[name, *cells] for name, cells in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _directed(column: Score) -> str:
+    """What was measured, in which language, and which way is up."""
+    status = f" ({column.status})" if column.status else ""
+    label = METRICS[column.metric].label if column.metric in METRICS else column.metric
+    what = label if column.task == TEXT else f"{column.task}: {label}"
+    return f"{column.language or ''}{status} {what} {'↑' if column.higher_is_better else '↓'}".strip()
+
+
+def _cell(row: Score | Difference | None, sign: str = "") -> str:
+    return "not measured" if row is None else shown(row, sign)
+
+
+def _bold(name: str, model: str) -> str:
+    return f"**{name}**" if name == model else name
 
 
 def shown(row: Any, sign: str = "") -> str:

@@ -8,6 +8,7 @@ are drawn from, so that each of their numbers can be found in it. Results are ke
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from ..errors import DataError
 
-FORMAT = 1
+FORMAT = 2
 """Of the file: raised when a reader of the old one would misread the new one."""
 
 FILE = "report.json"
@@ -82,6 +83,8 @@ class Score:
         value: in the metric's own unit: bits a byte, or a share between 0 and 1.
         low, high: 95% bootstrap interval; None where the tool gave none.
         items: documents or tasks it was measured on.
+        tokens: how many of them were scored; None where that is not counted.
+        definition: how the number came about: windows, beginning of texts, precision, whatever it depends on.
         higher_is_better: which way is up.
     """
 
@@ -94,6 +97,8 @@ class Score:
     low: float | None = None
     high: float | None = None
     items: int | None = None
+    tokens: int | None = None
+    definition: str | None = None
     higher_is_better: bool = True
 
 
@@ -137,13 +142,24 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """For each layer the share of tokens whose first expert is the same in two models of one plan."""
+    """Whether two models of one plan (before and after a graft, say) send tokens to the same experts, layer by layer.
+
+    Attributes:
+        shares: tokens whose set of chosen experts is the same in both, [layer].
+        kind: what the tokens are of: `"text"`, or `"chat"` as the chat template writes it.
+        off: tokens whose first expert is not expert 0, mean over layers; `reference_off` in the other model.
+        tokens: how many.
+    """
 
     model: str
     reference: str
     language: str
     layers: list[int]
     shares: list[float]
+    kind: str = "text"
+    off: float = 0.0
+    reference_off: float = 0.0
+    tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,6 +263,18 @@ class EvalReport:
         """`(model, reference)` of every comparison, in order of appearance."""
         return list(dict.fromkeys((d.model, d.reference) for d in self.differences))
 
+    def definitions(self) -> list[str]:
+        """What the numbers of each column are: how many items and tokens, and how they were scored."""
+        told: dict[str, list[str]] = {}
+        for column in self.columns():
+            scores = [s for s in self.scores if _key(s) == _key(column)]
+            for text in dict.fromkeys(s.definition for s in scores if s.definition):
+                same = [s for s in scores if s.definition == text]
+                tokens = _range([s.tokens for s in same])
+                counts = f"{heading(column)} ({_range([s.items for s in same])} items{tokens and f', {tokens} tokens'})"
+                told.setdefault(text, []).append(counts)
+        return [f"{', '.join(columns)}: {text}." for text, columns in told.items()]
+
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` into a folder, which is made if need be. Returns the file."""
         path = Path(folder) / FILE
@@ -305,6 +333,22 @@ def _as_text(item: tuple[str, Any]) -> str:
     if key in _ROWS and value:
         return f"{write(key)}: [\n " + ",\n ".join(map(write, value)) + "\n]"
     return f"{write(key)}: {write(value)}"
+
+
+def heading(column: Score | Difference) -> str:
+    """What a column of numbers is called: `hu bits/byte`, or the name of the tasks."""
+    label = METRICS[column.metric].label if column.metric in METRICS else column.metric
+    if column.task == TEXT:
+        return f"{column.language} {label}"
+    if column.metric == "exact_match":
+        return column.task
+    return " ".join(part for part in (column.language, column.task, label) if part)
+
+
+def _range(counts: Iterable[int | None]) -> str:
+    """`40`, or `1,200 to 1,300` where models differ; nothing where it is not known."""
+    known = sorted({count for count in counts if count is not None})
+    return " to ".join(f"{count:,}" for count in dict.fromkeys([*known[:1], *known[-1:]]))
 
 
 def _key(row: Score | Difference) -> tuple[str, str, str | None]:

@@ -8,17 +8,29 @@ Shape legend: T tokens, E experts, K chosen experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..languages import closest_code
+from ..padding import beginning
 from ..routing import Routes
 from ..tuner import MoeDeltaLayer
+from ..tuner.agreement import same_experts
 from ..tuner.recording import recording, routed_layers
-from .forward import batches_by_length, evaluating, logits_at
-from .report import Agreement, Routing, TokenView
+from .forward import batches_by_length, evaluating, logits_at, most_tokens
+from .loading import Measured
+from .report import Agreement, Routing, Status, TokenView
+
+AGREE = 0.9
+"""Share of tokens that keep their experts below which a graft's routes are said to drift. Grafts that lose nothing
+keep 97% and more; one that lost its whole skill kept 48% of its English tokens."""
+
+STRAY = 0.1
+"""Further share of an original language's tokens off expert 0 from which on routes are said to drift."""
 
 _LONGEST = 512  # tokens of a text that are looked at
 _BATCH = 8
@@ -62,28 +74,71 @@ def routing_by_language(
     )
 
 
-def first_choice_agreement(
-    model: nn.Module,
-    reference: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+def route_drift(
+    before: Measured,
+    after: Measured,
+    texts: Mapping[str, Sequence[str]],
     *,
     names: tuple[str, str],
-    language: str,
-    spoken: tuple[str | None, str | None] = (None, None),
-) -> Agreement | None:
-    """How often two models of one plan send a token to the same expert first; None where they route no common layer."""
-    ours = _routes(model, tokenizer, texts, spoken[0])
-    theirs = _routes(reference, tokenizer, texts, spoken[1])
-    layers = [
-        index
-        for index in ours
-        if index in theirs and ours[index].probabilities_TE.shape == theirs[index].probabilities_TE.shape
-    ]
-    if not layers:
-        return None
-    same = [(ours[i].indices_TK[:, 0] == theirs[i].indices_TK[:, 0]).double().mean().item() for i in layers]
-    return Agreement(model=names[0], reference=names[1], language=language, layers=layers, shares=same)
+    kind: str = "text",
+) -> list[Agreement]:
+    """What a change of the weights did to a plan's routes, by language: a graft, or 16 bits.
+
+    Args:
+        before, after: two models of one plan; texts become `after`'s tokens in both.
+        texts: language -> texts.
+        names: of `after` and of `before`.
+        kind: what the texts are, `"text"` or `"chat"`.
+
+    Returns:
+        A row a language; none where the two route no common layer.
+    """
+    rows = []
+    for code, listed in texts.items():
+        now = _routes(after.model, after.tokenizer, listed, after.spoken(code))
+        then = _routes(before.model, after.tokenizer, listed, before.spoken(code))
+        layers = [i for i in now if i in then and now[i].probabilities_TE.shape == then[i].probabilities_TE.shape]
+        if layers:
+            rows.append(
+                Agreement(
+                    model=names[0],
+                    reference=names[1],
+                    language=code,
+                    kind=kind,
+                    layers=layers,
+                    shares=[same_experts(now[i], then[i]).double().mean().item() for i in layers],
+                    off=fmean(_off_expert_0(now[i]) for i in layers),
+                    reference_off=fmean(_off_expert_0(then[i]) for i in layers),
+                    tokens=len(now[layers[0]].indices_TK),
+                )
+            )
+    return rows
+
+
+def drift_doubts(rows: Iterable[Agreement], statuses: Mapping[str, Status]) -> list[str]:
+    """Where routes drift so far that what the experts learnt may not be reached, and what to do about it."""
+    found = []
+    for row in rows:
+        agree, of = fmean(row.shares), f"{row.language!r} tokens ({row.kind})"
+        strays = row.off - row.reference_off if status_of_row(row, statuses) == "original" else 0.0
+        if agree < AGREE or strays > STRAY:
+            found.append(
+                f"Routes drift: {agree:.0%} of {of} go to the same experts in {row.model!r} as in {row.reference!r}, "
+                f"and {row.off:.0%} instead of {row.reference_off:.0%} leave expert 0. What the experts learnt may not "
+                "be reached: review the routers on the grafted model (start_review), or route by language."
+            )
+    return found
+
+
+def status_of_row(row: Agreement, statuses: Mapping[str, Status]) -> Status | None:
+    """What the language of a row is to the models."""
+    code = closest_code(row.language, statuses)
+    return None if code is None else statuses[code]
+
+
+def _off_expert_0(routes: Routes) -> float:
+    """Share of tokens whose first expert is another than expert 0."""
+    return (routes.indices_TK[:, 0] != 0).double().mean().item()
 
 
 def token_view(
@@ -99,7 +154,7 @@ def token_view(
 ) -> TokenView | None:
     """Router probabilities of every token of a short text; None for a model without routers."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"][:longest]
-    routes = _routes_of_rows(model, [ids], spoken)
+    routes = _routes_of_rows(model, [ids], tokenizer, spoken)
     if not routes:
         return None
     width = max(r.probabilities_TE.shape[1] for r in routes.values())
@@ -131,22 +186,27 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]
 def _routes(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], language: str | None
 ) -> dict[int, Routes]:
-    rows = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=_LONGEST)["input_ids"]
-    return _routes_of_rows(model, [row for row in rows if row], language)
+    longest = min(_LONGEST, most_tokens(model) or _LONGEST) - 1  # a beginning comes before
+    rows = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
+    return _routes_of_rows(model, [row for row in rows if row], tokenizer, language)
 
 
-def _routes_of_rows(model: nn.Module, rows: Sequence[Sequence[int]], language: str | None) -> dict[int, Routes]:
-    """Layer -> routes of all tokens of all rows, on the CPU, in an order that does not depend on the model."""
+def _routes_of_rows(
+    model: nn.Module, rows: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase, language: str | None
+) -> dict[int, Routes]:
+    """Layer -> routes of all tokens of all rows, on the CPU, in an order that does not depend on the model. Rows begin
+    as they do when they are scored; that token is not counted."""
     if not routed_layers(model):
         return {}
     gathered: dict[int, list[Routes]] = {}
     with evaluating(model):
         for batch in batches_by_length([len(row) for row in rows], _BATCH):
-            part = [rows[index] for index in batch]
+            part = [[beginning(tokenizer), *rows[index]] for index in batch]
             with recording(model) as recorded:
                 logits_at(model, part, [0], language)
             longest = max(len(row) for row in part)
-            kept = torch.cat([torch.arange(longest) < len(row) for row in part])
+            place = torch.arange(longest)
+            kept = torch.cat([(place > 0) & (place < len(row)) for row in part])
             for index, passes in recorded.items():
                 gathered.setdefault(index, []).extend(_kept(routes, kept) for routes in passes)
     return {index: _joined(parts) for index, parts in sorted(gathered.items())}

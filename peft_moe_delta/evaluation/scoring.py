@@ -1,6 +1,8 @@
-"""Scoring one model on held-out material: every text, then every set of tasks.
+"""The one scorer: a model on held-out material, every text, then every set of tasks.
 
 In: a model that is ready to be measured, and `Material`. Out: `Scores`, item by item, and how fast text was scored.
+`evaluate`, recipes, the choice of an expert scale and whatever else scores text and tasks come through here, with one
+set of defaults, so that one model on one text has one number.
 """
 
 from __future__ import annotations
@@ -8,13 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from ..errors import DataError
 from .bits_per_byte import TextScore, bits_per_byte
 from .compare import Items, task_items, text_items
 from .exact_match import TaskScore, exact_match
 from .forward import Progress
 from .loading import Measured
+
+_TASKS_A_TEXT = 8  # tasks are short: this many are run in the place of one text
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,27 @@ class TaskSet:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What models are measured on: language -> held-out texts; name -> tasks; language -> prompts."""
+    """What models are measured on: language -> held-out texts; name -> tasks; language -> prompts.
+
+    Raises:
+        DataError: one text where a list of them is expected, or a list without any.
+    """
 
     texts: Mapping[str, Sequence[str]]
     tasks: Mapping[str, TaskSet] = field(default_factory=dict)
     prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for what, listed in (("text", self.texts), ("prompts", self.prompts)):
+            for code, texts in listed.items():
+                if isinstance(texts, str) or not texts:
+                    got = "one string" if isinstance(texts, str) else "nothing"
+                    raise DataError(f"The {what} of {code!r}: got {got}, expected a list of texts. Put it in a list.")
+                if empty := [index for index, text in enumerate(texts) if not text.strip()]:
+                    raise DataError(
+                        f"The {what} of {code!r}: {len(empty)} of {len(texts)} are empty, the first at index "
+                        f"{empty[0]}. Drop them."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,39 +73,50 @@ class Scores:
     tasks: dict[str, TaskScore]
     tokens_per_second: float | None
 
-    def items(self, task_languages: Mapping[str, str | None]) -> list[Items]:
-        """As `compare` takes them; `task_languages`: name -> language of every set of tasks."""
+    def items(self, tasks: Mapping[str, TaskSet]) -> list[Items]:
+        """As `compare` takes them."""
         texts = [text_items(code, score) for code, score in self.texts.items()]
-        return texts + [task_items(name, task_languages[name], score) for name, score in self.tasks.items()]
+        return texts + [task_items(name, tasks[name].language, score) for name, score in self.tasks.items()]
 
 
 def score_material(
     measured: Measured,
     material: Material,
     *,
-    text_options: Mapping[str, Any],
-    task_options: Mapping[str, Any],
+    max_length: int = 512,
+    batch_size: int = 8,
     bar: Callable[[str], Progress | None] = lambda label: None,
 ) -> Scores:
     """Score a model on all texts and tasks.
 
     Args:
-        text_options, task_options: of `bits_per_byte` and `exact_match`.
+        max_length: as in `bits_per_byte`.
+        batch_size: texts a forward pass; of tasks, which are short, eight times as many.
         bar: what is being scored -> what wraps its list of batches.
     """
     model, tokenizer = measured.model, measured.tokenizer
     texts: dict[str, TextScore] = {}
-    seconds, tokens = 0.0, 0
+    started = time.perf_counter()
     for code, documents in material.texts.items():
-        spoken = measured.spoken(code)
-        started = time.perf_counter()
         texts[code] = bits_per_byte(
-            model, tokenizer, documents, language=spoken, progress=bar(f"{code} text"), **text_options
+            model,
+            tokenizer,
+            documents,
+            language=measured.spoken(code),
+            max_length=max_length,
+            batch_size=batch_size,
+            progress=bar(f"{code} text"),
         )
-        seconds += time.perf_counter() - started
-        tokens += sum(map(len, tokenizer(list(documents), add_special_tokens=False)["input_ids"]))
+    seconds = time.perf_counter() - started
     tasks: dict[str, TaskScore] = {}
     for name, listed in material.tasks.items():
-        spoken = None if listed.language is None else measured.spoken(listed.language)
-        tasks[name] = exact_match(model, tokenizer, listed.tasks, language=spoken, progress=bar(name), **task_options)
-    return Scores(texts=texts, tasks=tasks, tokens_per_second=tokens / seconds if seconds else None)
+        tasks[name] = exact_match(
+            model,
+            tokenizer,
+            listed.tasks,
+            language=None if listed.language is None else measured.spoken(listed.language),
+            batch_size=_TASKS_A_TEXT * batch_size,
+            progress=bar(name),
+        )
+    tokens = sum(int(score.tokens.sum()) for score in texts.values())
+    return Scores(texts=texts, tasks=tasks, tokens_per_second=tokens / seconds if tokens else None)

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import CardError
-from ..evaluation.report import EvalReport
-from ..languages import read_code
-from .figures import eval_results, tables
+from ..evaluation.page import tables, verdict
+from ..evaluation.report import METRICS, TEXT, EvalReport
+from ..languages import ORIGINAL_GROUP, closest_code, read_code
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
 FACTS_FILE, PLAN_FILE, GRAFT_FILE, CARD_FILE = "card.json", "plan.json", "graft.json", "README.md"
@@ -172,7 +172,7 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
     metadata = ModelCardData(
         base_model=published or None,
         base_model_relation=_relation(facts.kind, published) if published else None,
-        eval_results=eval_results(report, measured_as) if report else None,
+        eval_results=_eval_results(report, measured_as) if report else None,
         language=_language_tags(facts.languages) or None,
         library_name="transformers" if facts.kind == MODEL else "peft",
         license=facts.licence,
@@ -188,6 +188,8 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
         unknown=UNKNOWN,
         other=OTHER,
         tables=tables(report, measured_as) if report else [],
+        definitions=report.definitions() if report else [],
+        kept=kept_languages(facts, report),
         warnings=report.warnings if report else [],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
@@ -203,6 +205,46 @@ def write_card(folder: str | Path, facts: CardFacts, report: EvalReport | None =
         report.save(folder)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
     return folder / CARD_FILE
+
+
+def _eval_results(report: EvalReport, model: str) -> list[EvalResult]:
+    """The scores of a model of the report, one result each."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=re.sub(r"[^a-z0-9]+", "-", score.task.lower()).strip("-"),
+            dataset_name=score.task if score.language is None else f"{score.task} ({score.language})",
+            dataset_config=score.language,
+            metric_type=score.metric,
+            metric_name=METRICS[score.metric].label if score.metric in METRICS else score.metric,
+            metric_value=score.value,
+        )
+        for score in report.scores
+        if score.model == model
+    ]
+
+
+def kept_languages(facts: CardFacts, report: EvalReport | None) -> list[str]:
+    """Original languages that the report shows to be kept: their text and all tasks are no worse than the reference's
+    for sure, and their routes did not drift, or cannot. What was not measured is not claimed."""
+    if report is None or not report.references or report.warnings:
+        return []
+    reference, ours = report.references[0], facts.measured_as
+    differences = [d for d in report.differences if (d.model, d.reference) == (ours, reference)]
+    skills = [d for d in differences if d.task != TEXT and d.status != "expanded"]
+    if not skills or any(verdict(d) == "loss" for d in skills):
+        return []
+    fixed = facts.adapter.get("routing") == "language"
+    routed = {row.language for row in report.agreement if row.model == ours}
+    text = {d.language: verdict(d) for d in differences if d.task == TEXT}
+    return [
+        code
+        for code, group in facts.languages.items()
+        if group == ORIGINAL_GROUP
+        and text.get(closest_code(code, filter(None, text))) in ("gain", "unsure")
+        and (fixed or closest_code(code, routed))
+    ]
 
 
 def public_name(model: str) -> str:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import DataError, LanguageError
+from ..export.gate import evaluating
 from ..languages import ORIGINAL_GROUP
 from ..padding import padded
 from ..routing import routing_named
@@ -172,19 +173,15 @@ def _routed_by_language(tuner: MoeDeltaModel, zeroed: bool) -> Iterator[None]:
     Where all routers are going to be set, they are zero meanwhile: a group's experts share its tokens evenly, as they
     will after the fit.
     """
-    training = [module for module in tuner.model.modules() if module.training]
     weights = [(weight, weight.clone()) for _, weight in _routers(tuner)]
-    tuner.model.eval()
     try:
-        with torch.no_grad(), tuner.in_routing("language"):
+        with evaluating(tuner.model), torch.no_grad(), tuner.in_routing("language"):
             for weight, _ in weights if zeroed else ():
                 weight.zero_()
             yield
     finally:
         for weight, before in weights:
             weight.copy_(before)
-        for module in training:
-            module.training = True
 
 
 def _routers(tuner: MoeDeltaModel) -> Iterator[tuple[str, Tensor]]:

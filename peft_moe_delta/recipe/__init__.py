@@ -155,8 +155,8 @@ class Run:
             whole = self.grafted("grafted_whole", replace(self.recipe.graft, expert_scale=1.0))
             models[OURS_WHOLE] = ("grafted_whole", whole.folder, whole)
         models[OURS] = ("grafted", ours.folder, ours)
-        scores = {row: self._scores(*model).folder for row, model in models.items()}
-        report = reporting.report(self.recipe, scores, self._looked(models).folder)
+        scores = {row: self._scores(row, *model).folder for row, model in models.items()}
+        report = reporting.report(self.recipe, scores, self._drift(OURS, ours).folder)
         write_report(report, self.page.parent)
         return report
 
@@ -180,7 +180,7 @@ class Run:
                 "expansion": self.expanded(),
                 "review": self.adapter(),
             },
-            report=replace(report, routing=[], agreement=[], tokens=[], generations=[]),  # what a card has no room for
+            report=replace(report, routing=[], tokens=[], generations=[]),  # what a card has no room for
         )
 
     @property
@@ -205,25 +205,25 @@ class Run:
             **self._arithmetic,
         }
 
-    def _scores(self, name: str, checkpoint: Path | str, step: Step) -> Step:
+    def _scores(self, row: str, name: str, checkpoint: Path | str, step: Step) -> Step:
         recipe, limits = self.recipe, self.recipe.limits
         return self._step(
             f"scores/{name}",
             lambda: {
+                "row": row,
                 "model": step,
                 "limits": (limits.test_documents, limits.document_bytes, limits.test_tasks),
                 **self._tested,
             },
-            lambda folder: scoring.score(recipe, checkpoint, folder),
+            lambda folder: scoring.score(recipe, row, checkpoint, folder),
         )
 
-    def _looked(self, models: dict[str, tuple[str, Path | str, Step]]) -> Step:
+    def _drift(self, row: str, grafted: Step) -> Step:
         recipe, adapter = self.recipe, self.adapter()
-        places = {row: place for row, (_, place, _) in models.items()}
         return self._step(
-            "looked",
-            lambda: {"models": {row: step for row, (_, _, step) in models.items()}, "adapter": adapter, **self._tested},
-            lambda folder: reporting.look(recipe, places, self.base_model, adapter.folder, folder),
+            "drift",
+            lambda: {"row": row, "grafted": grafted, "adapter": adapter, **self._tested},
+            lambda folder: scoring.drift(recipe, row, self.base_model, adapter.folder, grafted.folder, folder),
         )
 
     @property

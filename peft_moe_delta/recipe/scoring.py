@@ -1,67 +1,99 @@
-"""Scoring one checkpoint on all held-out material of a recipe.
+"""Measuring one checkpoint of a recipe, and its routes before and after the graft.
 
-In: a checkpoint. Out: `scores.json`: bits and bytes of every document by language, 0 or 1 for every task;
-and how many tokens of text a second took.
+In: a checkpoint, or an adapter and what it became. Out: a file of findings that the report is made of.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..evaluation import TaskScore, TaskSet, TextScore
-from ..evaluation.forward import Progress
+from ..evaluation import TaskSet
 from ..evaluation.loading import Measured
+from ..evaluation.measure import measure
+from ..evaluation.routes import expert_names, route_drift
 from ..evaluation.scoring import Material, Scores, score_material
-from ..loading import load_tokenizer
+from ..languages import closest_code
+from ..loading import load_adapter, load_tokenizer
+from ..tuner import MoeDeltaModel
 from .data import held_out, read_tasks
 from .fields import Recipe
-from .stages import load_made
+from .stages import load_made, load_model
 
-FILE = "scores.json"
-_TEXT = {"max_length": 512, "stride": 512, "batch_size": 4}  # every token once, in windows without overlap
-_TASKS = {"batch_size": 64}  # tasks are short; a larger batch leaves the processor's caches
+FINDINGS, DRIFT = "findings.json", "drift.json"
+_BATCH = 4  # texts a pass: more leave the processor's caches
+_PROMPTS = 2  # of each set of tasks
+_BEGINNING = 60  # characters of a document that models continue
+_WRITTEN = 24  # tokens of each continuation
+_DRIFT_TEXTS, _DRIFT_CHARACTERS = 8, 1500  # of each language
 
 
-def score(recipe: Recipe, checkpoint: Path | str, folder: Path) -> None:
-    """Score a checkpoint in a stock architecture."""
-    material = Material(
-        texts={
-            code: held_out(language.test, recipe.limits, recipe.limits.test_documents, recipe.seed)
-            for code, language in recipe.languages.items()
-        },
-        tasks={
-            name: TaskSet(read_tasks(tasks.test, recipe.limits.test_tasks), tasks.language)
-            for name, tasks in recipe.tasks.items()
-        },
-    )
-    model, tokenizer = ready(load_made(checkpoint, recipe), recipe), load_tokenizer(checkpoint)
-    scores = scores_of(model, tokenizer, material, recipe, lambda label: partial(tqdm, desc=label, leave=False))
-    kept = {
-        "text": {code: {"bits": s.bits.tolist(), "bytes": s.bytes.tolist()} for code, s in scores.texts.items()},
-        "tasks": {name: s.correct.tolist() for name, s in scores.tasks.items()},
-        "tokens_per_second": scores.tokens_per_second,
+def material_of(recipe: Recipe) -> Material:
+    """The held-out text and tasks; and prompts by language: a beginning of a document, and prompts of tasks in it."""
+    texts = {
+        code: held_out(language.test, recipe.limits, recipe.limits.test_documents, recipe.seed)
+        for code, language in recipe.languages.items()
     }
-    (folder / FILE).write_text(json.dumps(kept), encoding="utf-8")
+    tasks = {
+        name: TaskSet(read_tasks(tasks.test, recipe.limits.test_tasks), tasks.language)
+        for name, tasks in recipe.tasks.items()
+    }
+    prompts = {code: [max(found, key=len)[:_BEGINNING].rsplit(" ", 1)[0]] for code, found in texts.items()}
+    for listed in tasks.values():
+        if listed.language and (code := closest_code(listed.language, prompts)):
+            prompts[code] += [task["prompt"] for task in listed.tasks[:_PROMPTS]]
+    return Material(texts=texts, tasks=tasks, prompts=prompts)
 
 
-def read_scores(folder: Path) -> Scores:
-    """What `score` has kept there."""
-    kept: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    return Scores(
-        texts={code: TextScore(np.array(s["bits"]), np.array(s["bytes"])) for code, s in kept["text"].items()},
-        tasks={name: TaskScore(np.array(correct)) for name, correct in kept["tasks"].items()},
-        tokens_per_second=kept.get("tokens_per_second"),
-    )
+def score(recipe: Recipe, name: str, checkpoint: Path | str, folder: Path) -> None:
+    """Measure a checkpoint in a stock architecture."""
+    model, tokenizer = ready(load_made(checkpoint, recipe), recipe), load_tokenizer(checkpoint)
+    with arithmetic(recipe):
+        found = measure(
+            Measured(model, tokenizer, str(checkpoint)),
+            name,
+            material_of(recipe),
+            batch_size=_BATCH,
+            max_new_tokens=_WRITTEN,
+            bar=lambda label: partial(tqdm, desc=label, leave=False),
+        )
+    found.save(folder / FINDINGS)
+
+
+def drift(recipe: Recipe, name: str, base: Path | str, adapter: Path, grafted: Path, folder: Path) -> None:
+    """Where the grafted model sends tokens, against its adapter before the graft: held-out text, and tasks."""
+    before = load_adapter(load_model(base), adapter)
+    after = Measured(ready(load_made(grafted, recipe), recipe), load_tokenizer(grafted), None)
+    material = material_of(recipe)
+    texts = {
+        code: [document[:_DRIFT_CHARACTERS] for document in found[:_DRIFT_TEXTS]]
+        for code, found in material.texts.items()
+    }
+    asked: dict[str, list[str]] = {}
+    for tasks in material.tasks.values():
+        if tasks.language is not None:
+            asked.setdefault(tasks.language, []).extend(t["prompt"] + t["answer"] for t in tasks.tasks[:_DRIFT_TEXTS])
+    names = (name, "its adapter before the graft")
+    with arithmetic(recipe):
+        rows = [
+            row
+            for kind, listed in (("text", texts), ("tasks", asked))
+            for row in route_drift(Measured(before, after.tokenizer, None), after, listed, names=names, kind=kind)
+        ]
+    tuner: Any = before.base_model
+    assert isinstance(tuner, MoeDeltaModel)
+    plan = tuner.plan()
+    experts = expert_names(plan.groups, [max(counts) for counts in zip(*plan.counts, strict=True)])
+    kept = {"agreement": [asdict(row) for row in rows], "experts": experts}
+    (folder / DRIFT).write_text(json.dumps(kept), encoding="utf-8")
 
 
 def scores_of(
@@ -69,12 +101,10 @@ def scores_of(
     tokenizer: PreTrainedTokenizerBase,
     material: Material,
     recipe: Recipe,
-    bar: Callable[[str], Progress | None] = lambda label: None,
 ) -> Scores:
     """Score a model as the recipe computes."""
     with arithmetic(recipe):
-        measured = Measured(model, tokenizer, None)
-        return score_material(measured, material, text_options=_TEXT, task_options=_TASKS, bar=bar)
+        return score_material(Measured(model, tokenizer, None), material, batch_size=_BATCH)
 
 
 def ready(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

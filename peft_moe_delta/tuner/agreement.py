@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ..errors import GraftError
 from ..export.gate import evaluating, random_batch
+from ..routing import Routes
 from .recording import recording
 
 
@@ -45,7 +46,7 @@ def route_agreement(first: nn.Module, second: nn.Module, batches: Iterable[Mappi
         tokens += int(mask.sum())
         mine, other = _chosen(first, batch), _chosen(second, batch)
         for layer in mine.keys() & other.keys():
-            agrees_T = (mine[layer] == other[layer]).all(dim=-1)
+            agrees_T = same_experts(mine[layer], other[layer])
             same[layer] = same.get(layer, 0) + int(agrees_T[mask].sum())
     if not same or not tokens:
         raise GraftError(
@@ -60,9 +61,18 @@ def mean_route_agreement(adapter: PeftModel, exported: PreTrainedModel, language
     return fmean(route_agreement(adapter, exported, [random_batch(exported, languages=languages)]).values())
 
 
-def _chosen(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Layer -> chosen experts of one pass, (T, K), ascending."""
+def same_experts(first: Routes, second: Routes) -> Tensor:
+    """Whether each token's set of chosen experts is the same, bool (T,): what agreement of routes means everywhere."""
+    return (_sets(first) == _sets(second)).all(dim=-1)
+
+
+def _sets(routes: Routes) -> Tensor:
+    return routes.indices_TK.sort(dim=-1).values.cpu()
+
+
+def _chosen(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[int, Routes]:
+    """Layer -> routes of one pass."""
     device = next(model.parameters()).device
     with recording(model, forced=False) as recorded, evaluating(model):
         model(**{name: tensor.to(device) for name, tensor in batch.items()})
-    return {layer: passes[-1].indices_TK.sort(dim=-1).values.cpu() for layer, passes in recorded.items()}
+    return {layer: passes[-1] for layer, passes in recorded.items()}

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..export.gate import evaluating
-from ..padding import padded
+from ..padding import beginning, padded
 from ..tuner import MoeDeltaModel
 from ..tuner.blocks import mlp_blocks
 from ..tuner.vocabulary import grown_layers
-from .text import beginning_of, longest, options_for
+from .text import longest, options_for
 
 DEPTH = 4
 """The layer: one in so many."""
@@ -67,10 +67,10 @@ def distil_rows(
     random.Random(0).shuffle(windows)
     blocks = mlp_blocks(tuner.model, tuner.active_config)
     block = blocks[sorted(blocks)[len(blocks) // DEPTH]][1]
-    beginning, options = beginning_of(tokenizer), options_for(language)
+    first, options = beginning(tokenizer), options_for(language)
 
     def states(ids: Sequence[list[int]]) -> Tensor:
-        input_ids, mask = padded([[beginning, *row] for row in ids])
+        input_ids, mask = padded([[first, *row] for row in ids])
         return _entering(tuner.model, block, input_ids.to(rows.device), mask.to(rows.device), options)
 
     scale = embedding.base_layer.get_parameter("weight").detach().float().pow(2).mean().sqrt().item()

@@ -25,10 +25,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ArchitectureError
 from ..export.gate import evaluating
-from ..padding import padded
+from ..padding import beginning, padded
 from ..tuner import MoeDeltaModel
 from ..tuner.vocabulary import grown_layers
-from .text import beginning_of, longest, options_for
+from .text import longest, options_for
 
 TETHER = 3.0
 """Weight of the squared distance to the rows before. From means, on Greek, ten times more and a thirtieth did worse."""
@@ -59,7 +59,7 @@ def check_can_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, la
     hook = model.get_output_embeddings().register_forward_hook(lambda _module, _args, out: found.append(out))
     try:
         with evaluating(model), torch.no_grad():
-            ids = torch.tensor([[beginning_of(tokenizer)]], device=model.device)
+            ids = torch.tensor([[beginning(tokenizer)]], device=model.device)
             logits = model(input_ids=ids, **options_for(language)).logits
     finally:
         hook.remove()
@@ -142,6 +142,6 @@ def _batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: i
     """Ids and attention mask, (BATCH, up to `length`), each row begun as a document is."""
     encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
     cuts = [ids[at : at + length - 1] for ids in encoded for at in range(0, len(ids), length - 1)]
-    rows = sorted(([beginning_of(tokenizer), *cut] for cut in cuts), key=len)
+    rows = sorted(([beginning(tokenizer), *cut] for cut in cuts), key=len)
     for start in range(0, len(rows), BATCH):
         yield padded(rows[start : start + BATCH])

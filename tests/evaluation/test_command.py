@@ -37,8 +37,9 @@ def test_it_writes_a_report_and_prints_its_table(arguments, tmp_path, capsys):
     report = EvalReport.load(tmp_path / "report")
     assert report.languages == {"en": "original", "hu": "unseen"}
     assert "/" not in report.command[0]
-    assert "|  | en bits/byte | hu bits/byte | saying |" in printed
-    assert "| other - base |" in printed
+    assert "|  | en (original) bits/byte ↓ | hu (unseen) bits/byte ↓ | en (original) saying: exact match ↑ |" in printed
+    assert "every token once, in windows of 512 tokens that move on by 512; every document begins with <bos>" in printed
+    assert "other, paired differences:" in printed and "| minus base |" in printed
     assert (tmp_path / "report/report.html").is_file()
 
 

@@ -26,8 +26,8 @@ GROUPS = {"en": "original", "hu": "uralic"}
 def items(bits, correct):
     size = np.array([4, 12])
     return [
-        text_items("hu", TextScore(bits=np.array(bits), bytes=size)),
-        task_items("sorting", "en", TaskScore(correct=np.array(correct))),
+        text_items("hu", TextScore(np.array(bits), size, tokens=size, definition="every token")),
+        task_items("sorting", "en", TaskScore(correct=np.array(correct), definition="the answer")),
     ]
 
 

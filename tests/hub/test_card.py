@@ -96,6 +96,41 @@ def test_facts_survive_their_file(facts):
         CardFacts.from_json('{"name": "x"}')
 
 
+@pytest.mark.parametrize(
+    ("change", "keeps"),
+    [
+        ("nothing", True),
+        ("no report", False),
+        ("the routes were not compared", False),
+        ("routing by language, which cannot drift", True),
+        ("the routes drift", False),
+        ("the text got worse for sure", False),
+        ("no skill was measured", False),
+        ("the skill fell for sure", False),
+    ],
+)
+def test_a_card_claims_to_keep_only_what_was_measured_to_be_kept(facts, change, keeps):
+    facts = replace(facts, languages={"en": "original", "hu": "new"})
+    report = sample_report()
+    skill = replace(report.differences[0], task="sorting", metric="exact_match", higher_is_better=True)
+    fell = change == "the skill fell for sure"
+    skills = (
+        [] if change == "no skill was measured" else [replace(skill, value=-0.3, low=-0.4, high=-0.2 if fell else 0.1)]
+    )
+    text = replace(report.differences[0], value=0.2, low=0.1 if change.startswith("the text") else -0.1, high=0.3)
+    agreement = [replace(report.agreement[0], language="en")]
+    warnings = ["Routes drift: 48%"] if change == "the routes drift" else []
+    if change.startswith(("the routes were", "routing by")):
+        agreement = []
+    if change.startswith("routing by"):
+        facts = replace(facts, adapter={**facts.adapter, "routing": "language"})
+    report = replace(report, differences=[text, *skills], agreement=agreement, warnings=warnings)
+    card = render_card(facts, None if change == "no report" else report)
+    assert ("; en, which it spoke before, it keeps" in card) == keeps
+    assert ("What became of en" in card) != keeps
+    assert all(warning in card for warning in (warnings if change != "no report" else []))
+
+
 def test_a_report_must_know_the_model(facts):
     with pytest.raises(CardError, match="called 'theirs' in no row.*'base', 'post-trained', 'ours'"):
         render_card(replace(facts, measured_as="theirs"), sample_report())

@@ -30,13 +30,16 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     hungarian = next(c for c in report.columns() if c.language == "hu")
     score = report.score(OURS, hungarian)
     assert score.low <= score.value <= score.high
-    kept_scores = json.loads((output / "scores/grafted/scores.json").read_text())["text"]["hu"]
-    assert score.value == sum(kept_scores["bits"]) / sum(kept_scores["bytes"])  # nothing is scored twice
+    found = json.loads((output / "scores/grafted/findings.json").read_text())["items"]
+    (kept_bits,) = (one for one in found if one["language"] == "hu" and one["metric"] == "bits_per_byte")
+    assert score.value == sum(kept_bits["values"]) / sum(kept_bits["weights"])  # nothing is scored twice
+    assert (score.items, score.tokens) == (len(kept_bits["values"]), kept_bits["tokens"])
     assert f"{score.value:.3f} [{score.low:.3f}" in printed
     assert report.difference(OURS, "post-trained", hungarian) is not None
     assert {row.language for row in report.routing} == {"en", "hu", "el"}
     assert report.routing[0].experts == ["expert 0", "hu_group", "el_group"]
-    assert [row.reference for row in report.agreement] == ["its adapter before the graft"] * 3
+    assert [(row.language, row.kind) for row in report.agreement][:3] == [(code, "text") for code in ("en", "hu", "el")]
+    assert {row.reference for row in report.agreement} == {"its adapter before the graft"}
     assert all(list(row.answers) == [model.name for model in report.models] for row in report.generations)
     assert (output / "report/report.html").is_file()
     assert (output / "report/figures/retention_against_expansion.png").is_file()
