@@ -59,7 +59,7 @@ class TrainingMonitor(TrainerCallback):
         control.should_training_stop = True
         control.should_save = control.should_save or args.save_strategy != "no"
         doubt(
-            model,
+            active_config(model),
             f"training stopped at step {state.global_step + 1} of {state.max_steps}, where the gradient of {found[0]} "
             f"(and {len(found) - 1} more) was not finite. The weights are those after step {state.global_step}. Lower "
             "the learning rate, or look at the text of that step",
@@ -101,7 +101,7 @@ def _doubt_distance(model: nn.Module) -> None:
             if not change <= FAR**2 * base:  # NaN, too
                 share = float((change / base) ** 0.5)
                 doubt(
-                    model,
+                    active_config(model),
                     "the experts' training has diverged: one has moved by more than the norm of the weights that it "
                     "began as. Lower the learning rate",
                     f"expert {number} of {name}, by {share:.0%}",
@@ -136,17 +136,23 @@ def _doubt_amount(model: nn.Module, processes: int) -> None:
         tokens = processes * int(context.tokens[index])
         if size > PARAMETERS_PER_TOKEN * tokens:
             doubt(
-                model,
+                active_config(model),
                 f"the experts of {groups[index]!r} have {size:,} parameters and saw {tokens:,} tokens, fewer than one "
                 f"for {PARAMETERS_PER_TOKEN:,} of them. Bring more text, or use low-rank experts (expert_rank)",
             )
 
 
-def doubt(model: nn.Module, reason: str, example: str | None = None) -> None:
-    """Warn of a reason to doubt a model, once, and keep it in the config of the adapter in force, if there is one."""
-    configs, active = getattr(model, "peft_config", {}), getattr(model, "active_adapters", ())
-    config: Any = next((configs.get(name) for name in (active() if callable(active) else active)), None)
-    if isinstance(config, MoeDeltaConfig):
+def active_config(model: nn.Module) -> MoeDeltaConfig | None:
+    """The configuration of a model's adapter in force, if it is one of ours."""
+    configs = getattr(model, "peft_config", {})
+    active: Any = model.active_adapters if configs else ()
+    config = next((configs.get(name) for name in (active() if callable(active) else active)), None)
+    return config if isinstance(config, MoeDeltaConfig) else None
+
+
+def doubt(config: MoeDeltaConfig | None, reason: str, example: str | None = None) -> None:
+    """Warn of a reason to doubt what is trained, once, and keep it with the adapter, if there is one."""
+    if config is not None:
         if reason in config.doubts:
             return
         config.doubts.append(reason)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import DataError
+from .evaluation.identification import wrong_language_or_script
 from .export.gate import evaluating
 from .languages import PADDING_LANGUAGE_ID, LanguageTable
 from .losses import IGNORED_LABEL, share_of_step
-from .monitor import TrainingMonitor
+from .monitor import TrainingMonitor, active_config, doubt
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
 from .tuner.context import ForwardContext
 
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object
+
+
+LOOKED_AT, LETTERS = 10, 40
+"""Documents of each language, of so many letters at the least, whose language is checked."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class LanguageCollator:
       on the model, and a model that mixes documents is refused. FlashAttention tells documents apart within one row
       only, so it gets all rows as one.
 
+    The first ten documents of each language are looked at, and a warning says so if they are in another one.
+
     Args:
         tokenizer: pads, and tokenises `text`.
         model: the upcycled model, whose active adapter knows the languages; or a `MoeDeltaConfig` or `LanguageTable`.
@@ -81,6 +88,8 @@ class LanguageCollator:
             raise DataError("LanguageCollator(packing=True) needs `max_length`, the tokens a row. Got None.")
         self.tokenizer = tokenizer
         self.table = language_table_of(model)
+        self._config = active_config(model) if isinstance(model, nn.Module) else None
+        self._looked_at: dict[str, list[str]] = {}
         self.max_length = max_length
         self.packing = packing
         self.pad_to_multiple_of = pad_to_multiple_of
@@ -91,6 +100,10 @@ class LanguageCollator:
                 f"{_attention_of(model)!r} packed documents attend to each other. Leave packing out: padded documents "
                 "are rows of their own."
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, in which the adapter's configuration would be a copy."""
+        return {**self.__dict__, "_config": None}
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         if not features:
@@ -114,10 +127,27 @@ class LanguageCollator:
                 "least one token, and one label and one language for each."
             )
         ids = {code: self.table.id_of(code) for code in dict.fromkeys(codes)}
+        if isinstance(language, str):
+            self._look_at(language, feature, tokens)
         columns = tokens, [int(label) for label in labels], [ids[code] for code in codes]
         if feature.get("attention_mask") is None:
             return _Document(*columns)
         return _Document(*([v for v, kept in zip(c, feature["attention_mask"], strict=True) if kept] for c in columns))
+
+    def _look_at(self, language: str, feature: Mapping[str, Any], tokens: list[int]) -> None:
+        """Doubt a training on text in another language than it is said to be in: the first documents tell."""
+        documents = self._looked_at.setdefault(language, [])
+        if len(documents) == LOOKED_AT:
+            return
+        given = feature.get("text")
+        text = given if isinstance(given, str) else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        if sum(map(str.isalpha, text)) < LETTERS:
+            return  # too short to tell
+        documents.append(text)
+        if len(documents) == LOOKED_AT:
+            wrong = wrong_language_or_script(documents, language, f"the training text of {language!r}")
+            if wrong is not None:
+                doubt(self._config, wrong.removesuffix("."))
 
     def _tokens(self, feature: Mapping[str, Any]) -> list[int]:
         if feature.get("input_ids") is not None:
@@ -298,12 +328,8 @@ def language_table_of(model: nn.Module | MoeDeltaConfig | LanguageTable) -> Lang
     """
     if isinstance(model, LanguageTable):
         return model
-    config: Any = model
-    if isinstance(model, nn.Module):
-        configs = getattr(model, "peft_config", {})
-        active: Any = model.active_adapters if configs else ()
-        config = next((configs.get(name) for name in (active() if callable(active) else active)), None)
-    if not isinstance(config, MoeDeltaConfig):
+    config = active_config(model) if isinstance(model, nn.Module) else model
+    if config is None:
         raise DataError(
             f"LanguageCollator needs an upcycled model, a MoeDeltaConfig or a LanguageTable to know the languages; got "
             f"{type(model).__name__} without an active MoeDelta adapter."

@@ -42,11 +42,12 @@ LEVELS = {
     "__init__": 8,
 }
 # Arrows within a level: everyone raises the package's errors, the command line runs recipes, new tokens are measured,
-# trainers are watched. One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both
+# trainers are watched, training text is looked at. One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both
 # has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
-    ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"), ("tuner", "graft"),
+    ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"), ("training", "evaluation"),
+    ("tuner", "graft"),
 }  # fmt: skip
 
 TENSORS_AND_FILES_ONLY = {"tensors", "checkpoint"}  # use neither of the next line's libraries

