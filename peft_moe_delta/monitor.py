@@ -134,7 +134,7 @@ def _doubt_amount(model: nn.Module, processes: int) -> None:
             parameters[group] += sum(p.numel() for p in expert.parameters() if p.requires_grad)
     for index, size in enumerate(parameters):
         tokens = processes * int(context.tokens[index])
-        if size > PARAMETERS_PER_TOKEN * tokens:
+        if tokens and size > PARAMETERS_PER_TOKEN * tokens:  # who saw none has learnt nothing wrong, or does elsewhere
             doubt(
                 active_config(model),
                 f"the experts of {groups[index]!r} have {size:,} parameters and saw {tokens:,} tokens, fewer than one "

@@ -111,11 +111,12 @@ def test_few_tokens_for_an_expert_s_size_are_doubted(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This training is doubtful:UserWarning")
+@pytest.mark.filterwarnings("ignore:Grafting looks doubtful:UserWarning")
 def test_a_doubt_goes_wherever_the_adapter_goes(tmp_path):
     """Its folder, the report of a graft on either road, and the card."""
     model = expert_model()
     train(model, TEXT[:1], tmp_path, callbacks=[TrainingMonitor()])
-    doubt = "the experts of 'turkic' have"
+    doubt = "the experts of 'uralic' have"
     for name, made in {"base": base_model(), "post": perturbed(base_model())}.items():
         made.save_pretrained(tmp_path / name)
     model.save_pretrained(tmp_path / "adapter")
