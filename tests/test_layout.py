@@ -42,8 +42,8 @@ LEVELS = {
     "__init__": 8,
 }
 # Arrows within a level: everyone raises the package's errors, the command line runs recipes, new tokens are measured,
-# trainers are watched, training text is looked at. One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both
-# has these methods.
+# trainers are watched, training text is identified. One goes up: the tuner's `graft` and `merge_and_graft` call the
+# graft, until a model above both has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
     ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"), ("training", "evaluation"),

@@ -3,7 +3,8 @@
 In: which experts every token goes to. Out: `Dispatch`, the slice of rows that each expert gets, and the weighted sum of
 their outputs. Pure functions of tensors, which know no layer and no module.
 
-Shape legend: T tokens, D hidden size, K chosen experts a token, R rows: one for every choice that is used.
+Shape legend: T tokens, D hidden size, K chosen experts a token, C = T * K choices,
+R rows: one for every choice that is used.
 """
 
 from __future__ import annotations

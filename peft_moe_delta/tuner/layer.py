@@ -3,7 +3,8 @@
 In: the hidden states the MLP would have received. Out: `y_t = sum_j w_tj Expert_{i_tj}(x_t)`, where expert 0 is the MLP
 itself, unchanged and frozen.
 
-Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, G language groups.
+Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, S sets of experts (`allowed_SE`) or growth
+steps (of gates, `gate_TS`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from ..errors import LanguageError, PlanError
 from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
 from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig
-from .context import ForwardContext, ForwardState, Reach, TokenGroups
+from .context import ForwardContext
 from .dispatch import Dispatch, weighs, with_idle
 from .experts import Experts, expert_weights, full_expert, low_rank_expert, parameters_of
+from .passes import ForwardState, Reach, TokenGroups
 from .router import Classifier, Router
 from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
 

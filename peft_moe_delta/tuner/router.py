@@ -1,6 +1,8 @@
 """The router of an upcycled layer, one row an expert, and the gate before it, one row a growth step.
 
 In: hidden states. Out: logits, in fp32 whatever the model's dtype.
+
+Shape legend: T tokens, D hidden size, E experts, G language groups.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peft_moe_delta.tuner import MoeDeltaLayer
-from peft_moe_delta.tuner.context import ForwardState
+from peft_moe_delta.tuner.passes import ForwardState
 
 TOKENS = 1024
 EXPERTS, TOP_K = 4, 2

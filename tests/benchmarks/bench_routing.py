@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.tuner import MoeDeltaLayer
-from peft_moe_delta.tuner.context import ForwardContext, ForwardState
+from peft_moe_delta.tuner.context import ForwardContext
+from peft_moe_delta.tuner.passes import ForwardState
 
 LAYERS, GROUPS, LANGUAGES = 32, 18, 129
 SHAPE: dict[str, Any] = {

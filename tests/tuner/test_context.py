@@ -9,7 +9,8 @@ import torch
 from builders import HIDDEN, LANGUAGES, logits, pico, token_batch, upcycle
 from peft_moe_delta.errors import LanguageError, PeftMoeDeltaError
 from peft_moe_delta.languages import LanguageTable
-from peft_moe_delta.tuner.context import ForwardContext, ForwardState
+from peft_moe_delta.tuner.context import ForwardContext
+from peft_moe_delta.tuner.passes import ForwardState
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 TABLE = LanguageTable.build(LANGUAGES)

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from builders import logits, moe_config, moe_layers, pico, token_batch, upcycle
 from peft_moe_delta.errors import LanguageError
 from peft_moe_delta.routing import Routes, choose_experts
-from peft_moe_delta.tuner.context import ForwardContext, ForwardState
+from peft_moe_delta.tuner.context import ForwardContext
 from peft_moe_delta.tuner.dispatch import Dispatch, with_idle
 from peft_moe_delta.tuner.experts import Experts, LowRankLinear, parameters_of, unhooked
 from peft_moe_delta.tuner.layer import MoeDeltaLayer
+from peft_moe_delta.tuner.passes import ForwardState
 from peft_moe_delta.tuner.router import Router
 from peft_moe_delta.tuner.settings import LayerSettings
 

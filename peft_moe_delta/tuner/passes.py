@@ -1,0 +1,240 @@
+"""One forward pass: what is known of its tokens, which experts they may use, and the losses that layers leave.
+
+In: what the call said of languages and padding. Out: `TokenGroups` and `Reach`, found out once for all layers of a
+kind, and the pass's auxiliary loss.
+
+Shape legend: B batch, S sequence, T = B * S tokens, G language groups, E experts, and in `allowed_SE` S
+sets of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import LanguageError
+from ..languages import PADDING_LANGUAGE_ID, LanguageTable
+from ..routing import Routes
+from .dispatch import Dispatch
+from .settings import LayerTables
+
+
+def constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Whole numbers as a tensor: copied to each device once, or part of a compiled graph."""
+    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _kept_constant(numbers, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
+
+
+class TokenGroups(NamedTuple):
+    """The language groups of a pass.
+
+    Attributes:
+        group_T: group index of every token, int64.
+        present: the groups that occur.
+    """
+
+    group_T: Tensor
+    present: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """Which experts the tokens of a pass may use in layers of one kind, before any gate.
+
+    Attributes:
+        groups: None where no language is known, and none is needed.
+        usable: the experts that some token may use, ascending.
+        sets_T: the set of each token, an index into `allowed_SE`; None where all may use all.
+        allowed_SE: the sets.
+        forced: where each token goes, in a pass in which none has a choice; None in others.
+    """
+
+    groups: TokenGroups | None
+    usable: tuple[int, ...]
+    sets_T: Tensor | None
+    allowed_SE: Tensor
+    forced: Dispatch | None = None
+
+    def allowed(self, sets_T: Tensor | None) -> Tensor | None:
+        """(T, E) the experts that each token may use, by its set; None where all may use all."""
+        if sets_T is None:
+            return None
+        return self._allowed_TE if sets_T is self.sets_T else self.allowed_SE[sets_T]
+
+    @cached_property
+    def _allowed_TE(self) -> Tensor:
+        assert self.sets_T is not None
+        return self.allowed_SE[self.sets_T]
+
+    @cached_property
+    def forced_routes(self) -> Routes:
+        """What a router would choose in a pass in which no token has a choice."""
+        assert self.sets_T is not None  # some experts are out of reach
+        only_T1, probabilities_TE = _only(self.allowed_SE, self.sets_T), self._allowed_TE.float()
+        return Routes(only_T1, probabilities_TE.new_ones(only_T1.shape), probabilities_TE)
+
+
+def _only(allowed_SE: Tensor, sets_T: Tensor) -> Tensor:
+    """(T, 1) the one expert of each token's set."""
+    return allowed_SE.int().argmax(dim=-1)[sets_T][:, None]
+
+
+@dataclass
+class ForwardState:
+    """One forward pass.
+
+    Attributes:
+        shape: (B, S).
+        language: a code for the whole batch, or one a row; None where the call named none.
+        default: the code of calls that name none, for an adapter that knows it.
+        language_ids: int64, (B, S); -100 for padding; None where nothing is known.
+        mask_T: bool, False for padding; None where no token is known to be padding.
+        share: how much of its optimizer step the pass is (`losses.share_of_step`).
+        recording: whether the layers must deposit auxiliary losses.
+        seen: tokens of each group, where something is recorded.
+        layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
+    """
+
+    shape: tuple[int, int]
+    language: str | list[str] | None = None
+    default: str | None = None
+    language_ids: Tensor | None = None
+    mask_T: Tensor | None = None
+    share: Tensor | float = 1.0
+    recording: bool = False
+    seen: Tensor | None = None
+    layers: dict[str, int] = field(default_factory=dict)
+    losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
+    """What was found out for one layer and holds for all of its kind, by that and the device."""
+
+    def groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
+        """The language groups of the tokens; None where no language is known.
+
+        Raises:
+            LanguageError: a code or an id is not in the table.
+        """
+        key = table, device  # the layers of one model may lie on several devices
+        if key not in self._found:
+            self._found[key] = self._find_groups(table, device)
+        found: TokenGroups | None = self._found[key]
+        if self.recording and self.seen is None and found is not None:
+            counted_T = self.counted(found.group_T).long()
+            self.seen = counted_T.new_zeros(len(table.groups)).index_add_(0, found.group_T, counted_T)
+        return found
+
+    def reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
+        """Which experts the tokens may use in the layers of these tables.
+
+        Raises:
+            LanguageError: a code or an id is not in the table, or no language is known where the routing needs it.
+        """
+        key = tables.number, device
+        if key not in self._found:
+            self._found[key] = self._find_reach(tables, tokens, device)
+        found: Reach = self._found[key]
+        return found
+
+    def counted(self, rows: Tensor) -> Tensor:
+        """(T,) booleans for T rows, on their device; False for padding."""
+        if self.mask_T is None:
+            return torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+        return self.mask_T.to(rows.device)
+
+    def _find_reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
+        groups = self.groups(tables.languages, device)
+        if groups is None and tables.needs_language:
+            raise LanguageError(
+                f"Routing {tables.routing!r} needs the language of every token, and none was given. Known "
+                f"languages: {', '.join(tables.languages.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
+                '`language="..."` with the call; a PeftModel also takes a default, model.set_language("...").'
+            )
+        present = (0,) if groups is None else groups.present
+        usable, allowed_SE = tables.usable(present), tables.tensor("allowed", device)
+        if not tables.restricted and not tables.gated:
+            return Reach(groups, usable, None, allowed_SE)
+        sets_T = torch.zeros(tokens, dtype=torch.int64, device=device) if groups is None else groups.group_T
+        forced = None
+        if len(usable) == 1:
+            forced = Dispatch.to_one(usable[0], tokens)
+        elif not tables.gated and all(sum(tables.allowed[group]) == 1 for group in present):
+            forced = Dispatch.of(_only(allowed_SE, sets_T), len(tables.owners))
+        return Reach(groups, usable, sets_T, allowed_SE, forced)
+
+    def _find_groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
+        batch, sequence = self.shape
+        if self.language_ids is not None:
+            ids_T = self.language_ids.reshape(-1).to(device)
+            groups = frozenset(table.group_of[i] for i in _present(self.language_ids.reshape(-1), table))
+            group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
+            # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
+            padding_group = next(iter(groups)) if len(groups) == 1 else 0
+            return TokenGroups(group_T.masked_fill(ids_T < 0, padding_group), groups or frozenset({0}))
+        language = self.language
+        if language is None:  # the default was set under another adapter, perhaps
+            language = self.default if self.default in table.codes else None
+        if language is None:
+            return None
+        codes = [language] * batch if isinstance(language, str) else list(language)
+        if len(codes) != batch:
+            raise LanguageError(
+                f"`language` lists {len(codes)} codes for a batch of {batch}. Give one code, or one a row; "
+                "for several beams or samples a row, give `language_ids`, which `generate` repeats."
+            )
+        rows = tuple(table.group_of[table.id_of(code)] for code in codes)
+        return TokenGroups(constant(rows, device).repeat_interleave(sequence), frozenset(rows))
+
+    def expect(self, losses: Iterable[str]) -> None:
+        """Count a layer among those that have these losses."""
+        for name in losses:
+            self.layers[name] = self.layers.get(name, 0) + 1
+
+    def deposit(self, name: str, coefficient: float, total: Tensor, tokens: Tensor) -> None:
+        """Leave a layer's loss, summed over some of its `tokens`."""
+        if coefficient and name in self.layers:
+            self.losses.append((name, coefficient * total, tokens))
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Each loss's mean over counted tokens and over the layers that have it, times the pass's share of its step.
+
+        None where no layer deposited anything; 0, never NaN, where no token counts or the step has no target. Each
+        deposit is a sum over tokens, with or without a target of the model's own loss: a prompt that is masked for
+        that loss is routed all the same, so what is masked must not change a router's loss. A layer has a loss, or has
+        not, whoever is in the batch, so a loss weighs the same in every pass.
+        """
+        if not self.losses:
+            return None
+        device = self.losses[0][1].device
+        total = torch.stack([total.to(device) / self.layers[name] for name, total, _ in self.losses])
+        tokens = torch.stack([tokens.to(device) for _, _, tokens in self.losses])
+        mean = (total / tokens.clamp(min=1)).sum()
+        return mean * (self.share.to(device) if isinstance(self.share, Tensor) else self.share)
+
+
+def _present(ids_T: Tensor, table: LanguageTable) -> list[int]:
+    """Which language ids occur, padding left out: what has to run, for which the host waits once.
+
+    Raises:
+        LanguageError: an id is not in the table.
+    """
+    known = len(table.codes)
+    slot_T = ids_T.long().masked_fill((ids_T < 0) | (ids_T >= known), known + 1)
+    slot_T = slot_T.masked_fill(ids_T == PADDING_LANGUAGE_ID, known)
+    seen = torch.zeros(known + 2, dtype=torch.bool, device=ids_T.device).index_fill(0, slot_T, True).tolist()
+    if seen[-1]:
+        found = sorted(set(ids_T.tolist()) - {PADDING_LANGUAGE_ID})
+        raise LanguageError(
+            f"`language_ids` holds {found}; expected 0 to {known - 1} for {', '.join(table.codes)}, "
+            f"{PADDING_LANGUAGE_ID} for padding. Build batches with LanguageCollator."
+        )
+    return [i for i in range(known) if seen[i]]
