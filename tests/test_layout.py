@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # A room is a folder or a flat module of the package. It imports rooms of lower levels and itself.
 LEVELS = {
     "errors": 0,
+    "files": 0,
     "languages": 0,
     "architectures": 0,
     "padding": 0,
@@ -46,6 +47,7 @@ LEVELS = {
 # has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
+    ("files", "errors"),
     ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"), ("tuner", "graft"),
 }  # fmt: skip
 

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..files import check_documents
 from .growth import Merge, apply_merges, backend_of, is_bpe
 
 HELD_OUT = 5
@@ -57,8 +58,10 @@ def propose_tokens(
             f"propose_tokens continues the training of a BPE tokenizer; this one is {type(backend.model).__name__}. "
             "Choose words by hand: extend_vocabulary takes any strings."
         )
-    if isinstance(texts, str) or not any(texts) or num_tokens < 1:
-        raise DataError(f"texts must be a list of documents and num_tokens positive; got {texts!r:.60}, {num_tokens}.")
+    if num_tokens < 1:
+        raise DataError(f"num_tokens must be at least 1; got {num_tokens}.")
+    texts = check_documents(texts)
+    original_texts = check_documents(original_texts, "original_texts") if original_texts else ()
     held_out = [text for index, text in enumerate(texts) if len(texts) >= HELD_OUT and index % HELD_OUT == 0]
     training = [text for index, text in enumerate(texts) if len(texts) < HELD_OUT or index % HELD_OUT]
     merges = _train(_words(backend, training), CANDIDATES * num_tokens, min_count)

@@ -125,7 +125,9 @@ def test_tokens_that_cannot_be_taken_are_refused(tokenizer, tokens, message):
     assert tokenizer.get_vocab() == before
 
 
-@pytest.mark.parametrize(("texts", "count"), [([], 5), ("one text", 5), ([""], 5), (GREEK, 0)])
+@pytest.mark.parametrize(
+    ("texts", "count"), [([], 5), ("one text", 5), ([""], 5), (GREEK, 0), (["a", "\ud800"], 5), (["a", None], 5)]
+)
 def test_nothing_to_propose_from_is_refused(tokenizer, texts, count):
-    with pytest.raises(DataError, match="list of documents"):
+    with pytest.raises(DataError, match=r"list of documents|at least 1|texts\[1\] is no text"):
         propose_tokens(texts, tokenizer, count)
