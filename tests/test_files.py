@@ -9,7 +9,6 @@ import os
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 import quickstart
 from peft_moe_delta.checkpoint import folder, write_safetensors
@@ -112,15 +111,9 @@ def test_a_place_that_is_no_folder_is_our_error(tmp_path):
         write_text(tmp_path / "file" / "a.json", "new")
 
 
-@pytest.mark.parametrize("command", ["card", "delta"])
-def test_a_command_without_room_ends_with_one_message(tmp_path, command, full_disk):
+def test_a_command_without_room_ends_with_one_message(tmp_path, full_disk):
     (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    save_file({"model.embed_tokens.weight": torch.ones(4, 2)}, tmp_path / "model.safetensors")  # not by our writer
     before = sorted(tmp_path.iterdir())
-    arguments = {
-        "card": ["card", tmp_path],
-        "delta": ["delta", "compute", tmp_path, tmp_path, "--output", tmp_path / "d.safetensors"],
-    }[command]
-    with pytest.raises(SystemExit, match=r"error: Cannot write .*No space left on device"):
-        main(list(map(str, arguments)))
+    with pytest.raises(SystemExit, match=r"error: Cannot write .*card\.json: No space left on device"):
+        main(["card", str(tmp_path)])
     assert sorted(tmp_path.iterdir()) == before
