@@ -28,7 +28,8 @@ from peft_moe_delta.evaluation import bits_per_byte, encode_task
 
 def read(path: Path, column: str) -> list:
     """A column of a jsonl file; every line whole for the column ""."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with path.open(encoding="utf-8") as file:  # `splitlines` would cut a text at U+2028, too
+        lines = [json.loads(line) for line in file]
     return [line[column] for line in lines] if column else lines
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import PlanError
+from .files import whole_file
 from .languages import ORIGINAL_GROUP
 
 
@@ -163,7 +164,8 @@ class ExpertPlan:
         axes.set(xlabel="decoder layer", ylabel="experts")
         axes.yaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(ncols=min(4, len(self.groups)), fontsize=8)
-        drawing.savefig(path, dpi=120)
+        with whole_file(path) as partial:
+            drawing.savefig(partial, dpi=120)
 
     def to_json(self) -> str:
         """The plan as a JSON document that `from_json` reads back."""

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # A room is a folder or a flat module of the package. It imports rooms of lower levels and itself.
 LEVELS = {
     "errors": 0,
+    "files": 0,
     "languages": 0,
     "architectures": 0,
     "padding": 0,
@@ -46,8 +47,8 @@ LEVELS = {
 # graft, until a model above both has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
-    ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"), ("training", "evaluation"),
-    ("tuner", "graft"),
+    ("files", "errors"), ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"),
+    ("training", "evaluation"), ("tuner", "graft"),
 }  # fmt: skip
 
 TENSORS_AND_FILES_ONLY = {"tensors", "checkpoint"}  # use neither of the next line's libraries

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..errors import DataError, LanguageError
+from ..files import read_text, write_text
 from ..languages import ORIGINAL_GROUP
 from .cliques import EXACT_UP_TO, tightest
-from .statistics import read_text, write_text
 
 SYMMETRY_TOLERANCE = 1e-5
 KEPT_SHARE = 0.8

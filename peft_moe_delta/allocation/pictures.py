@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError
+from ..files import whole_file
 from .group import LanguageGroups
 from .statistics import LanguageStatistics
 
@@ -34,7 +35,8 @@ def draw_statistics(statistics: LanguageStatistics, path: str | Path) -> None:
         axis.set(xlabel="decoder layer", title=_TITLES[source])
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7, ncols=2)
-    drawing.savefig(path, dpi=110)
+    with whole_file(path) as partial:
+        drawing.savefig(partial, dpi=110)
 
 
 _TITLES = {
@@ -86,7 +88,8 @@ def draw_groups(groups: LanguageGroups, path: str | Path) -> None:
         start += len(group)
     right.set_title(f"similarity; stability {groups.stability:.2f}")
     drawing.colorbar(image, ax=right, shrink=0.8)
-    drawing.savefig(path, dpi=110)
+    with whole_file(path) as partial:
+        drawing.savefig(partial, dpi=110)
 
 
 def _figure(columns: int, width: float, height: float) -> tuple[Any, Any]:

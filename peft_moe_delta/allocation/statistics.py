@@ -11,7 +11,6 @@ Shapes: L layers, N languages.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DataError, LanguageError
+from ..files import read_text, write_text
 
 SOURCES: Mapping[str, str] = {
     "similarity": "mean unit vector of the tokens at the MLP's input (LayerMoE)",
@@ -210,27 +210,6 @@ class LanguageStatistics:
         if unknown:
             raise LanguageError(f"{unknown} were not measured; the statistics have {', '.join(self.languages)}.")
         return [self.languages.index(code) for code in codes]
-
-
-def read_text(path: str | Path) -> str:
-    """A text file.
-
-    Raises:
-        DataError: there is none, or it is not UTF-8.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"Cannot read {path}: {error}. Check the path.") from error
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file beside its place, then move it there: readers see the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _unknown(gram: np.ndarray) -> np.ndarray:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..files import beside, whole_file
 from .header import unique_json
 from .manifest import file_sha256
 
@@ -36,19 +37,16 @@ def write_safetensors(
         path: the file; its folder is made if need be.
         tensors: any dtype and device; no two may share memory.
         metadata: further strings for the header.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder may not be written.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(path)
-    try:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"format": "pt", **(metadata or {})},
-        )
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as partial:
+        try:
+            save_file(content, partial, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:  # what the library makes of a full disk
+            raise OSError(str(error)) from error
 
 
 @contextmanager
@@ -60,7 +58,7 @@ def whole_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """
     output = Path(output).resolve()
     _refuse_existing(output, overwrite)
-    partial, replaced = _beside(output), _beside(output)
+    partial, replaced = beside(output), beside(output)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -220,8 +218,3 @@ def _move(folder: Path, output: Path, replaced: Path) -> None:
         output.rename(replaced)
     folder.rename(output)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _beside(path: Path) -> Path:
-    """A new hidden name in the same folder, so that moving from it is atomic."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")

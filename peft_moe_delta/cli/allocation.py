@@ -25,11 +25,10 @@ from ..allocation import (
     group_languages,
     measure_languages,
 )
-from ..allocation.statistics import read_text, write_text
 from ..checkpoint import resolve
 from ..errors import DataError
+from ..files import read_text, read_texts, write_text
 from ..loading import load_causal_lm, load_tokenizer
-from ..recipe.data import read_texts
 from .command import Command
 from .options import Options
 

@@ -12,7 +12,7 @@ from ..errors import DataError
 from ..evaluation import TaskSet, evaluate_languages
 from ..evaluation.figures import check_installed
 from ..evaluation.page import markdown, write_report
-from ..recipe.data import read_tasks, read_texts
+from ..files import read_tasks, read_texts
 from .command import Command
 from .options import pairs_of
 

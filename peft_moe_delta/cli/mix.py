@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from ..checkpoint import whole_folder
+from ..files import read_texts
 from ..mixing import fit_routers, mix
-from ..recipe.data import read_texts
 from .command import Command
 from .options import pairs_of
 
@@ -36,6 +36,8 @@ def _run(arguments: Namespace) -> str:
     others = arguments.others
     if "=" in others:
         others = pairs_of("--others", others.split(","), float)
+    given = pairs_of("--text", arguments.text)
+    texts = {code: read_texts(path) for code, path in given.items()}  # before anything is written
     options = {} if arguments.attention_experts is None else {"attention_experts": arguments.attention_experts}
     with whole_folder(arguments.output) as folder:
         model = mix(
@@ -48,8 +50,7 @@ def _run(arguments: Namespace) -> str:
             top_k=arguments.top_k,
             **options,
         )
-        if arguments.text:
-            texts = {code: read_texts(path) for code, path in pairs_of("--text", arguments.text).items()}
+        if texts:
             fit_routers(model, texts).save(folder / "router_statistics.safetensors")
         model.save_pretrained(str(folder))
     return f"adapter: {arguments.output}\nits base: {model.active_peft_config.base_model_name_or_path}"

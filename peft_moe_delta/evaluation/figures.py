@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
+from ..files import whole_file
 from .report import TEXT, Difference, EvalReport, Score, heading
 
 INK = "#1f2430"
@@ -76,11 +77,11 @@ def check_installed() -> None:
 
 def save_pngs(report: EvalReport, folder: Path) -> list[Path]:
     """Write every figure as `NAME.png`, on white."""
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, figure in figures(report).items():
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150, facecolor="white")
+        with whole_file(paths[-1]) as partial:
+            figure.savefig(partial, dpi=150, facecolor="white")
     return paths
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ..files import write_text
 from .figures import COLOURS, as_svg, colour_of, figures, save_pngs
 from .report import METRICS, TEXT, Difference, EvalReport, Score, heading
 
@@ -34,7 +35,7 @@ def write_report(report: EvalReport, folder: str | Path) -> Path:
     folder = Path(folder)
     page = render(report)
     report.save(folder)
-    (folder / PAGE).write_text(page, encoding="utf-8")
+    write_text(folder / PAGE, page)
     save_pngs(report, folder / FIGURES)
     return folder / PAGE
 

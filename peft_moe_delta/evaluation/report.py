@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import DataError
+from ..files import write_text
 
 FORMAT = 2
 """Of the file: raised when a reader of the old one would misread the new one."""
@@ -278,9 +279,8 @@ class EvalReport:
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` into a folder, which is made if need be. Returns the file."""
         path = Path(folder) / FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
         data = {"format": FORMAT, **asdict(self)}
-        path.write_text("{\n" + ",\n".join(map(_as_text, data.items())) + "\n}\n", encoding="utf-8")
+        write_text(path, "{\n" + ",\n".join(map(_as_text, data.items())) + "\n}\n")
         return path
 
     @classmethod

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from ..errors import PeftMoeDeltaError
+from ..files import whole_file
 from .report import DOUBTFUL_RATIO, family_of
 from .stored import DeltaFile
 
@@ -42,7 +43,8 @@ def draw_delta(delta: DeltaFile, path: str | Path) -> None:
     axes.set_ylim(bottom=0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    with whole_file(path) as partial:
+        figure.savefig(partial)
 
 
 def layer_ratios(delta: DeltaFile) -> dict[str, dict[int, float]]:

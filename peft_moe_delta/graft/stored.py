@@ -24,6 +24,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointReader
 from ..checkpoint.header import Entry, encode_header
 from ..errors import CheckpointError, GraftError
+from ..files import whole_file
 from ..tensors import is_embedding
 from .report import DeltaReport
 from .rows import VocabularyMap
@@ -325,22 +326,16 @@ class _DeltaWriter:
 @contextmanager
 def _writer(path: Path, names: Sequence[str], vocabulary: VocabularyMap | None) -> Iterator[_DeltaWriter]:
     """A delta file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     room = -(-sum(1500 + 8 * len(name.encode()) for name in names) // 8) * 8 + 4096
-    try:
-        with partial.open("wb") as file:
-            file.write(bytes(8 + room))
-            writer = _DeltaWriter(file)
-            if vocabulary is not None:
-                writer.put(_ROWS, vocabulary.base_row)
-            yield writer
-            text = writer.header(vocabulary.next_id if vocabulary else None)[8:]
-            assert len(text) <= room
-            file.seek(0)
-            file.write(room.to_bytes(8, "little") + text + b" " * (room - len(text)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.write(bytes(8 + room))
+        writer = _DeltaWriter(file)
+        if vocabulary is not None:
+            writer.put(_ROWS, vocabulary.base_row)
+        yield writer
+        text = writer.header(vocabulary.next_id if vocabulary else None)[8:]
+        assert len(text) <= room
+        file.seek(0)
+        file.write(room.to_bytes(8, "little") + text + b" " * (room - len(text)))
+        file.flush()
+        os.fsync(file.fileno())

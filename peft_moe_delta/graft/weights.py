@@ -250,7 +250,7 @@ class GraftedWeights:
 
     def fingerprint(self, model: Dense) -> dict[str, object]:
         """What an adapter with these blocks says of its base."""
-        return fingerprint(model.tensors, self._blocks(model))
+        return fingerprint(model.tensors, len(self._blocks(model)))
 
     def _blocks(self, model: Dense) -> list[dict[str, str]]:
         """Of each MLP that the adapter transforms, in layer order: name inside of it -> name in the model."""

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import CardError
 from ..evaluation.page import tables, verdict
 from ..evaluation.report import METRICS, TEXT, EvalReport
+from ..files import write_text
 from ..languages import ORIGINAL_GROUP, closest_code, read_code
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
@@ -199,11 +200,10 @@ def write_card(folder: str | Path, facts: CardFacts, report: EvalReport | None =
     """Write the card, and beside it what it is rendered from: `card.json` and `report.json`. Returns the card."""
     folder = Path(folder)
     text = render_card(facts, report)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FACTS_FILE).write_text(facts.to_json(), encoding="utf-8")
+    write_text(folder / FACTS_FILE, facts.to_json())
     if report is not None:
         report.save(folder)
-    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+    write_text(folder / CARD_FILE, text)
     return folder / CARD_FILE
 
 

@@ -23,6 +23,7 @@ from ..errors import PlanError
 from ..languages import ORIGINAL_GROUP
 from ..loading import load_causal_lm, load_tokenizer
 from ..tuner import MoeDeltaConfig, MoeDeltaModel
+from ..tuner.fingerprint import base_weights, fingerprint
 from .checks import check_branch
 
 
@@ -75,7 +76,9 @@ def mix(
     if base_output is not None:
         _average(tuner, readers, weights)
         _write_base(tuner, folder, base_output)
-        mixed.active_peft_config.base_model_name_or_path = model.name_or_path = str(base_output)
+        config = tuner.active_config
+        config.base_model_name_or_path = model.name_or_path = str(base_output)
+        config.base_fingerprint = fingerprint(base_weights(model), config.base_fingerprint["blocks"])
     return mixed
 
 

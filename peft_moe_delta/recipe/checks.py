@@ -13,13 +13,13 @@ from transformers import PretrainedConfig
 from ..architectures import mlp_module_name
 from ..errors import GraftError, PeftMoeDeltaError, RecipeError
 from ..export import choose
+from ..files import read_tasks, read_texts
 from ..graft.explain import weights_of
 from ..graft.kinship import check_same_kind
 from ..graft.scale import scale_of_groups
 from ..graft.weights import exported_share
 from ..loading import load_config, load_tokenizer
 from ..tuner import MoeDeltaConfig
-from .data import read_tasks, read_texts
 from .fields import AUTO, Recipe
 from .stages import adapter_config, blocks
 

@@ -21,12 +21,13 @@ from ..checkpoint import CheckpointReader
 from ..errors import GraftError
 from ..evaluation import TaskSet
 from ..evaluation.scoring import Material
+from ..files import read_tasks
 from ..graft.arithmetic import graft_tensor
 from ..graft.delta import PostTrainingDelta
 from ..graft.memory import EXPERT_SCALES
 from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
-from .data import held_out, read_tasks
+from .data import held_out
 from .fields import AUTO, Graft, Recipe
 from .scoring import scores_of
 from .stages import load_model, save_with_tokenizer

@@ -21,10 +21,11 @@ from ..evaluation.loading import Measured
 from ..evaluation.measure import measure
 from ..evaluation.routes import expert_names, route_drift
 from ..evaluation.scoring import Material, Scores, score_material
+from ..files import read_tasks
 from ..languages import closest_code
 from ..loading import load_adapter, load_tokenizer
 from ..tuner import MoeDeltaModel
-from .data import held_out, read_tasks
+from .data import held_out
 from .fields import Recipe
 from .stages import load_made, load_model
 

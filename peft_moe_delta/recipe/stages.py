@@ -26,13 +26,13 @@ from transformers import (
 
 from ..errors import DataError
 from ..evaluation import encode_task
+from ..files import read_tasks, read_texts
 from ..hub.card import PLAN_FILE
 from ..loading import load_adapter, load_causal_lm, load_tokenizer
 from ..monitor import TrainingMonitor
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary
-from .data import read_tasks, read_texts
 from .fields import Recipe, Review, Training, Tuning
 
 LOG_FILE = "log.json"

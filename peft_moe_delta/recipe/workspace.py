@@ -24,7 +24,7 @@ import torch
 
 from ..checkpoint import file_sha256, resolve, whole_folder
 from ..errors import RecipeError
-from .data import existing
+from ..files import existing
 
 RECORD = "step.json"
 _VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")

@@ -61,12 +61,12 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield from _walk(child, f"{prefix}{name}.")
 
 
-def fingerprint(weights: Mapping[str, Tensor], blocks: Blocks) -> dict[str, Any]:
+def fingerprint(weights: Mapping[str, Tensor], blocks: int) -> dict[str, Any]:
     """The record of a model.
 
     Args:
         weights: its tensors by name: `base_weights`, a `CheckpointReader`, or a view of either.
-        blocks: its MLPs.
+        blocks: how many MLPs the adapter transforms.
     """
     tensors = _sampled(weights)
     for name in [n for n in tensors if is_embedding(n) and n.startswith(("lm_head.", "embed_out."))]:
@@ -79,7 +79,7 @@ def fingerprint(weights: Mapping[str, Tensor], blocks: Blocks) -> dict[str, Any]
         entries.setdefault(kind, []).append(f"{layer[0] if layer else ''}:{numbers}")
     return {
         "version": VERSION,
-        "blocks": len(blocks),
+        "blocks": blocks,
         "dtypes": sorted({str(_dtype(weights, name)).removeprefix("torch.") for name in weights}),
         "tensors": {kind: " ".join(found) for kind, found in entries.items()},
     }
@@ -95,7 +95,8 @@ def check_fingerprint(
 
     Args:
         saved: the adapter's record.
-        weights, blocks: of the model at hand, as in `fingerprint`.
+        weights: of the model at hand, as in `fingerprint`.
+        blocks: its MLPs that the adapter transforms.
         verify_weights: whether other numbers are refused, too, or only other shapes.
 
     Raises:
@@ -105,7 +106,7 @@ def check_fingerprint(
         if "version" not in saved:
             differing = _first_version(saved, weights, blocks)
         elif saved["version"] == VERSION:
-            differing = _differing(saved, fingerprint(weights, blocks))
+            differing = _differing(saved, fingerprint(weights, len(blocks)))
         else:
             raise CheckpointError(
                 f"The adapter's record of its base model has version {saved['version']!r}, this package reads up to "

@@ -329,7 +329,7 @@ class MoeDeltaModel(BaseTuner):
         ]
         if (saved := peft_config.base_fingerprint) is not None:
             check_fingerprint(saved, weights, mlps, verify_weights=peft_config.verify_base)
-        peft_config.base_fingerprint = fingerprint(weights, mlps)
+        peft_config.base_fingerprint = fingerprint(weights, len(mlps))
         self._plan_under_way = plan
 
     def _create_and_replace(

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import DataError
+from ..files import check_documents
 from ..tuner import MoeDeltaModel
 from .distil import distil_rows
 from .fit import check_can_fit, fit_rows
@@ -61,8 +62,7 @@ def extend_vocabulary(
         )
     growth = TokenizerGrowth.plan(tokenizer, new_tokens)
     if texts:
-        if isinstance(texts, str) or not any(text.strip() for text in texts):
-            raise DataError(f"texts must be a list of documents to fit the new rows to; got {texts!r:.60}.")
+        texts = check_documents(texts)
         check_can_fit(tuner.model, tokenizer, language)
     tuner.add_tokens(list(growth.tokens), growth.first_id, [list(ids) for ids in growth.pieces])
     growth.apply(tokenizer)

@@ -2,13 +2,17 @@
 
 In: a fast tokenizer and tokens. Out: the tokenizer with these tokens behind its own. A token of a BPE tokenizer that is
 one merge away from what is known becomes a merge of lowest priority: text without it is cut as before, and it is never
-found inside what an older merge has taken. Any other token is matched literally, as `tokenizer.add_tokens` does.
+found inside what an older merge has taken. A tokenizer that falls back to bytes (Llama 2's) spells a character it does
+not know as its bytes: such a character becomes a token without a merge, which then takes the place of the bytes. Any
+other token is matched literally, as `tokenizer.add_tokens` does.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import DataError
 
 Merge = tuple[str, str]
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 _SPACES = ("Ġ", "▁")
 """How tokenizers spell the space before a word."""
 
@@ -31,13 +36,15 @@ class TokenizerGrowth:
         tokens: as the tokenizer spells them (`Ġκαι`), in the order of their ids.
         first_id: id of the first.
         pieces: ids of the known tokens that make up each.
-        merges: the two tokens (known, or new and earlier) that each is merged from; None for one matched literally.
+        merges: the two tokens (known, or new and earlier) that each is merged from; None for other tokens.
+        literal: those that are matched literally.
     """
 
     tokens: tuple[str, ...]
     first_id: int
     pieces: tuple[tuple[int, ...], ...]
     merges: tuple[Merge | None, ...]
+    literal: tuple[str, ...]
 
     @classmethod
     def plan(cls, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> TokenizerGrowth:
@@ -57,24 +64,26 @@ class TokenizerGrowth:
             )
         ranks: dict[Merge, int] = {}
         merges: list[Merge | None] = []
-        pieces = []
+        pieces, literal, known = [], [], set(vocabulary)
         for token in tokens:
-            known = spell(backend, token)
-            parts = apply_merges(known, ranks)[0]
-            if len(parts) == 2:
-                merges.append((parts[0], parts[1]))
-                ranks[parts[0], parts[1]] = len(ranks)
-                pieces.append(tuple(vocabulary[piece] for piece in known))
+            parts = apply_merges(spell(backend, token), ranks)[0]
+            merge = (parts[0], parts[1]) if len(parts) == 2 and known.issuperset(parts) else None
+            if merge is not None:
+                ranks[merge] = len(ranks)
+            if merge is not None or parts == [token]:
+                pieces.append(tuple(piece.id for piece in backend.model.tokenize(token)))
             else:
                 _check_literal(backend, token, parts)
-                merges.append(None)
+                literal.append(token)
                 pieces.append(tuple(tokenizer(token, add_special_tokens=False)["input_ids"]))
+            merges.append(merge)
+            known.add(token)
         if unspelt := [token for token, ids in zip(tokens, pieces, strict=True) if not ids]:
             raise DataError(
                 f"new_tokens: the tokenizer spells {unspelt[0]!r} with no token at all, so its row has nothing to "
                 "start from. Leave it out."
             )
-        return cls(tuple(tokens), max(vocabulary.values()) + 1, tuple(pieces), tuple(merges))
+        return cls(tuple(tokens), max(vocabulary.values()) + 1, tuple(pieces), tuple(merges), tuple(literal))
 
     def apply(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Give the tokens to the tokenizer they were planned for, in place.
@@ -88,8 +97,7 @@ class TokenizerGrowth:
             # A tokenizer file numbers its added tokens behind the vocabulary unless they stand in it: so all do now.
             merges = [merge for merge in self.merges if merge is not None]
             backend.model = _grown_bpe(backend, tokenizer.get_vocab() | ids, merges)
-        literal = [token for token, merge in zip(self.tokens, self.merges, strict=True) if merge is None]
-        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in literal])
+        tokenizer.add_tokens([AddedToken(token, normalized=False) for token in self.literal])
         found = tokenizer.get_vocab()
         if wrong := [token for token, index in ids.items() if found.get(token) != index]:
             raise DataError(
@@ -120,11 +128,21 @@ def is_bpe(backend: Tokenizer) -> bool:
 
 
 def spell(backend: Tokenizer, token: str) -> list[str]:
-    """A token in the tokenizer's own spelling, cut into known tokens; empty where it cannot be."""
+    """A token in the tokenizer's own spelling, cut into known tokens, and into characters where it falls back to
+    bytes; empty where it cannot be."""
     if not is_bpe(backend):
         return []
-    known = [piece.value for piece in backend.model.tokenize(token)]
-    return known if "".join(known) == token else []
+    pieces, held = [], b""
+    for piece in backend.model.tokenize(token):
+        byte = _BYTE.fullmatch(piece.value) if backend.model.byte_fallback else None
+        if byte is None:
+            pieces.append(piece.value)
+            continue
+        held += bytes.fromhex(byte[1])
+        with suppress(UnicodeDecodeError):  # until the character is whole
+            pieces.append(held.decode())
+            held = b""
+    return pieces if "".join(pieces) == token else []
 
 
 def apply_merges(pieces: Sequence[str], ranks: Mapping[Merge, int]) -> tuple[list[str], list[Merge]]:

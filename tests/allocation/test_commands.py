@@ -95,7 +95,7 @@ def test_what_is_wrong_is_said(inputs, statistics, capsys):
     assert "en: got text of" in refused(capsys, *model, *text)
     assert "text takes NAME=VALUE" in refused(capsys, *model, "--text", "en.jsonl")
     assert "Say how to group" in refused(capsys, "group", "--statistics", statistics, *output)
-    assert "No such file" in refused(capsys, "group", "--statistics", "nothing.json", *output)
+    assert "No file" in refused(capsys, "group", "--statistics", "nothing.json", *output)
     assert "needs a budget" in refused(capsys, "allocate", "--statistics", statistics, *output)
     both = ["--groups", "groups.json", "--language", "hu=new"]
     assert "not both" in refused(capsys, "allocate", "--statistics", statistics, *both, *output)

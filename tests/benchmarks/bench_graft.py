@@ -123,7 +123,7 @@ def write_adapter(config: LlamaConfig, folder: Path, full: bool) -> None:
         experts={"expanded": [int(layer in chosen) for layer in layers]},
         expert_rank=None if full else RANK,
         target_modules=["mlp"],
-        base_fingerprint=fingerprint(CheckpointReader(folder.parent / "base"), blocks),
+        base_fingerprint=fingerprint(CheckpointReader(folder.parent / "base"), len(blocks)),
         base_model_name_or_path="base",
     ).save_pretrained(str(folder))
 

@@ -16,7 +16,7 @@ from peft_moe_delta import fit_routers
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import closest_group, score_groups
-from peft_moe_delta.recipe.data import read_texts
+from peft_moe_delta.files import read_texts
 from recipe.pico_recipe import SENTENCES
 
 TRAINING = {"steps": 2, "batch_size": 3, "learning_rate": 1.0e-2, "sequence_length": 16}

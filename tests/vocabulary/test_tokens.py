@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 from itertools import pairwise
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from greek import ENGLISH, GREEK
@@ -125,7 +126,57 @@ def test_tokens_that_cannot_be_taken_are_refused(tokenizer, tokens, message):
     assert tokenizer.get_vocab() == before
 
 
-@pytest.mark.parametrize(("texts", "count"), [([], 5), ("one text", 5), ([""], 5), (GREEK, 0)])
+@pytest.mark.parametrize(
+    ("texts", "count"), [([], 5), ("one text", 5), ([""], 5), (GREEK, 0), (["a", "\ud800"], 5), (["a", None], 5)]
+)
 def test_nothing_to_propose_from_is_refused(tokenizer, texts, count):
-    with pytest.raises(DataError, match="list of documents"):
+    with pytest.raises(DataError, match=r"list of documents|at least 1|texts\[1\] is no text"):
         propose_tokens(texts, tokenizer, count)
+
+
+@pytest.fixture(params=["prepend", "metaspace"])
+def byte_fallback(request):
+    """A tokenizer after SentencePiece, as Llama 2's: it knows English, and spells any other character as its bytes."""
+    space = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    trained = Tokenizer(models.BPE())
+    trained.normalizer, trained.pre_tokenizer = (
+        normalizers.Sequence(space),
+        pre_tokenizers.Split("▁", "merged_with_next"),
+    )
+    trained.train_from_iterator(ENGLISH, trainers.BpeTrainer(vocab_size=200, show_progress=False))
+    spec = json.loads(trained.to_str())["model"]
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *spec["vocab"]]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
+    merges = [tuple(merge) for merge in spec["merges"]]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    if request.param == "prepend":
+        backend.normalizer = normalizers.Sequence(space)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    last = [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), *last])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_bytes_that_stand_for_characters_become_characters_and_words(byte_fallback, tmp_path):
+    tokens = propose_tokens(GREEK, byte_fallback, 40, original_texts=ENGLISH)
+    assert len(tokens) == 40 and not any("<0x" in token for token in tokens)
+    growth = TokenizerGrowth.plan(byte_fallback, tokens)
+    assert growth.literal == ()
+    assert all(byte_fallback.decode(ids).strip() == t.strip("▁") for t, ids in zip(tokens, growth.pieces, strict=True))
+    after = grown(byte_fallback, tokens)
+    assert all(new < old / 2 for new, old in zip(lengths(after, GREEK), lengths(byte_fallback, GREEK), strict=True))
+    used = {token for text in GREEK for token in after.tokenize(text)} | {t for m in growth.merges if m for t in m}
+    assert set(tokens) <= used  # in the text, or part of a token that is
+    after.save_pretrained(tmp_path)
+    for tokenizer in (after, AutoTokenizer.from_pretrained(tmp_path)):
+        for text in (*GREEK, *ENGLISH, "ű 漢字 mixed και"):
+            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+        assert [tokenizer(text)["input_ids"] for text in ENGLISH] == [byte_fallback(t)["input_ids"] for t in ENGLISH]
+
+
+def test_a_character_of_the_original_texts_stays_bytes(byte_fallback):
+    tokens = propose_tokens(GREEK, byte_fallback, 40, original_texts=["α and β"])
+    assert tokens and not any("α" in token for token in tokens)
+    after = grown(byte_fallback, tokens)
+    assert after("α and β")["input_ids"] == byte_fallback("α and β")["input_ids"]

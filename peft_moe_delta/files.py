@@ -1,0 +1,163 @@
+"""Files of text: read with clear errors, and written whole or not at all.
+
+In: paths. Out: documents and tasks of jsonl files, or a file under its name once it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, DataError
+
+
+def read_texts(path: str | Path, limit_bytes: int | None = None) -> list[str]:
+    """The `text` column of a jsonl file, whole documents up to a number of UTF-8 bytes.
+
+    Raises:
+        DataError: no such file, a line without text, or no text at all.
+    """
+    texts, size = [], 0
+    for number, line in _lines(path):
+        text = line.get("text")
+        if not isinstance(text, str) or not text:
+            raise DataError(f"{path}, line {number}: expected a `text` with at least one character; got {text!r:.60}.")
+        texts.append(text)
+        size += len(text.encode())
+        if limit_bytes is not None and size >= limit_bytes:
+            break
+    return texts
+
+
+def read_tasks(path: str | Path, limit: int | None = None) -> list[dict[str, str]]:
+    """Tasks of a jsonl file with `prompt` and `answer`.
+
+    Raises:
+        DataError: no such file, a line without them, or no task at all.
+    """
+    tasks = []
+    for number, line in _lines(path):
+        if not isinstance(line.get("prompt"), str) or not isinstance(line.get("answer"), str):
+            raise DataError(f"{path}, line {number}: expected `prompt` and `answer`; got the fields {sorted(line)}.")
+        tasks.append(line)
+    return tasks[:limit]
+
+
+def check_documents(texts: Iterable[str], name: str = "texts") -> list[str]:
+    """Documents as a list, of which at least one is not blank.
+
+    Raises:
+        DataError: one string where a list is expected, something that is no text, or no text at all.
+    """
+    documents = [] if isinstance(texts, str | bytes) else list(texts)
+    for index, text in enumerate(documents):
+        if not isinstance(text, str) or not _is_unicode(text):
+            raise DataError(f"{name}[{index}] is no text that can be written in UTF-8: {text!r:.60}. Leave it out.")
+    if not any(text.strip() for text in documents):
+        raise DataError(f"{name} must be a list of documents, not all of them empty; got {texts!r:.60}.")
+    return documents
+
+
+def read_text(path: str | Path) -> str:
+    """A text file.
+
+    Raises:
+        DataError: there is none, or it is not UTF-8.
+    """
+    try:
+        return existing(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"Cannot read {path}: {error}. Check the file.") from error
+
+
+def existing(path: str | Path) -> Path:
+    """A file that is there.
+
+    Raises:
+        DataError: it is not.
+    """
+    try:
+        found = Path(path).is_file()
+    except OSError:  # no name that a file can have
+        found = False
+    if not found:
+        raise DataError(f"No file {path}. Check the path (a relative one counts from the working folder).")
+    return Path(path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file whole or not at all: readers see the old file or the new one.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder may not be written.
+    """
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A file to write, which moves to its place when the block ends without an error, and vanishes otherwise.
+
+    Raises:
+        CheckpointError: the disk is full, or the folder may not be written.
+    """
+    path = Path(path)
+    partial = beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write {path}: {error.strerror or error}. Nothing was left behind; make room, or choose another "
+            "folder."
+        ) from error
+    finally:
+        with suppress(OSError):  # what cannot be reached was not written either
+            partial.unlink(missing_ok=True)
+
+
+def beside(path: Path) -> Path:
+    """A new hidden name in the same folder, so that moving from it is atomic; the suffix says the same format."""
+    return path.with_name(f".{path.stem[:80]}.{uuid.uuid4().hex[:8]}{path.suffix}")
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered objects of a jsonl file, at least one. Only line feeds end a line: U+2028 may stand in a text."""
+    found = False
+    try:
+        with existing(path).open(encoding="utf-8-sig", newline="\n") as file:
+            for number, text in enumerate(file, start=1):
+                if text.strip():
+                    found = True
+                    yield number, _object(text, f"{path}, line {number}")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is no jsonl file in UTF-8: {error}. Check the file.") from error
+    if not found:
+        raise DataError(f"{path} is empty.")
+
+
+def _object(text: str, where: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected a JSON object, {{...}}, on each line: {error}") from error
+    if not isinstance(line, dict):
+        raise DataError(f"{where}: expected an object; got {type(line).__name__}.")
+    if "\\u" in text and not _is_unicode(json.dumps(line, ensure_ascii=False)):
+        raise DataError(f"{where}: holds half of a surrogate pair, which no tokenizer reads. Mend or leave it out.")
+    return line
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
