@@ -21,6 +21,7 @@ LEVELS = {
     "architectures": 0,
     "padding": 0,
     "tensors": 0,
+    "kinds": 0,
     "attention": 1,
     "plan": 1,
     "losses": 1,
@@ -45,7 +46,8 @@ LEVELS = {
 # trainers are watched. One goes up: the tuner's `graft` and `merge_and_graft` call the graft, until a model above both
 # has these methods.
 WITHIN_A_LEVEL = {
-    ("languages", "errors"), ("architectures", "errors"), ("tensors", "errors"), ("cli", "recipe"),
+    ("languages", "errors"), ("architectures", "errors"), ("tensors", "errors"), ("kinds", "errors"),
+    ("cli", "recipe"),
     ("evaluation", "vocabulary"), ("training", "monitor"), ("tuner", "graft"),
 }  # fmt: skip
 

@@ -9,14 +9,14 @@ from ..errors import RecipeError
 from ..graft.explain import adapter_config
 from ..graft.files import graft_checkpoint
 from .command import Command
-from .options import number_of, pairs_of
+from .options import new_folder, number_of, pairs_of
 
 
 def _add_graft_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", help="the model that the adapter was trained on: folder or Hub id, as the next two")
     parser.add_argument("post_trained", help="its post-trained descendant")
     parser.add_argument("adapter", help="the trained adapter")
-    parser.add_argument("output", help="the folder to make")
+    parser.add_argument("output", type=new_folder, help="the folder to make")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the post-training delta (1)")
     parser.add_argument(
         "--expert-scale", action="append", default=[], metavar="A | GROUP=A",

@@ -20,12 +20,13 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
+from ..kinds import read_fields
 from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..tuner import MoeDeltaModel
 from .data import read_texts
 from .fields import Review, Seed, Training, settled_precision
-from .reader import read_fields, read_yaml
+from .reader import read_yaml
 from .stages import Features, blocks, load_model, save_adapter, train
 
 CLOSEST = "closest"
