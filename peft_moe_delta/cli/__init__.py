@@ -15,17 +15,15 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import PeftMoeDeltaError
-from . import allocation, delta, evaluate, explain, graft, grow, harness, mix, pipeline, publish
-from .command import Command
+from . import allocation, delta, evaluate, graft, harness, mix, pipeline, publish
+from .options import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
     *allocation.COMMANDS,
     *mix.COMMANDS,
-    *grow.COMMANDS,
     *delta.COMMANDS,
     *graft.COMMANDS,
-    *explain.COMMANDS,
     *evaluate.COMMANDS,
     *harness.COMMANDS,
     *publish.COMMANDS,

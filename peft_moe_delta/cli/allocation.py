@@ -30,8 +30,7 @@ from ..checkpoint import resolve
 from ..errors import DataError
 from ..loading import load_causal_lm, load_tokenizer
 from ..recipe.data import read_texts
-from .command import Command
-from .options import Options, new_file, new_picture
+from .options import Command, Options, new_file, new_picture
 
 MEASURE = Options()
 MEASURE.add("model", required=True, help="the base model: a Hub id or a folder")

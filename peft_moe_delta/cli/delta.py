@@ -15,8 +15,7 @@ from ..graft.doubts import expert_agreement
 from ..graft.picture import draw_delta
 from ..graft.rows import match_tokenizers, num_rows
 from ..graft.stored import DeltaFile, combine_deltas
-from .command import Command
-from .options import new_file, new_picture, pairs_of
+from .options import Command, new_file, new_picture, pairs_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -15,8 +15,7 @@ from ..evaluation.figures import check_installed
 from ..evaluation.page import write_report
 from ..evaluation.table import markdown
 from ..recipe.data import read_tasks, read_texts
-from .command import Command
-from .options import new_folder, pairs_of
+from .options import Command, new_folder, pairs_of
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

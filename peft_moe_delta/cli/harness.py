@@ -13,8 +13,7 @@ from pathlib import Path
 from ..evaluation.harness_files import with_harness_results, write_harness_tasks
 from ..evaluation.report import EvalReport
 from ..recipe import read_recipe
-from .command import Command
-from .options import new_folder
+from .options import Command, new_folder
 
 
 def lm_eval_main() -> None:

@@ -7,8 +7,7 @@ from argparse import ArgumentParser, Namespace
 from ..checkpoint import whole_folder
 from ..mixing import fit_routers, mix
 from ..recipe.data import read_texts
-from .command import Command
-from .options import new_folder, pairs_of
+from .options import Command, new_folder, pairs_of
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

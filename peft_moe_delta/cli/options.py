@@ -1,4 +1,4 @@
-"""Options that come from flags, from a YAML file with the same names, or both: what is typed wins."""
+"""What a command is, and how its options are read: from flags, from a YAML file with the same names, or both."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,8 +16,25 @@ from ..recipe.reader import read_yaml
 Value = TypeVar("Value", str, float)
 
 
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line.
+
+    Attributes:
+        name: what is typed.
+        summary: one line for `--help`.
+        add_arguments: declares its arguments.
+        run: does the work and returns what is printed on standard output; progress goes to standard error.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], str]
+
+
 class Options:
-    """A command's options, declared once: `add` them, then `read` what was given.
+    """A command's options, declared once: `add` them, then `read` what was given; what is typed wins over the file.
 
     An option may be `required`, and a `pairs` option takes NAME=VALUE any number of times (a mapping in the file).
     """

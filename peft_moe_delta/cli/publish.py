@@ -11,8 +11,7 @@ from ..evaluation.report import FILE as REPORT_FILE
 from ..evaluation.report import EvalReport
 from ..hub import CardFacts, push_to_hub, write_card
 from ..hub.card import CARD_FILE, FACTS_FILE
-from .command import Command
-from .options import new_folder, pairs_of
+from .options import Command, new_folder, pairs_of
 
 
 def _add_card_arguments(parser: ArgumentParser) -> None:
