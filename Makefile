@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help docs demo demo-quick figures test test-slow test-portable test-browser bench cards lint wheel-test clean
+.PHONY: fuzz help docs demo demo-quick figures test test-slow test-portable test-browser bench cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +45,9 @@ test-slow: $(INSTALLED)  ## the slow tests alone
 
 test-portable: $(INSTALLED)  ## each learning test's margin over 12 instruction sets, threads and seeds; RUNS=1: the oldest
 	$(BIN)/python tests/portable.py --runs $(RUNS) --workers $(WORKERS)
+
+fuzz: $(INSTALLED)  ## thousands of bad values over config, recipes and command line; prints how they ended
+	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m fuzz --number $(or $(NUMBER),2000) --seed $(or $(SEED),0)
 
 bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }

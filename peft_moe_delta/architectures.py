@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ArchitectureError
+from .errors import ArchitectureError, PlanError
 
 MLP_MODULES: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
@@ -164,13 +164,20 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
         )
 
 
-def check_low_rank(name: str, mlp: nn.Module) -> None:
+def check_low_rank(name: str, mlp: nn.Module, rank: int) -> None:
     """Refuse an MLP that low-rank experts cannot cover.
 
     Raises:
         ArchitectureError: the MLP keeps parameters outside of its linear maps.
+        PlanError: its matrices have no such rank.
     """
     linear = linear_maps(mlp)
+    largest = min((min(module.weight.shape) for module in linear.values()), default=rank)
+    if rank > largest:
+        raise PlanError(
+            f"expert_rank={rank} exceeds {largest}, the rank of a matrix of {name} ({type(mlp).__name__}). Take a "
+            "smaller one, or full experts (expert_rank=None)."
+        )
     stray = [parameter for parameter, _ in mlp.named_parameters() if parameter.rpartition(".")[0] not in linear]
     if stray:
         raise ArchitectureError(

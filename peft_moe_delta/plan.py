@@ -46,14 +46,20 @@ class ExpertPlan:
                 per-layer counts.
         """
         expanded = [g for g in groups if g != ORIGINAL_GROUP]
+        if not isinstance(experts, Mapping):
+            raise PlanError(
+                f"`experts` must be a plan, or map groups to numbers of experts; got {experts!r}. Example: "
+                'experts={"expanded": 3}.'
+            )
         if ORIGINAL_GROUP in experts:
             raise PlanError(
                 f'`experts` gives a count for "{ORIGINAL_GROUP}", which always owns exactly expert 0, the base MLP. '
                 "Remove it."
             )
         if set(experts) != set(expanded):
+            named = sorted(map(str, experts))
             raise PlanError(
-                f"`experts` names the groups {sorted(experts)}, `languages` uses {sorted(expanded)}. Every group but "
+                f"`experts` names the groups {named}, `languages` uses {sorted(expanded)}. Every group but "
                 f'"{ORIGINAL_GROUP}" needs a count, and only those. Example: experts={{"expanded": 3}}.'
             )
         if not expanded:

@@ -22,6 +22,7 @@ LEVELS = {
     "architectures": 0,
     "padding": 0,
     "tensors": 0,
+    "kinds": 0,
     "attention": 1,
     "plan": 1,
     "losses": 1,
@@ -47,6 +48,7 @@ LEVELS = {
 # graft, until a model above both has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
+    ("kinds", "errors"),
     ("files", "errors"), ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"),
     ("training", "evaluation"), ("tuner", "graft"),
 }  # fmt: skip

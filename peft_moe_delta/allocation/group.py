@@ -281,13 +281,18 @@ def _named_matrix(similarity: Any, languages: Sequence[str] | None) -> tuple[tup
         codes = tuple(similarity if languages is None else languages)
         try:
             rows: Any = [[similarity[a][b] for b in codes] for a in codes]
-        except KeyError as error:
-            raise DataError(f"similarity: {error} is missing, expected every pair of {', '.join(codes)}.") from error
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"similarity: {error!r}, expected a number for every pair of {', '.join(map(str, codes))}."
+            ) from error
     elif languages is None:
         raise DataError("similarity: got a matrix without names. Give `languages`, in the order of its rows.")
     else:
         codes, rows = tuple(languages), similarity
-    matrix = np.array(rows, dtype=np.float64)
+    try:
+        matrix = np.array(rows, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"similarity: expected a number for every pair of languages; {error}.") from error
     if len(codes) < 2 or len(set(codes)) < len(codes):
         raise LanguageError(f"languages: got {list(codes)}, expected at least two, each once.")
     if matrix.shape != (len(codes), len(codes)) or not np.isfinite(matrix).all():

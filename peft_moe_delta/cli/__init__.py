@@ -15,17 +15,15 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import PeftMoeDeltaError
-from . import allocation, delta, evaluate, explain, graft, grow, harness, mix, pipeline, publish
-from .command import Command
+from . import allocation, delta, evaluate, graft, harness, mix, pipeline, publish
+from .options import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
     *allocation.COMMANDS,
     *mix.COMMANDS,
-    *grow.COMMANDS,
     *delta.COMMANDS,
     *graft.COMMANDS,
-    *explain.COMMANDS,
     *evaluate.COMMANDS,
     *harness.COMMANDS,
     *publish.COMMANDS,
@@ -44,6 +42,10 @@ def main(arguments: list[str] | None = None) -> None:
         subparser = parsers.add_parser(command.name, help=command.summary, description=command.summary)
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for argument in arguments:
+        if argument != _printable(argument):  # no file of ours could hold it
+            parser.error(f"{argument!r} is not valid Unicode")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("peft_moe_delta").setLevel(logging.INFO)  # our progress alone: other libraries log every request
@@ -68,10 +70,10 @@ class Parser(argparse.ArgumentParser):
     """argparse, with an error in one line instead of below the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {_printable(message)}. `{self.prog} --help` lists what there is.\n")
+        self.exit(2, f"error: {_one_line(message)}. `{self.prog} --help` lists what there is.\n")
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException | str) -> str:
     return _printable(" ".join(str(error).split()))
 
 

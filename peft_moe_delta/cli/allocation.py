@@ -29,8 +29,7 @@ from ..checkpoint import resolve
 from ..errors import DataError
 from ..files import read_text, read_texts, write_text
 from ..loading import load_causal_lm, load_tokenizer
-from .command import Command
-from .options import Options
+from .options import Command, Options, new_file, new_picture
 
 MEASURE = Options()
 MEASURE.add("model", required=True, help="the base model: a Hub id or a folder")
@@ -44,9 +43,9 @@ MEASURE.add("learning_rate", type=float, help="of the tuning; default 8e-6")
 MEASURE.add("vector_layers", type=int, help="last layers that tell languages apart by their weights; default 3, 0 all")
 MEASURE.add("seed", type=int, help="of the choice of documents; default 0")
 MEASURE.add("batch_size", type=int, default=4, help="sequences at a time; changes nothing but time and memory")
-MEASURE.add("output", required=True, help="the JSON file to write")
+MEASURE.add("output", type=new_file, required=True, help="the JSON file to write")
 MEASURE.add("merge", metavar="FILE", help="statistics of the same model and languages, to keep beside the new ones")
-MEASURE.add("picture", metavar="PNG", help="similarity and deviation by depth; needs matplotlib")
+MEASURE.add("picture", type=new_picture, metavar="PNG", help="similarity and deviation by depth; needs matplotlib")
 
 GROUP = Options()
 GROUP.add("statistics", required=True, help="what `measure` wrote, or JSON {language: {language: similarity}}")
@@ -56,8 +55,8 @@ GROUP.add("original", default=[], nargs="+", metavar="CODE", help="languages the
 GROUP.add("num_groups", type=int, help="how many groups")
 GROUP.add("sizes", nargs=2, type=int, metavar=("FEWEST", "MOST"), help="or: how many languages a group")
 GROUP.add("seed", type=int, default=0, help="of the resampling")
-GROUP.add("output", required=True, help="the JSON file to write")
-GROUP.add("picture", metavar="PNG", help="dendrogram and heat map; needs matplotlib and scipy")
+GROUP.add("output", type=new_file, required=True, help="the JSON file to write")
+GROUP.add("picture", type=new_picture, metavar="PNG", help="dendrogram and heat map; needs matplotlib and scipy")
 
 ALLOCATE = Options()
 ALLOCATE.add("statistics", required=True, help="what `measure` wrote, or JSON: a number a layer, or that by language")
@@ -71,8 +70,8 @@ ALLOCATE.add("threshold", type=float, default=0.6, help="of deviation_threshold;
 ALLOCATE.add("top_layers", type=int, help="instead of a threshold: so many layers")
 ALLOCATE.add("max_params", type=int, help="instead of a threshold: as many layers as these parameters pay for")
 ALLOCATE.add("experts_per_group", type=int, default=1, help="in a chosen layer; default 1")
-ALLOCATE.add("output", required=True, help="the JSON file to write")
-ALLOCATE.add("picture", metavar="PNG", help="the plan; needs matplotlib")
+ALLOCATE.add("output", type=new_file, required=True, help="the JSON file to write")
+ALLOCATE.add("picture", type=new_picture, metavar="PNG", help="the plan; needs matplotlib")
 
 
 class _Texts:
@@ -115,6 +114,10 @@ def _measure(arguments: Namespace) -> str:
 def _group(arguments: Namespace) -> str:
     options = GROUP.read(arguments)
     data = _json(options["statistics"])
+    if not isinstance(data, dict):
+        raise DataError(
+            f"{options['statistics']}: expected {{language: {{language: number}}}}, or what `measure` wrote."
+        )
     if "layers" in data and "languages" in data:
         statistics = LanguageStatistics.load(options["statistics"])
         similarity = statistics.between_languages(options["source"], options["layers"])

@@ -15,8 +15,7 @@ from ..graft.doubts import expert_agreement
 from ..graft.picture import draw_delta
 from ..graft.rows import match_tokenizers, num_rows
 from ..graft.stored import DeltaFile, combine_deltas
-from .command import Command
-from .options import pairs_of
+from .options import Command, new_file, new_picture, pairs_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,13 +30,15 @@ def _add_arguments(parser: ArgumentParser) -> None:
     inspect.add_argument("file")
     inspect.add_argument("--base", help="with --adapter: the base model, a Hub id or a folder")
     inspect.add_argument("--adapter", help="compare with what an adapter's experts learnt: a Hub id or a folder")
-    inspect.add_argument("--picture", help="draw it layer by layer: a .png, .svg or .pdf to write; needs matplotlib")
+    inspect.add_argument(
+        "--picture", type=new_picture, help="draw it layer by layer: a .png, .svg or .pdf to write; needs matplotlib"
+    )
     combine = jobs.add_parser("combine", help="a weighted sum of deltas over one base")
     combine.add_argument("--delta", action="append", required=True, metavar="FILE=WEIGHT", help="once or more")
     for job, run in ((compute, _compute), (inspect, _inspect), (combine, _combine)):
         if job is not inspect:
             job.add_argument("--dtype", choices=DTYPES, default="float32", help="that it is stored in; default float32")
-            job.add_argument("--output", required=True, help="the file to write")
+            job.add_argument("--output", type=new_file, required=True, help="the file to write")
         job.set_defaults(do=run)
 
 

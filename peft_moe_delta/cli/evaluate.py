@@ -12,9 +12,8 @@ from ..errors import DataError
 from ..evaluation import TaskSet, evaluate_languages
 from ..evaluation.figures import check_installed
 from ..evaluation.page import markdown, write_report
-from ..files import read_tasks, read_texts
-from .command import Command
-from .options import pairs_of
+from ..files import read_tasks, read_text, read_texts
+from .options import Command, new_folder, pairs_of
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -34,7 +33,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=512, help="tokens a window of text (default: 512)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows a forward pass (default: 8)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="of an answer (default: 64)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for report.json, report.html and figures")
+    parser.add_argument(
+        "--output", type=new_folder, required=True, help="folder for report.json, report.html and figures"
+    )
 
 
 def _evaluate(arguments: Namespace) -> str:
@@ -54,7 +55,7 @@ def _evaluate(arguments: Namespace) -> str:
         prompts={code: read_texts(file) for code, file in pairs_of("--prompts", arguments.prompts).items()},
         trained={name: codes.split(",") for name, codes in pairs_of("--trained", arguments.trained).items()},
         agreement=list(pairs_of("--agreement", arguments.agreement).items()),
-        english=arguments.english_words and arguments.english_words.read_text(encoding="utf-8").split(),
+        english=arguments.english_words and read_text(arguments.english_words).split(),
         chat=arguments.chat,
         max_length=arguments.max_length,
         batch_size=arguments.batch_size,

@@ -1,4 +1,4 @@
-"""`graft` and `verify`: from files to files, and whether files still are what was written."""
+"""`graft`, `verify` and `explain`: from files to files, whether they still are what was written, and what would fit."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from argparse import ArgumentParser, Namespace
 
 from ..checkpoint import ADAPTER_FILES, resolve, verify
 from ..errors import RecipeError
-from ..graft.explain import adapter_config
+from ..graft.explain import adapter_config, explain
 from ..graft.files import graft_checkpoint
-from .command import Command
-from .options import number_of, pairs_of
+from .options import Command, new_folder, number_of, pairs_of
 
 
 def _add_graft_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("base", help="the model that the adapter was trained on: folder or Hub id, as the next two")
     parser.add_argument("post_trained", help="its post-trained descendant")
     parser.add_argument("adapter", help="the trained adapter")
-    parser.add_argument("output", help="the folder to make")
+    parser.add_argument("output", type=new_folder, help="the folder to make")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the post-training delta (1)")
     parser.add_argument(
         "--expert-scale", action="append", default=[], metavar="A | GROUP=A",
@@ -82,7 +81,18 @@ def _verify(arguments: Namespace) -> str:
     return f"{arguments.folder}: {len(files)} files, {size / 1e9:,.3f} GB, all as they were written"
 
 
+def _add_explain_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", help="folder or Hub id of the adapter; only its config is read")
+    parser.add_argument("--post-trained", help="the model it is to be grafted onto; default: the adapter's base model")
+
+
+def _explain(arguments: Namespace) -> str:
+    fits = explain(arguments.adapter, arguments.post_trained)
+    return "\n".join(f"{'no ' if fit.misfits else 'yes'}  {fit}" for fit in fits)
+
+
 COMMANDS = (
     Command("graft", "graft an adapter onto the post-trained model, from files to files", _add_graft_arguments, _graft),
     Command("verify", "check a grafted folder against its manifest", _add_verify_arguments, _verify),
+    Command("explain", "what an adapter can be shipped as, and why", _add_explain_arguments, _explain),
 )

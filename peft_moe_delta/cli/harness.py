@@ -13,7 +13,7 @@ from pathlib import Path
 from ..evaluation.harness_files import with_harness_results, write_harness_tasks
 from ..evaluation.report import EvalReport
 from ..recipe import read_recipe
-from .command import Command
+from .options import Command, new_folder
 
 
 def lm_eval_main() -> None:
@@ -29,7 +29,7 @@ def lm_eval_main() -> None:
 
 def _add_task_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="the recipe whose test text and tasks are to be run")
-    parser.add_argument("output", type=Path, help="folder for the task files, for lm_eval's --include_path")
+    parser.add_argument("output", type=new_folder, help="folder for the task files, for lm_eval's --include_path")
 
 
 def _tasks(arguments: Namespace) -> str:

@@ -7,8 +7,7 @@ from argparse import ArgumentParser, Namespace
 from ..checkpoint import whole_folder
 from ..files import read_texts
 from ..mixing import fit_routers, mix
-from .command import Command
-from .options import pairs_of
+from .options import Command, new_folder, pairs_of
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -22,14 +21,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
         default="seed",
         help="weights outside of experts: seed (default), average, or GROUP=WEIGHT,... (original for the seed)",
     )
-    parser.add_argument("--base-output", help="folder of the new dense base, for any --others but seed")
+    parser.add_argument(
+        "--base-output", type=new_folder, help="folder of the new dense base, for any --others but seed"
+    )
     parser.add_argument("--attention-experts", choices=("shared_kv", "full"), help="BAM; default: none")
     parser.add_argument("--routing", default="learned", help="as in MoeDeltaConfig")
     parser.add_argument("--top-k", type=int, help="experts a token; default 2")
     parser.add_argument(
         "--text", action="append", default=[], metavar="CODE=FILE", help="fit the routers in closed form on jsonl text"
     )
-    parser.add_argument("--output", required=True, help="folder of the adapter")
+    parser.add_argument("--output", type=new_folder, required=True, help="folder of the adapter")
 
 
 def _run(arguments: Namespace) -> str:

@@ -1,10 +1,13 @@
-"""Options that come from flags, from a YAML file with the same names, or both: what is typed wins."""
+"""What a command is, and how its options are read: from flags, from a YAML file with the same names, or both."""
 
 from __future__ import annotations
 
 import math
-from argparse import SUPPRESS, ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+import os
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
@@ -13,8 +16,25 @@ from ..recipe.reader import read_yaml
 Value = TypeVar("Value", str, float)
 
 
+@dataclass(frozen=True)
+class Command:
+    """One word of the command line.
+
+    Attributes:
+        name: what is typed.
+        summary: one line for `--help`.
+        add_arguments: declares its arguments.
+        run: does the work and returns what is printed on standard output; progress goes to standard error.
+    """
+
+    name: str
+    summary: str
+    add_arguments: Callable[[ArgumentParser], None]
+    run: Callable[[Namespace], str]
+
+
 class Options:
-    """A command's options, declared once: `add` them, then `read` what was given.
+    """A command's options, declared once: `add` them, then `read` what was given; what is typed wins over the file.
 
     An option may be `required`, and a `pairs` option takes NAME=VALUE any number of times (a mapping in the file).
     """
@@ -51,6 +71,43 @@ class Options:
                 raise RecipeError(f"{name} is missing. Give --{name.replace('_', '-')}, or {name} in a --config file.")
             values[name] = pairs_of(name, value or {}) if option["pairs"] else _checked(name, value, option["flag"])
         return values
+
+
+def new_file(text: str) -> str:
+    """Where a file can be made; argparse calls it, so that no work is done in vain.
+
+    Raises:
+        ArgumentTypeError: it is a folder, or nothing can be written there.
+    """
+    return _new(text, Path.is_dir, "a folder")
+
+
+def new_folder(text: str) -> str:
+    """Where a folder can be made, as `new_file`."""
+    return _new(text, Path.is_file, "a file")
+
+
+def new_picture(text: str) -> str:
+    """Where a picture can be drawn, as `new_file`."""
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise ArgumentTypeError(f"expected the name of a .png, .svg or .pdf to write, got {text!r}")
+    return new_file(text)
+
+
+def _new(text: str, is_other: Callable[[Path], bool], other: str) -> str:
+    try:
+        path = Path(text)
+        if not text or "\0" in text or is_other(path):
+            raise ArgumentTypeError(f"expected where to write, got {text!r}, which is {other if text else 'nothing'}")
+        parent = path.absolute()
+        while not parent.exists():
+            parent = parent.parent
+        usable = os.access(parent, os.W_OK) and (parent.is_dir() or parent == path.absolute())
+    except (OSError, ValueError) as error:
+        raise ArgumentTypeError(f"expected where to write, got {text!r}: {error}") from error
+    if not usable:
+        raise ArgumentTypeError(f"nothing can be written to {text!r}: {parent} is no folder, or is read-only")
+    return text
 
 
 def pairs_of(option: str, given: Mapping[str, Any] | Sequence[str], kind: type[Value] = str) -> dict[str, Value]:  # type: ignore[assignment]
@@ -102,7 +159,9 @@ def _checked(name: str, value: Any, flag: Mapping[str, Any]) -> Any:
     kind, choices = flag.get("type", str), flag.get("choices")
     try:
         read = [kind(item) for item in value] if "nargs" in flag else kind(value)
-    except (TypeError, ValueError) as error:
+    except ArgumentTypeError as error:
+        raise RecipeError(f"{name}: {error}.") from error
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"{name} must be {kind.__name__}; got {value!r}.") from error
     wrong = [item for item in (read if "nargs" in flag else [read]) if choices and item not in choices]
     if wrong:

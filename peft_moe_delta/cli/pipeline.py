@@ -1,4 +1,4 @@
-"""`run` and `train`: a recipe, whole or up to its adapter."""
+"""`run`, `train` and `grow`: a recipe, whole or up to its adapter; further languages for an adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from ..evaluation.page import markdown
 from ..hub import push_to_hub
 from ..hub.card import CARD_FILE
 from ..recipe import OURS, Run, read_recipe
-from .command import Command
+from ..recipe.growing import grow, read_growth
+from .options import Command
 from .publish import card_files
 
 
@@ -37,7 +38,16 @@ def _train(arguments: Namespace) -> str:
     return f"adapter: {run.adapter().folder}"
 
 
+def _add_growth(parser: ArgumentParser) -> None:
+    parser.add_argument("growth", help="a YAML file: adapter, output, languages, experts; examples/grow.yaml is one")
+
+
+def _grow(arguments: Namespace) -> str:
+    return f"adapter: {grow(read_growth(arguments.growth))}"
+
+
 COMMANDS = (
     Command("run", "the whole job: train, graft, score, and write the report", _add_arguments, _run),
     Command("train", "the adapter alone: expansion and, where the recipe has one, review", _add_arguments, _train),
+    Command("grow", "add languages to an adapter, trained or not", _add_growth, _grow),
 )

@@ -11,8 +11,7 @@ from ..evaluation.report import FILE as REPORT_FILE
 from ..evaluation.report import EvalReport
 from ..hub import CardFacts, push_to_hub, write_card
 from ..hub.card import CARD_FILE, FACTS_FILE
-from .command import Command
-from .options import pairs_of
+from .options import Command, new_folder, pairs_of
 
 
 def _add_card_arguments(parser: ArgumentParser) -> None:
@@ -32,7 +31,7 @@ def _add_card_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--licence", help="what to state; never laxer than the parents' (default: the strictest)")
     parser.add_argument("--data", help="what it was trained on")
     parser.add_argument("--limit", action="append", help="what a user must know; may be given several times")
-    parser.add_argument("--output", type=Path, help="folder for the card (default: the model's)")
+    parser.add_argument("--output", type=new_folder, help="folder for the card (default: the model's)")
 
 
 def _card(arguments: Namespace) -> str:

@@ -270,5 +270,18 @@ def _language_tags(languages: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(str(tag.language) for code in languages if (tag := read_code(code)) is not None))
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _read(path: Path) -> dict[str, Any] | None:
+    """The fields of a JSON file; None where there is none.
+
+    Raises:
+        CardError: it holds something else.
+    """
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CardError(f"{path} is no JSON file: {error}. Fetch or make it again.") from error
+    if not isinstance(data, dict):
+        raise CardError(f"{path} holds no fields, but {type(data).__name__}. Fetch or make it again.")
+    return data

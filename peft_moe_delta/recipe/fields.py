@@ -15,8 +15,9 @@ from typing import Annotated, Any
 import torch
 
 from ..errors import RecipeError
+from ..kinds import Count, Finite, Index, NotNegative, Within, read_fields
 from ..plan import ExpertPlan
-from .reader import Count, Finite, NotNegative, Within, read_fields, read_yaml
+from .reader import read_yaml
 
 AUTO = "auto"
 """An expert scale that is chosen on held-out text, or the precision that this machine is faster in."""
@@ -67,10 +68,10 @@ class Adapter:
 
     experts: dict[str, Any] | str
     routing: str = "learned"
-    top_k: int | None = None
-    expert_rank: int | None = None
-    layers_to_transform: list[int] | None = None
-    classifier_layers: list[int] | None = None
+    top_k: Count | None = None
+    expert_rank: Count | None = None
+    layers_to_transform: list[Index] | None = None
+    classifier_layers: list[Index] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ def mlp_blocks(model: PreTrainedModel, config: MoeDeltaConfig) -> dict[int, tupl
         check_unadapted(name, block_of(module))
         check_mlp(name, block_of(module), hidden_size(model))
         if config.expert_rank is not None:
-            check_low_rank(name, block_of(module))
+            check_low_rank(name, block_of(module), config.expert_rank)
         if layer_index(name) in blocks:
             raise ArchitectureError(
                 f"`target_modules` {config.target_modules} matches two modules in layer {layer_index(name)}, "

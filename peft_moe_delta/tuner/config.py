@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -9,7 +10,8 @@ from typing import Any, TypeVar
 
 from peft import PeftConfig, TaskType
 
-from ..errors import LanguageError, PlanError
+from ..errors import LanguageError, PlanError, RecipeError
+from ..kinds import Count, Index, NotNegative, read_fields
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
 from ..routing import ClassifierRouting, Routing, routing_named
@@ -89,31 +91,31 @@ class MoeDeltaConfig(PeftConfig):
     task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM)
     languages: dict[str, str] = field(default_factory=dict)
     experts: Any = field(default_factory=dict)
-    top_k: int | None = None
+    top_k: Count | None = None
     routing: str = "learned"
-    classifier_layers: list[int] | None = None
-    expert_rank: int | None = None
+    classifier_layers: list[Index] | None = None
+    expert_rank: Count | None = None
     attention_experts: str | None = None
     norm_topk_prob: bool = True
-    router_z_loss_coef: float = 0.0
+    router_z_loss_coef: NotNegative = 0.0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
+    layers_to_transform: list[Index] | Index | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     stage: str = "expansion"
-    load_balancing_coef: float | None = None
-    language_prior_coef: float | None = None
+    load_balancing_coef: NotNegative | None = None
+    language_prior_coef: NotNegative | None = None
     language_prior_groups: list[str] | None = None
-    classifier_coef: float | None = None
+    classifier_coef: NotNegative | None = None
     train_earlier_rows: bool = False
     language_ids: list[str] | None = None
     group_order: list[str] | None = None
     growth: list[dict[str, Any]] = field(default_factory=list)
-    open_steps: int = 0
+    open_steps: Index = 0
     new_tokens: list[str] | None = None
-    first_new_token_id: int | None = None
-    new_tokens_step: int = 0
+    first_new_token_id: Index | None = None
+    new_tokens_step: Index = 0
     base_fingerprint: dict[str, Any] | None = None
     graft: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None
@@ -123,6 +125,7 @@ class MoeDeltaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MoeDeltaType.MOE_DELTA
+        _check_kinds(self)
         if isinstance(self.experts, ExpertPlan):
             self._take_plan(self.experts)
         table = _language_table(self)
@@ -144,9 +147,6 @@ class MoeDeltaConfig(PeftConfig):
             raise LanguageError(
                 f"`language_prior_groups` names {sorted(unknown)}; the groups are {', '.join(table.groups)}."
             )
-        for name, value in (("top_k", self.top_k), ("expert_rank", self.expert_rank)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise PlanError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise PlanError(
                 f"`layers_to_transform` and `layers_pattern` have no effect on the regular expression target_modules="
@@ -302,3 +302,17 @@ class MoeDeltaConfig(PeftConfig):
 
 def _language_table(config: MoeDeltaConfig, _: None = None) -> LanguageTable:
     return LanguageTable.build(config.languages, config.language_ids, config.group_order)
+
+
+def _check_kinds(config: MoeDeltaConfig) -> None:
+    """Refuse a field of another kind than its annotation says; `languages` and `experts` are checked as tables."""
+    for name, hint in typing.get_type_hints(MoeDeltaConfig, include_extras=True).items():
+        if name in PeftConfig.__dataclass_fields__ or name in ("languages", "experts"):
+            continue
+        try:
+            read_fields(hint, getattr(config, name), f"`{name}`")
+        except RecipeError as error:
+            raise PlanError(str(error)) from None
+    for step in config.growth:
+        if not isinstance(step.get("groups"), list):
+            raise PlanError(f"`growth` holds a step without its groups: {step!r}. Save the adapter again.")

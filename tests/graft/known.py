@@ -95,10 +95,14 @@ def make(family, rank, routing, folder):
     states = [copy.deepcopy(m).state_dict() for m in (base, AutoModelForCausalLM.from_pretrained(folder / "post"))]
     dense = [{n: t for n, t in s.items() if "moe_delta" not in n and "base_layer" not in n} for s in states]
     both = dense[0].keys() & dense[1].keys() - {"lm_head.weight"}
-    PostTrainingDelta.from_checkpoints(*({n: s[n] for n in s if n in both} for s in dense)).save(folder / "memory.delta")
+    PostTrainingDelta.from_checkpoints(*({n: s[n] for n in s if n in both} for s in dense)).save(
+        folder / "memory.delta"
+    )
     PostTrainingDelta.from_checkpoints(folder / "base", folder / "post").save(folder / "files.delta")
     found = {name: of_folder(folder / name) for name in ("adapter", "grafted", "stock")}
-    found |= {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("memory.delta", "files.delta")}
+    found |= {
+        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("memory.delta", "files.delta")
+    }
     target = "stock" if routing == "language" else "adapter"
     where = (folder / "base", folder / "post", folder / "adapter", folder / "out")
     graft_checkpoint(*where, target=target, **({"language": "az"} if routing == "language" else {}))

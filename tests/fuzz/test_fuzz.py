@@ -1,0 +1,15 @@
+"""A few hundred of the values that `make fuzz` tries by the thousand."""
+
+from __future__ import annotations
+
+import pytest
+
+from fuzz import everything
+
+
+@pytest.mark.parametrize(("subject", "number"), [("config", 150), ("recipes", 60), ("command_line", 40)])
+def test_bad_values_end_in_clear_errors_and_cost_no_file(subject, number):
+    lines: list[str] = []
+    tally = everything.run([subject], number, report=lines.append)
+    assert not tally.tracebacks and not tally.lost, "\n".join(lines)
+    assert tally.tried == number and tally.clear > number / 2
