@@ -79,7 +79,8 @@ def main() -> None:
     if chosen.only:
         train_branch(seed, text, chosen.only, chosen.output, chosen.steps)
         return
-    train_all(sys.argv[1:], chosen.languages)
+    missing = [code for code in chosen.languages if not (chosen.output / f"branch-{code}").exists()]
+    train_all(sys.argv[1:], missing)
 
     # Mix: every branch's MLPs become experts, beside the seed's own; all other weights are averaged into a new base.
     model = mix(

@@ -66,15 +66,9 @@ STREAMS = {"sys.stdout", "sys.stderr"}
 # list only shrinks: a new one fails, and so does one that is gone but still stands here.
 HIDDEN: dict[str, set[str]] = {
     "cli.harness": {"evaluation.harness"},
-    "delta.stored": {"delta.post_training"},
-    "evaluation.figures": {"evaluation.report"},
-    "streaming.job": {"streaming.check"},
-    "tuner.grafting.adapter": {"tuner.model"},
-    "tuner.grafting.standalone": {"tuner.model"},
-    "tuner.grafting.weights": {"tuner.model"},
     "tuner.growing": {"tuner.model"},
     "tuner.initialisation": {"tuner.model"},
-    "tuner.model": {"tuner.grafting.__init__", "tuner.growing"},
+    "tuner.model": {"graft.memory", "tuner.growing"},
     "tuner.vocabulary": {"tuner.model"},
 }
 

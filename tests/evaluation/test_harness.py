@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from builders import perturbed, pico, randomise, randomise_experts, upcycle
@@ -277,5 +278,8 @@ def test_exact_match_agrees_with_ours(folder, tmp_path, holds):
     ours = exact_match(model, tokenizer, questions)
     holds(ours.value, above=0, below=1)
     write_harness_tasks(tmp_path / "tasks", {}, {"Saying": write_lines(tmp_path / "tasks.jsonl", questions)})
-    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2, add_bos_token=True)  # as ours does
+    # Ours begins a prompt with <bos>; lm-eval leaves that to the tokenizer.
+    beginning = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = beginning
+    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2, add_bos_token=True)
     assert evaluate(lm, tmp_path, ["saying"])["saying"]["exact_match,none"] == ours.value

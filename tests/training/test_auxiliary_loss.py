@@ -190,7 +190,7 @@ def test_gradient_accumulation_adds_up(tmp_path, data):
         train(model, data, tmp_path, callbacks=[recorder], max_grad_norm=0.0, **accumulation)
         steps += recorder.steps
     assert len(steps) == 2
-    assert_equal(steps[1], steps[0], 1e-6)
+    assert_equal(steps[1], steps[0], 1e-5)
     without = expert_model(stage="review", language_prior_coef=0.0)
     without(**batch_of(without, data)).loss.backward()
     assert all((steps[0][name] - gradient).norm() > gradient.norm() for name, gradient in gradients(without).items())

@@ -81,4 +81,4 @@ def test_a_batch_may_mix_groups():
     mixed = logits(model, tokens, language_ids=IDS)
     for row, code in enumerate(LANGUAGES):
         alone = logits(model, tokens[row : row + 1], language=code)
-        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-4, rtol=0)
