@@ -206,16 +206,10 @@ class Run:
         }
 
     def _scores(self, row: str, name: str, checkpoint: Path | str, step: Step) -> Step:
-        recipe, limits = self.recipe, self.recipe.limits
         return self._step(
             f"scores/{name}",
-            lambda: {
-                "row": row,
-                "model": step,
-                "limits": (limits.test_documents, limits.document_bytes, limits.test_tasks),
-                **self._tested,
-            },
-            lambda folder: scoring.score(recipe, row, checkpoint, folder),
+            lambda: {"row": row, "model": step, **self._tested},
+            lambda folder: scoring.score(self.recipe, row, checkpoint, folder),
         )
 
     def _drift(self, row: str, grafted: Step) -> Step:
@@ -233,9 +227,10 @@ class Run:
     @property
     def _tested(self) -> dict[str, Any]:
         """What models are scored on, and how."""
-        languages = {name: tasks.language for name, tasks in self.recipe.tasks.items()}
+        languages, limits = {n: tasks.language for n, tasks in self.recipe.tasks.items()}, self.recipe.limits
         read = {**self._read("test", self.recipe.languages), **self._read("test", self.recipe.tasks)}
-        return {**read, "task_languages": languages, **self._arithmetic}
+        limited = (limits.test_documents, limits.document_bytes, limits.test_tasks)
+        return {**read, "task_languages": languages, "limits": limited, **self._arithmetic}
 
     def _read(self, split: str, sets: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
         """A split of languages or of tasks: their order, and the files' contents."""

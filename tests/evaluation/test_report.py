@@ -45,7 +45,7 @@ def test_what_was_not_measured_is_none():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps({"format": FORMAT + 1}), "format 2; this version.*reads formats up to 1. Update"),
+        (json.dumps({"format": FORMAT + 1}), "format 3; this version.*reads formats up to 2. Update"),
         ("{", "no JSON file"),
         (b"\xff\xfe", "no JSON file"),
         ("[]", "names no format"),
