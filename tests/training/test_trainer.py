@@ -106,7 +106,7 @@ def test_a_training_does_not_log_what_an_earlier_one_left(tmp_path):
     model = expert_model(stage="review")
     arguments = {"callbacks": [RoutingCallback()], "logging_steps": 2}
     train(model, documents([5], ["en"]), tmp_path, max_steps=3, **arguments)
-    assert "expert_0_share/original" in context_of(model).statistics
+    assert any("expert_0_share/original" in names for names in context_of(model).statistics)
     log = train(model, documents([5], ["hu"]), tmp_path, max_steps=2, **arguments).state.log_history[0]
     assert "expert_0_share/uralic" in log and "expert_0_share/original" not in log
 
