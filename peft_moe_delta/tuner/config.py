@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from peft import PeftConfig, TaskType
 
@@ -13,6 +14,7 @@ from ..errors import LanguageError, PlanError
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
 from ..routing import ClassifierRouting, Routing, routing_named
+from .fields import fits, in_words
 
 
 class MoeDeltaType(str, Enum):
@@ -27,6 +29,9 @@ STAGES: dict[str, tuple[float, float]] = {"expansion": (0.01, 0.0), "review": (0
 ATTENTION_EXPERTS = ("shared_kv", "full")
 
 _RUNTIME_FIELDS = ("verify_base",)
+_CHECKED_BY_MEANING = ("languages", "top_k", "expert_rank", "task_type")
+_EXPERTS: Any = dict[str, int | list[int]] | ExpertPlan
+_TASKS = (None, TaskType.CAUSAL_LM, TaskType.FEATURE_EXTRACTION)
 _DERIVED = "_derived"
 
 K = TypeVar("K", bound=Hashable)
@@ -83,7 +88,7 @@ class MoeDeltaConfig(PeftConfig):
 
     Raises:
         LanguageError: `languages` is empty or malformed, or an unknown group in `language_prior_groups`.
-        PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1.
+        PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1, a value of a wrong type, another task.
     """
 
     task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM)
@@ -123,6 +128,7 @@ class MoeDeltaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MoeDeltaType.MOE_DELTA
+        self._check_values()
         if isinstance(self.experts, ExpertPlan):
             self._take_plan(self.experts)
         table = _language_table(self)
@@ -192,6 +198,34 @@ class MoeDeltaConfig(PeftConfig):
         if (make, key) not in kept:
             kept[make, key] = make(self, key)
         return kept[make, key]
+
+    def _check_values(self) -> None:
+        """Refuse values that no use of a field could mean, by the types that are written beside the fields.
+
+        Raises:
+            PlanError: a value of another type, or a loss weight that is no finite number of at least 0; another task.
+        """
+        for name, hint in get_type_hints(MoeDeltaConfig).items():
+            if name not in MoeDeltaConfig.__annotations__ or name in _CHECKED_BY_MEANING:
+                continue
+            hint = _EXPERTS if name == "experts" else hint
+            value = getattr(self, name)
+            good = fits(value, hint)
+            if good and name.endswith("_coef") and value is not None:
+                good = 0 <= value < math.inf
+            if not good:
+                also = ", finite and at least 0" if name.endswith("_coef") else ""
+                raise PlanError(f"`{name}` must be {in_words(hint)}{also}; got {value!r}.")
+        if any(not {"groups", "before"} <= set(step) for step in self.growth):
+            raise PlanError(
+                f"`growth` is filled in by model.add_languages(...), each step with `groups` and `before`; got "
+                f"{self.growth!r}. Leave it out, or take the adapter's own configuration as it was saved."
+            )
+        if self.task_type not in _TASKS:
+            raise PlanError(
+                f"Experts are for causal language models: task_type 'CAUSAL_LM' or None; got {self.task_type!r}. To "
+                "classify, make a stand-alone model (merge_and_graft) and put the head, or LoRA, on that."
+            )
 
     def _take_plan(self, plan: ExpertPlan) -> None:
         """Turn a plan into fields, which are what is saved."""
@@ -302,3 +336,13 @@ class MoeDeltaConfig(PeftConfig):
 
 def _language_table(config: MoeDeltaConfig, _: None = None) -> LanguageTable:
     return LanguageTable.build(config.languages, config.language_ids, config.group_order)
+
+
+def check_one_active(ours: Collection[str], active: Sequence[str]) -> None:
+    """Refuse two adapters of this kind at once; other methods' adapters, in other layers, are none of our business.
+
+    Raises:
+        PlanError: there are two.
+    """
+    if len(set(ours) & set(active)) > 1:
+        raise PlanError(f"One adapter with experts can be active at a time; got {list(active)}. Activate one of them.")
