@@ -19,10 +19,11 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: fuzz help docs demo demo-quick figures test test-slow test-portable test-browser bench cards lint wheel-test clean
+.PHONY: fuzz help docs demo demo-quick figures test test-slow test-peft-contract test-portable test-browser bench \
+  cards lint wheel-test clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED)  ## the whole job on a real model: prints the table (about 20 minutes on 2 cores)
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
@@ -48,6 +49,16 @@ test-portable: $(INSTALLED)  ## each learning test's margin over 12 instruction 
 
 fuzz: $(INSTALLED)  ## thousands of bad values over config, recipes and command line; prints how they ended
 	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m fuzz --number $(or $(NUMBER),2000) --seed $(or $(SEED),0)
+
+# Of the PEFT that is installed: pip fetches its sources where a network is there, and nothing of them is kept in git.
+test-peft-contract: $(INSTALLED)  ## PEFT's own contract tests over this method; fetches PEFT's sources
+	@set -e; version=$$($(BIN)/python -c 'import peft; print(peft.__version__)'); into=build/peft-contract; \
+	if ! test -d $$into/peft-$$version; then \
+	  $(BIN)/python -m pip download --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --no-binary :all: \
+	    --dest $$into peft==$$version; \
+	  tar -xzf $$into/peft-$$version.tar.gz -C $$into; \
+	fi
+	$(PYTEST) -m slow -rs tests/tuner/test_peft_contract.py
 
 bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +30,9 @@ MLP_MODULES: Mapping[str, str] = MappingProxyType(
     | {"mpt": "ffn"}
 )  # fmt: skip
 """`model_type` -> name of the MLP module inside a decoder layer."""
+
+POSITION_TABLES = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "gptj"})
+"""`model_type` of families that look positions up in a table, beyond whose end there is nothing."""
 
 TRANSPOSED_MLP = frozenset({"gpt2"})
 """`model_type` of families whose MLP keeps its matrices as (in, out)."""
@@ -161,6 +165,20 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
         raise ArchitectureError(
             f"{name} ({type(mlp).__name__}) does not return hidden states of size {hidden_size}. `target_modules` must "
             "name MLP blocks."
+        )
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse more tokens than a model has positions, which a lookup beyond the end would not say.
+
+    Raises:
+        ArchitectureError: there are more.
+    """
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in POSITION_TABLES and length > config.max_position_embeddings:
+        raise ArchitectureError(
+            f"A row of {length} tokens for {type(model).__name__}, which has {config.max_position_embeddings} "
+            "positions. Cut rows to that (max_length), or use a model with more."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ STAGES: dict[str, tuple[float, float]] = {"expansion": (0.01, 0.0), "review": (0
 ATTENTION_EXPERTS = ("shared_kv", "full")
 
 _RUNTIME_FIELDS = ("verify_base",)
+_TASKS = (None, TaskType.CAUSAL_LM, TaskType.FEATURE_EXTRACTION)
 _DERIVED = "_derived"
 
 K = TypeVar("K", bound=Hashable)
@@ -85,7 +86,7 @@ class MoeDeltaConfig(PeftConfig):
 
     Raises:
         LanguageError: `languages` is empty or malformed, or an unknown group in `language_prior_groups`.
-        PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1.
+        PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1, a value of a wrong type, another task.
     """
 
     task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM)
@@ -313,6 +314,23 @@ def _check_kinds(config: MoeDeltaConfig) -> None:
             read_fields(hint, getattr(config, name), f"`{name}`")
         except RecipeError as error:
             raise PlanError(str(error)) from None
-    for step in config.growth:
-        if not isinstance(step.get("groups"), list):
-            raise PlanError(f"`growth` holds a step without its groups: {step!r}. Save the adapter again.")
+    if any(not isinstance(step.get("groups"), list) or "before" not in step for step in config.growth):
+        raise PlanError(
+            f"`growth` is filled in by model.add_languages(...), each step with `groups` and `before`; got "
+            f"{config.growth!r}. Leave it out, or take the adapter's own configuration as it was saved."
+        )
+    if config.task_type not in _TASKS:
+        raise PlanError(
+            f"Experts are for causal language models: task_type 'CAUSAL_LM' or None; got {config.task_type!r}. To "
+            "classify, make a stand-alone model (merge_and_graft) and put the head, or LoRA, on that."
+        )
+
+
+def check_one_active(ours: Collection[str], active: Sequence[str]) -> None:
+    """Refuse two adapters of this kind at once; other methods' adapters, in other layers, are none of our business.
+
+    Raises:
+        PlanError: there are two.
+    """
+    if len(set(ours) & set(active)) > 1:
+        raise PlanError(f"One adapter with experts can be active at a time; got {list(active)}. Activate one of them.")

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..architectures import check_length
 from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID
 from ..losses import share_of_step
@@ -189,6 +190,7 @@ class ForwardContext:
         if tokens is None:
             return args, kwargs  # the model will say what it misses
         shape = (tokens.shape[0], tokens.shape[1])
+        check_length(model, shape[1])
         language_ids = _ids_for(shape, language_ids)
         mask = kwargs.get("attention_mask")
         if mask is None and language_ids is not None and kwargs.get("position_ids") is not None:

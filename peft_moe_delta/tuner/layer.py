@@ -16,10 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..architectures import takes_residual
-from ..errors import LanguageError, PlanError
+from ..errors import LanguageError
 from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
 from ..routing import Routes, choose_experts, recognised
-from .config import MoeDeltaConfig
+from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .dispatch import Dispatch, weighs, with_idle
 from .experts import Experts, expert_weights, full_expert, low_rank_expert, parameters_of
@@ -321,8 +321,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter; only what its stage trains gets gradients."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        if len(names) > 1:
-            raise PlanError(f"One adapter can be active at a time; got {names}. Activate one of them.")
+        check_one_active(self.settings, names)
         for name, settings in self.settings.items():
             frozen = (EXPERTS,) if settings.config.stage == "review" else ()
             if not settings.classifies or settings.config.classifier_loss == 0:

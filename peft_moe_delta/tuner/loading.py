@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -44,6 +44,21 @@ def check_complete(model: Any, adapter_name: str, missing: Collection[str]) -> N
         f"The adapter's file lacks {len(lacking)} of its tensors, or has them in another shape, such as {lacking[0]}: "
         "those would stay at their random start. The file is incomplete; fetch or save the adapter again."
     )
+
+
+def check_keys(state_dict: Mapping[str, Any], blocks: Collection[str], prefix: str) -> None:
+    """Refuse another adapter's tensors, before anything is changed.
+
+    Raises:
+        CheckpointError: they are not those of experts in exactly these blocks.
+    """
+    found = {key.partition(f".{prefix}experts")[0] for key in state_dict if f".{prefix}experts" in key}
+    found = {name.removeprefix("base_model.model.") for name in found}
+    if found != set(blocks):
+        raise CheckpointError(
+            f"The state dict has experts in {sorted(found) or 'no module'}, its configuration in {sorted(blocks)}. "
+            "Pass the configuration and the tensors of one adapter."
+        )
 
 
 class AdapterLoad:

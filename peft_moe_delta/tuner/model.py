@@ -23,12 +23,12 @@ from ..plan import ExpertPlan
 from ..routing import routing_named
 from .attention import MoeDeltaAttention
 from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
-from .config import MoeDeltaConfig
+from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .fingerprint import base_weights, check_fingerprint, fingerprint
 from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
-from .loading import AdapterLoad, check_complete
+from .loading import AdapterLoad, check_complete, check_keys
 from .optimizers import note_what_trains
 from .settings import LayerSettings
 from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, ungrow
@@ -272,18 +272,27 @@ class MoeDeltaModel(BaseTuner):
 
     # -- what PEFT calls ----------------------------------------------------------------------------------------------
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
         # What is filled in belongs to this model; the caller may use its configuration for another one.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         was_saved = self.peft_config[adapter_name].base_fingerprint is not None
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
+            self._state_dict_under_way = state_dict  # of which PEFT would only read where to go: the configuration says
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             if was_saved:  # its tensors are yet to come
                 AdapterLoad.expect(self.model, adapter_name, self.peft_config[adapter_name].inference_mode)
             undo.pop_all()
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        check_one_active(self.peft_config, [adapter_name] if isinstance(adapter_name, str) else adapter_name)
         super().set_adapter(adapter_name, inference_mode)
         note_what_trains(self.model)
 
@@ -320,6 +329,9 @@ class MoeDeltaModel(BaseTuner):
                 f"module called {peft_config.target_modules}. It matches in the layers {layers}."
             )
         plan = peft_config.plan(layers)
+        if self._state_dict_under_way is not None:
+            wanted = {blocks[layer][0] for layer in plan.moe_layers}
+            check_keys(self._state_dict_under_way, wanted, self.prefix)
         if peft_config.new_tokens:
             check_can_grow(self.model, peft_config)
         weights = base_weights(model)
@@ -363,6 +375,27 @@ class MoeDeltaModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise NotImplementedError(MERGE_REFUSED)
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the experts of two adapters serve other languages and have routers of their own."""
+        raise NotImplementedError(
+            "Adapters with experts cannot be added up: each has languages and routers of its own. Mix branches with "
+            "`mix`, or teach one adapter further languages with add_languages(...)."
+        )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's arguments of a call; `adapter_names` would be dropped without a word.
+
+        Raises:
+            PlanError: the rows of a batch are to use different adapters.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise PlanError(
+                f"One adapter with experts serves a whole batch; got adapter_names={kwargs['adapter_names']!r}. Call "
+                "set_adapter(...) and run the rows of each adapter by themselves."
+            )
+        yield
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         super()._unload_and_optionally_merge(merge, *args, **kwargs)

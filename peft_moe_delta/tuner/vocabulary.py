@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ..errors import ArchitectureError, PlanError
 from ..tensors import with_new_rows
-from .config import MoeDeltaConfig
+from .config import MoeDeltaConfig, check_one_active
 
 if TYPE_CHECKING:
     from .model import MoeDeltaModel
@@ -76,6 +76,7 @@ class GrownLayer(nn.Module, BaseTunerLayer):
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Activate one adapter; its rows train in the expansion they were added for, and never again."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        check_one_active(self.settings, names)
         for name, config in self.settings.items():
             settled = config.stage == "review" or len(config.growth) > config.new_tokens_step
             self.frozen_peft_weight_names[name] = (ROWS,) if settled else ()

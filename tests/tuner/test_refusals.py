@@ -2,14 +2,31 @@
 
 import copy
 import re
+import warnings
 from contextlib import contextmanager
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from builders import EXPERTS, logits, moe_config, moe_layers, perturbed, pico, token_batch, upcycle
+from builders import (
+    EXPERTS,
+    VOCABULARY,
+    logits,
+    moe_config,
+    moe_layers,
+    perturbed,
+    pico,
+    randomise_experts,
+    token_batch,
+    upcycle,
+)
+from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import ArchitectureError, CheckpointError, LanguageError, PeftMoeDeltaError, PlanError
 from peft_moe_delta.tuner.context import ForwardContext
 
@@ -255,6 +272,12 @@ def test_training_a_layer_outside_of_its_model():
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
 def test_two_active_adapters():
+    with_tokens = upcycle(pico(), adapter="first")
+    with_tokens.add_tokens(["x"], VOCABULARY, [[3]])
+    with_tokens.add_adapter("second", moe_config())
+    with refused(with_tokens.base_model.model, PlanError, ["One adapter"]):
+        with_tokens.base_model.set_adapter(["first", "second"])
+    assert {tuple(m.active_adapters) for m in with_tokens.modules() if isinstance(m, BaseTunerLayer)} == {("first",)}
     model = upcycle(pico(), adapter="first")
     model.add_adapter("second", moe_config())
     with refused(model, PlanError, ["One adapter", "['first', 'second']"]):
@@ -302,3 +325,88 @@ def test_the_same_base_in_another_dtype_is_recognised(trained_in, loaded_in, tmp
     upcycle(pico().to(trained_in), trained=True).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(pico().to(loaded_in), tmp_path)
     assert logits(model, token_batch()).dtype == loaded_in
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")
+def test_experts_beside_another_methods_adapter():
+    """LoRA on attention and experts in place of MLPs: both at once, each alone."""
+    model = pico()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    with_lora = logits(model.eval(), token_batch())
+    model.add_adapter(moe_config(), "moe")
+    randomise_experts(model, "moe")
+    expected = logits(upcycle(pico(), trained=True), token_batch())
+    assert torch.equal(logits(model.eval(), token_batch()), expected)
+    model.set_adapter("lora")
+    assert torch.equal(logits(model, token_batch()), with_lora)
+    model.set_adapter(["lora", "moe"])
+    both = logits(model, token_batch())
+    assert not torch.equal(both, with_lora) and not torch.equal(both, expected)
+    model.set_adapter("moe")
+    assert torch.equal(logits(model, token_batch()), expected)
+
+
+def test_rows_of_a_batch_with_different_adapters():
+    model = upcycle(pico(), trained=True)
+    model.add_adapter("second", moe_config())
+    with refused(model, PlanError, ["One adapter with experts serves a whole batch", "set_adapter"]):
+        logits(model, token_batch(), adapter_names=["default", "second", "__base__"])
+    with pytest.raises(PlanError, match="whole batch"):
+        model.generate(input_ids=token_batch(), adapter_names=["default", "second", "__base__"], max_new_tokens=1)
+
+
+def test_adapters_are_not_added_up():
+    model = upcycle(pico(), trained=True)
+    model.add_adapter("second", moe_config())
+    with refused(model, NotImplementedError, ["cannot be added up", "add_languages"]):
+        model.add_weighted_adapter(["default", "second"], [0.5, 0.5], "sum")
+
+
+@pytest.mark.parametrize("state", [{"model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(1)}, {}, None])
+def test_tensors_of_another_adapter_where_one_is_injected(state):
+    base = pico()
+    own = get_peft_model_state_dict(upcycle(pico(), layers_to_transform=[1]))
+    with refused(base, CheckpointError, ["The state dict has experts in", "model.layers.0.mlp", "of one adapter"]):
+        inject_adapter_in_model(moe_config(), base, state_dict=own if state is None else state)
+    inject_adapter_in_model(moe_config(layers_to_transform=[1]), base, state_dict=own)
+    assert len(moe_layers(base)) == 1
+
+
+def test_more_tokens_than_positions():
+    model = upcycle(pico("gpt2"))
+    with refused(model, ArchitectureError, ["A row of 70 tokens", "64 positions", "max_length"]):
+        logits(model, token_batch(1, 70))
+
+
+@pytest.mark.parametrize("task", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM"])
+def test_tasks_without_a_next_token(task):
+    with pytest.raises(PlanError, match=f"causal language models.*got '{task}'.*merge_and_graft"):
+        moe_config(task_type=task)
+
+
+JUNK = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 4) | st.floats() | st.text(max_size=3) | st.sampled_from(["mlp", "hu"]),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2) | st.just("uralic"), inner, max_size=3)
+    ),
+    max_leaves=4,
+)
+
+
+@pytest.mark.slow
+@given(st.dictionaries(st.sampled_from(sorted(set(MoeDeltaConfig.__annotations__))), JUNK, min_size=1, max_size=2))
+@settings(max_examples=400, deadline=None, database=None, derandomize=True)
+def test_any_value_of_any_field_works_or_is_refused_by_name(changes):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            model = upcycle(pico(num_hidden_layers=1), **changes)
+        except (PeftMoeDeltaError, NoMatchingPeftModuleError) as error:
+            assert len(str(error)) > 20
+            return
+        except ValueError as error:
+            assert str(error).startswith("Invalid task type"), "PEFT's own"
+            return
+        arguments = {"language": "hu"} if "hu" in model.active_config.languages else {}
+        if model.active_config.routing != "language" or arguments:
+            assert logits(model, token_batch(), **arguments).shape[-1] >= VOCABULARY
