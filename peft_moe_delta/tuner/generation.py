@@ -34,7 +34,10 @@ class LanguageInputs:
         self.model = model
         self.wrapped = model.__dict__.get(_PREPARE)
         self.prompt: dict[str, Any] = {}
-        self.__signature__ = inspect.signature(getattr(model, _PREPARE))
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # asked for, not kept: a model that holds one cannot be pickled
+        return inspect.signature(_own(self.model, _PREPARE, self.wrapped))
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         kwargs |= self.prompt
@@ -52,7 +55,10 @@ class LanguageGenerate:
         self.model = model
         self.wrapped = model.__dict__.get(_GENERATE)
         self.inputs = inputs
-        self.__signature__ = inspect.signature(getattr(model, _GENERATE))
+
+    @property
+    def __signature__(self) -> inspect.Signature:  # asked for, not kept: a model that holds one cannot be pickled
+        return inspect.signature(_own(self.model, _GENERATE, self.wrapped))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         assistant = kwargs.get("assistant_model")
