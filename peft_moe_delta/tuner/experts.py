@@ -83,9 +83,17 @@ class Experts(nn.ModuleList):
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether the module or a part of it has hooks of its own."""
+    for hooks in _HOOKS:
+        if getattr(module, hooks):
+            return True
+    return any(hooked(part) for part in module._modules.values() if part is not None)
+
+
 def unhooked(module: nn.Module) -> nn.Module:
     """The module, or, where it or a part has hooks, a view of it without: same parameters, buffers and settings."""
-    if torch.compiler.is_compiling() or not any(getattr(m, hooks) for m in module.modules() for hooks in _HOOKS):
+    if torch.compiler.is_compiling() or not hooked(module):
         return module
     view = object.__new__(type(module))
     parts = {name: part if part is None else unhooked(part) for name, part in module._modules.items()}
