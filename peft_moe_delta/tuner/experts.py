@@ -84,11 +84,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether the module or a part of it has hooks of its own."""
-    for hooks in _HOOKS:
-        if getattr(module, hooks):
+    """Whether the module or a part of it has hooks of its own. Asked in every pass, hence written to be fast."""
+    parts: list[nn.Module] = [module]
+    for part in parts:
+        own = part.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
             return True
-    return any(hooked(part) for part in module._modules.values() if part is not None)
+        parts += [child for child in own["_modules"].values() if child is not None]
+    return False
 
 
 def unhooked(module: nn.Module) -> nn.Module:

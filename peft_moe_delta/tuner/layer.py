@@ -143,9 +143,10 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         reach = self._reach(state, name, x_TD)
         logits_TE = self.router(name)(x_TD) if settings.calls_router else None
         gate_TS = self._gate(name, x_TD)
-        sets_T, allowed_SE = self._sets(reach, name, gate_TS)
         records = state.recording and (len(reach.usable) > 1 or settings.needs_logits)
-        routes = None
+        sets_T, allowed_SE, routes = None, reach.allowed_SE, None
+        if reach.forced is None or records:
+            sets_T, allowed_SE = self._sets(reach, name, gate_TS)
         if reach.forced is None:
             assert logits_TE is not None  # there is a choice
             routes = self._choose(settings, reach, logits_TE, reach.allowed(sets_T), records)
