@@ -23,7 +23,7 @@ from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
 from .dispatch import with_idle
 from .experts import full_expert, low_rank_expert, unhooked
-from .layer import MoeDeltaLayer
+from .layer import MoeDeltaLayer, parallel
 
 
 class MoeDeltaAttention(MoeDeltaLayer):
@@ -71,7 +71,7 @@ class MoeDeltaAttention(MoeDeltaLayer):
                 y_BSD = y_BSD + weights_BSE[..., index, None] * output_BSD
             elif index in usable:
                 y_BSD = output_BSD
-        return self._with_idle(y_BSD, name, usable, weights_BSE is None).to(hidden_states.dtype), None
+        return self._with_idle(y_BSD, name, usable).to(hidden_states.dtype), None
 
     def _weights(self, x_BSD: Tensor, name: str) -> tuple[Tensor | None, list[int]]:
         """Weights of the experts, fp32, and which of them any token may use; no weights where there is only one."""
@@ -81,8 +81,10 @@ class MoeDeltaAttention(MoeDeltaLayer):
         reach = self._reach(state, name, x_TD)
         usable = list(reach.usable)
         logits_TE = self.router(name)(x_TD) if settings.calls_router else None
-        if logits_TE is None or (len(usable) == 1 and not (state.recording and settings.needs_logits)):
+        if len(usable) == 1 and not (state.recording and settings.needs_logits):
             return None, usable
+        if logits_TE is None:  # nobody has a choice, but not everybody has the same expert
+            return reach.forced_routes.probabilities_TE.view(*x_BSD.shape[:-1], -1), usable
         if state.recording:
             self._record_logits(settings, state, logits_TE, reach.groups)
         allowed_TE = reach.allowed(self._sets(reach, name, None)[0])
@@ -103,9 +105,8 @@ class MoeDeltaAttention(MoeDeltaLayer):
         output: Tensor = expert(x_BSD, *args, past_key_values=cache, **kwargs)[0]
         return output
 
-    def _with_idle(self, y_BSD: Tensor, name: str, used: Sequence[int], router_idle: bool) -> Tensor:
+    def _with_idle(self, y_BSD: Tensor, name: str, used: Sequence[int]) -> Tensor:
         """As `MoeDeltaLayer._needs_idle`: parameters of idle experts take part with nothing."""
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not torch.is_grad_enabled() or not (parallel or not y_BSD.requires_grad):
+        if not torch.is_grad_enabled() or not (parallel() or not y_BSD.requires_grad):
             return y_BSD
-        return with_idle(y_BSD, self._idle(used, name, [self.router(name)] if router_idle else []))
+        return with_idle(y_BSD, self._idle(used, name, [self.router(name)]))

@@ -218,7 +218,10 @@ class ForwardContext:
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, self.current = self.current, None
         if state is not None and state.seen is not None:
-            self.tokens = state.seen if self.tokens is None else self.tokens + state.seen.to(self.tokens.device)
+            before = self.tokens
+            if before is not None and len(before) == len(state.seen):  # else a group has come or gone: count anew
+                state.seen = before + state.seen.to(before.device)
+            self.tokens = state.seen
         auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
         loss = output.get("loss") if isinstance(output, dict) else None
         shown = auxiliary if loss is None else loss

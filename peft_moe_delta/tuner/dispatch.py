@@ -11,12 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..routing import Routes
+
+
+def constant(numbers: tuple[int, ...] | range, device: torch.device) -> Tensor:
+    """Whole numbers as a tensor: copied to each device once, or part of a compiled graph."""
+    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _kept_constant(numbers, device)
+
+
+@lru_cache(maxsize=256)
+def _kept_constant(numbers: tuple[int, ...] | range, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(numbers, device=device)
 
 
 @dataclass(frozen=True)
@@ -47,12 +59,14 @@ class Dispatch:
         The host must know where the slices end: that is the one time it waits for the device.
         """
         chosen, order = indices_TK.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(chosen, torch.arange(1, num_experts + 1, device=chosen.device)).tolist()
+        ends = torch.searchsorted(chosen, constant(range(1, num_experts + 1), chosen.device)).tolist()
         counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-        choice_R, place = order[: ends[-1]], None
-        if len(choice_R) == len(order):
-            place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        top_k = indices_TK.shape[1]
+        top_k, choices = indices_TK.shape[1], indices_TK.numel()
+        choice_R, place = order, None
+        if ends[-1] < choices:
+            choice_R = order[: ends[-1]]
+        else:
+            place = torch.empty_like(order).scatter_(0, order, torch.arange(choices, device=order.device))
         return cls(counts, choice_R if top_k == 1 else choice_R // top_k, choice_R, place)
 
     def rows(self, x_TD: Tensor) -> dict[int, Tensor]:

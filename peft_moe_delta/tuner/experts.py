@@ -83,9 +83,20 @@ class Experts(nn.ModuleList):
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether the module or a part of it has hooks of its own. Asked in every pass, hence written to be fast."""
+    parts: list[nn.Module] = [module]
+    for part in parts:
+        own = part.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        parts += [child for child in own["_modules"].values() if child is not None]
+    return False
+
+
 def unhooked(module: nn.Module) -> nn.Module:
     """The module, or, where it or a part has hooks, a view of it without: same parameters, buffers and settings."""
-    if torch.compiler.is_compiling() or not any(getattr(m, hooks) for m in module.modules() for hooks in _HOOKS):
+    if torch.compiler.is_compiling() or not hooked(module):
         return module
     view = object.__new__(type(module))
     parts = {name: part if part is None else unhooked(part) for name, part in module._modules.items()}

@@ -36,7 +36,7 @@ class LanguageInputs:
         self.prompt: dict[str, Any] = {}
 
     @property
-    def __signature__(self) -> inspect.Signature:
+    def __signature__(self) -> inspect.Signature:  # asked for, not kept: a model that holds one cannot be pickled
         return inspect.signature(_own(self.model, _PREPARE, self.wrapped))
 
     def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -57,7 +57,7 @@ class LanguageGenerate:
         self.inputs = inputs
 
     @property
-    def __signature__(self) -> inspect.Signature:  # not kept: it cannot be pickled
+    def __signature__(self) -> inspect.Signature:  # asked for, not kept: a model that holds one cannot be pickled
         return inspect.signature(_own(self.model, _GENERATE, self.wrapped))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

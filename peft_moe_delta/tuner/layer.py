@@ -22,7 +22,7 @@ from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .dispatch import Dispatch, weighs, with_idle
-from .experts import Experts, expert_weights, full_expert, low_rank_expert, parameters_of
+from .experts import Experts, expert_weights, full_expert, hooked, low_rank_expert, parameters_of
 from .passes import ForwardState, Reach, TokenGroups
 from .router import Classifier, Router
 from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
@@ -135,17 +135,18 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         return residual + y
 
     def _mixture(self, x_TD: Tensor, name: str) -> Tensor:
-        # Router, gate, expert 0, new experts: each is called in every pass or in none, whatever the batch holds, so
-        # that processes whose batches differ run the same modules in the same order.
+        # Router, gate, expert 0, new experts: hooks see each called in every pass or in none, whatever the batch holds,
+        # so that processes whose batches differ run the same modules in the same order.
         settings = self.settings[name]
         state = self.context.state(len(x_TD), self.training)
         state.expect(settings.losses)
         reach = self._reach(state, name, x_TD)
         logits_TE = self.router(name)(x_TD) if settings.calls_router else None
         gate_TS = self._gate(name, x_TD)
-        sets_T, allowed_SE = self._sets(reach, name, gate_TS)
         records = state.recording and (len(reach.usable) > 1 or settings.needs_logits)
-        routes = None
+        sets_T, allowed_SE, routes = None, reach.allowed_SE, None
+        if reach.forced is None or records:
+            sets_T, allowed_SE = self._sets(reach, name, gate_TS)
         if reach.forced is None:
             assert logits_TE is not None  # there is a choice
             routes = self._choose(settings, reach, logits_TE, reach.allowed(sets_T), records)
@@ -182,11 +183,15 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         return choose_experts(logits_TE, config.experts_per_token, allowed_TE, renormalise=config.norm_topk_prob)
 
     def _run_all(self, inputs: dict[int, Tensor], x_TD: Tensor, name: str) -> list[Tensor]:
-        """What the experts with rows make of them, by index; expert 0 is called without rows, too."""
-        first = self._run(0, self.base_layer, inputs.get(0, x_TD[:0]))
+        """What the experts with rows make of them, by index."""
         new = {index: rows for index, rows in inputs.items() if index}
-        outputs = self.new_experts(name)(new, self._run)
-        return [first, *outputs.values()] if 0 in inputs else list(outputs.values())
+        outputs = []
+        if 0 in inputs:
+            outputs.append(self._run(0, self.base_layer, inputs[0]))
+        elif parallel() or hooked(self.base_layer):
+            # Whoever is told of expert 0's call, or shards its parameters, is told in every pass.
+            self._run(0, self.base_layer, x_TD[:0])
+        return [*outputs, *self.new_experts(name)(new, self._run).values()]
 
     @staticmethod
     def _needs_idle(reach: Reach, y_TD: Tensor) -> bool:
@@ -196,8 +201,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         """
         if not torch.is_grad_enabled():
             return False
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return parallel or len(reach.usable) > 1 or not y_TD.requires_grad
+        return parallel() or len(reach.usable) > 1 or not y_TD.requires_grad
 
     def _idle(self, used: Container[int], name: str, others: Iterable[nn.Module | None] = ()) -> list[Tensor]:
         """Parameters of experts without tokens, and of other modules that take no part."""
@@ -366,3 +370,8 @@ MERGE_REFUSED = (
     "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
     "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
 )
+
+
+def parallel() -> bool:
+    """Whether this is one of several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -20,19 +20,8 @@ from torch import Tensor
 from ..errors import LanguageError
 from ..languages import PADDING_LANGUAGE_ID, LanguageTable
 from ..routing import Routes
-from .dispatch import Dispatch
+from .dispatch import Dispatch, constant
 from .settings import LayerTables
-
-
-def constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """Whole numbers as a tensor: copied to each device once, or part of a compiled graph."""
-    return torch.tensor(numbers, device=device) if torch.compiler.is_compiling() else _kept_constant(numbers, device)
-
-
-@lru_cache(maxsize=256)
-def _kept_constant(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(numbers, device=device)
 
 
 class TokenGroups(NamedTuple):

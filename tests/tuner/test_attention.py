@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache
 
-from builders import logits, moe_layers, perturbed, pico, token_batch, upcycle
+from builders import LANGUAGES, logits, moe_layers, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.errors import ArchitectureError, GraftError, LanguageError, PlanError
 from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.tuner.attention import MoeDeltaAttention
@@ -344,3 +344,14 @@ def test_raw_top_1_weights_scale_the_expert_by_its_probability():
     torch.testing.assert_close(seen["y"], probabilities * picked, **CLOSE)
     with pytest.raises(GraftError, match="norm_topk_prob=False"):
         to_stock(model)
+
+
+@pytest.mark.parametrize("kind", ["full", "shared_kv"])
+def test_a_batch_of_languages_with_one_expert_each_equals_each_language_alone(kind):
+    one = {"uralic": 1, "turkic": 1}
+    model = upcycle(pico(), trained=True, attention_experts=kind, routing="language", experts=one, top_k=1)
+    tokens = token_batch(batch=4)
+    mixed = logits(model, tokens, language_ids=torch.arange(4))
+    for row, code in enumerate(LANGUAGES):
+        alone = logits(model, tokens[row : row + 1], language=code)
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=0)

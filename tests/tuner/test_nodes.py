@@ -104,8 +104,15 @@ def test_a_layer_weighs_what_its_experts_say():
     layer, x_TD = layer_of(1.0, 10.0, 100.0, says=[1.0, 3.0, 2.0]), torch.randn(6, D)
     p = torch.tensor([3.0, 2.0]).softmax(-1)
     torch.testing.assert_close(run(layer, x_TD)[0], (10 * p[0] + 100 * p[1]) * x_TD)
-    assert layer.base_layer.rows == [0], "called without rows, so that modules run in one order"
+    assert layer.base_layer.rows == [], "nobody would notice"
     assert [expert.rows for expert in layer.experts("default")[1:]] == [[6], [6]]
+
+
+def test_who_has_hooks_on_expert_0_hears_of_every_pass():
+    layer = layer_of(1.0, 10.0, says=[1.0, 3.0], top_k=1)
+    layer.base_layer.register_forward_hook(lambda *_: None)
+    run(layer, torch.randn(6, D))
+    assert layer.base_layer.rows == [0]
 
 
 def test_a_layer_runs_nobody_but_the_experts_of_its_languages():
