@@ -45,7 +45,7 @@ class TrainingMonitor(TrainerCallback):
     ) -> None:
         self._resumed = state.global_step > 0
         for layer in _layers(kwargs["model"]):
-            layer.context.tokens = None
+            layer.context.tokens = {}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -125,15 +125,17 @@ def _squares(expert: nn.Module, base: nn.Module) -> Iterator[tuple[Tensor, Tenso
 def _doubt_amount(model: nn.Module, processes: int) -> None:
     """Doubt the groups whose experts had little to learn from."""
     layers = _layers(model)
-    if not layers or (adapter := layers[0].in_force) is None or (context := layers[0].context).tokens is None:
+    if not layers or (adapter := layers[0].in_force) is None:
         return
     groups = layers[0].settings[adapter].tables.languages.groups
+    if (seen := (layers[0].context.tokens or {}).get(groups)) is None:
+        return
     parameters = [0] * len(groups)
     for layer in layers:
         for expert, group in zip(layer.experts(adapter), layer.settings[adapter].tables.owners, strict=True):
             parameters[group] += sum(p.numel() for p in expert.parameters() if p.requires_grad)
     for index, size in enumerate(parameters):
-        tokens = processes * int(context.tokens[index])
+        tokens = processes * int(seen[index])
         if tokens and size > PARAMETERS_PER_TOKEN * tokens:  # who saw none has learnt nothing wrong, or does elsewhere
             doubt(
                 active_config(model),

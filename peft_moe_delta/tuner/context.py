@@ -42,7 +42,7 @@ class ForwardContext:
         language: default language code, used when a call names none and the active adapter knows it.
         statistics: running sums since they were last read, for logs: name -> (sum, count) on the model's device;
             several names have a vector of each.
-        tokens: how many tokens of each group have been trained on; None where nobody has begun to count.
+        tokens: groups -> how many tokens of each have been trained on; None where nobody counts.
         auxiliary: the last training pass's auxiliary loss where it could not be added to the model's own loss.
     """
 
@@ -53,7 +53,7 @@ class ForwardContext:
         self._eager: ForwardState | None = None  # what compiled code sees of the others,
         self._under_way = 0  # if there is but one
         self.statistics: dict[str | tuple[str, ...], tuple[Tensor, Tensor]] = {}
-        self.tokens: Tensor | None = None
+        self.tokens: dict[tuple[str, ...], Tensor] | None = None
         self.auxiliary: Tensor | None = None
         self._collected: list[Tensor] | None = None
         self._share: Tensor | float | None = None
@@ -217,11 +217,9 @@ class ForwardContext:
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, self.current = self.current, None
-        if state is not None and state.seen is not None:
-            before = self.tokens
-            if before is not None and len(before) == len(state.seen):  # else a group has come or gone: count anew
-                state.seen = before + state.seen.to(before.device)
-            self.tokens = state.seen
+        if self.tokens is not None and state is not None and state.seen is not None:
+            groups, seen = state.seen
+            self.tokens[groups] = seen + self.tokens[groups].to(seen.device) if groups in self.tokens else seen
         auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
         loss = output.get("loss") if isinstance(output, dict) else None
         shown = auxiliary if loss is None else loss

@@ -90,7 +90,7 @@ class ForwardState:
         mask_T: bool, False for padding; None where no token is known to be padding.
         share: how much of its optimizer step the pass is (`losses.share_of_step`).
         recording: whether the layers must deposit auxiliary losses.
-        seen: tokens of each group, where something is recorded.
+        seen: the groups and how many tokens there are of each, where something is recorded.
         layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
     """
 
@@ -101,7 +101,7 @@ class ForwardState:
     mask_T: Tensor | None = None
     share: Tensor | float = 1.0
     recording: bool = False
-    seen: Tensor | None = None
+    seen: tuple[tuple[str, ...], Tensor] | None = None
     layers: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
@@ -119,7 +119,8 @@ class ForwardState:
         found: TokenGroups | None = self._found[key]
         if self.recording and self.seen is None and found is not None:
             counted_T = self.counted(found.group_T).long()
-            self.seen = counted_T.new_zeros(len(table.groups)).index_add_(0, found.group_T, counted_T)
+            number_G = counted_T.new_zeros(len(table.groups)).index_add_(0, found.group_T, counted_T)
+            self.seen = table.groups, number_G
         return found
 
     def reach(self, tables: LayerTables, tokens: int, device: torch.device) -> Reach:
