@@ -63,7 +63,7 @@ def test_a_bad_argument_is_named(arguments, extra, message):
     [
         (b"", "is empty"),
         (b"\n\n", "is empty"),
-        (b'{"text": "\xff\xfe"}\n', "not a jsonl file in UTF-8"),
+        (b'{"text": "\xff\xfe"}\n', "no jsonl file in UTF-8"),
         (b"{}\n", "line 1"),
     ],
 )
