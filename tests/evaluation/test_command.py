@@ -49,7 +49,7 @@ def test_it_writes_a_report_and_prints_its_table(arguments, tmp_path, capsys):
         (["--reference", "nobody"], "none of the models"),
         (["--text", "de"], "--text takes NAME=VALUE"),
         (["--model", "base=x"], "each name once"),
-        (["--model", "new=/nowhere"], "Cannot load a model"),
+        (["--model", "new=/nowhere"], "Cannot load a causal language model"),
         (["--text", "de=/nowhere.jsonl"], "No file /nowhere.jsonl"),
     ],
 )
