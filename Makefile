@@ -47,7 +47,7 @@ test-slow: $(INSTALLED)  ## the slow tests alone
 test-portable: $(INSTALLED)  ## each learning test's margin over 12 instruction sets, threads and seeds; RUNS=1: the oldest
 	$(BIN)/python tests/portable.py --runs $(RUNS) --workers $(WORKERS)
 
-fuzz: $(INSTALLED)  ## thousands of bad values over config, recipes and command line; prints how they ended
+fuzz: $(INSTALLED)  ## thousands of bad values over config, recipes, command line and data files; prints how they ended
 	cd tests && OMP_NUM_THREADS=1 PYTHONPATH=. ../$(BIN)/python -m fuzz --number $(or $(NUMBER),2000) --seed $(or $(SEED),0)
 
 # Of the PEFT that is installed: pip fetches its sources where a network is there, and nothing of them is kept in git.

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..errors import CardError
 from ..evaluation.report import FILE as REPORT_FILE
 from ..evaluation.report import EvalReport
+from ..files import read_text
 from ..hub import CardFacts, push_to_hub, write_card
 from ..hub.card import CARD_FILE, FACTS_FILE
 from .options import Command, new_folder, pairs_of
@@ -44,7 +45,7 @@ def _write_card(folder: Path, arguments: Namespace) -> Path:
     said = {name: value for name, value in own.items() if value is not None}
     written = folder / FACTS_FILE
     if written.is_file():
-        facts = replace(CardFacts.from_json(written.read_text(encoding="utf-8")), **said)
+        facts = replace(CardFacts.from_json(read_text(written)), **said)
     else:
         facts = CardFacts.of(
             folder,

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..errors import CardError
 from ..evaluation.page import tables, verdict
 from ..evaluation.report import METRICS, TEXT, EvalReport
-from ..files import write_text
+from ..files import read_text, write_text
 from ..languages import ORIGINAL_GROUP, closest_code, read_code
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
@@ -26,6 +26,7 @@ FACTS_FILE, PLAN_FILE, GRAFT_FILE, CARD_FILE = "card.json", "plan.json", "graft.
 MANIFEST_FILE = "manifest.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
+_ADAPTER_FIELDS = ("routing", "top_k", "expert_rank", "experts")
 ADAPTER, GRAFTED, MODEL = "adapter", "grafted adapter", "model"
 
 
@@ -98,43 +99,46 @@ class CardFacts:
             further: fields as in the class.
 
         Raises:
-            CardError: neither an adapter nor a checkpoint, or a licence that is laxer than a parent's.
+            CardError: neither an adapter nor a checkpoint, damaged files, or a licence laxer than a parent's.
         """
         folder = Path(folder)
-        config = _read(folder / "config.json")
-        own = _read(folder / "adapter_config.json")
-        job = _read(folder / MANIFEST_FILE) or {}  # of a streamed graft: what was asked for, and its report
-        request = job.get("request", {})
-        adapter = adapter or request.get("adapter")
-        settings = own or (_read(Path(adapter) / "adapter_config.json") if adapter else None) or {}
-        if config is None and own is None:
-            raise CardError(f"{folder} holds neither adapter_config.json nor config.json: no model to describe.")
-        graft = _read(folder / GRAFT_FILE) or job.get("report") or settings.get("graft")
-        named = settings.get("base_model_name_or_path") or request.get("base")
-        post_trained = post_trained or (graft or {}).get("post_trained")
-        grafted = bool(own and own.get("graft"))
-        if grafted:  # what such an adapter lies over is the post-trained model
-            post_trained, base = base_model or post_trained or named, None
-        else:
-            base = base_model or named
-        ancestors = _licences([model for model in (base, post_trained) if model], parents or {})
-        if graft is not None:
-            graft = {**graft, "post_trained": public_name(graft["post_trained"])}
-        return cls(
-            name=name,
-            kind=(GRAFTED if grafted else ADAPTER) if own else MODEL,
-            parents=ancestors,
-            licence=licence_for(ancestors, licence),
-            base_model=base and public_name(base),
-            post_trained=post_trained and public_name(post_trained),
-            languages={code: settings["languages"][code] for code in settings.get("language_ids") or ()},
-            architecture=None if own else (config or {}).get("architectures", [None])[0],
-            adapter={key: settings[key] for key in ("routing", "top_k", "expert_rank", "experts") if key in settings},
-            plan=_read(folder / PLAN_FILE) or (_read(Path(adapter) / PLAN_FILE) if adapter else None),
-            graft=graft,
-            doubts=list(dict.fromkeys([*(settings.get("doubts") or ()), *((graft or {}).get("warnings") or ())])),
-            **further,
-        )
+        try:
+            config = _read(folder / "config.json")
+            own = _read(folder / "adapter_config.json")
+            job = _read(folder / MANIFEST_FILE) or {}  # of a streamed graft: what was asked for, and its report
+            request = job.get("request", {})
+            adapter = adapter or request.get("adapter")
+            settings = own or (_read(Path(adapter) / "adapter_config.json") if adapter else None) or {}
+            if config is None and own is None:
+                raise CardError(f"{folder} holds neither adapter_config.json nor config.json: no model to describe.")
+            graft = _read(folder / GRAFT_FILE) or job.get("report") or settings.get("graft")
+            named = settings.get("base_model_name_or_path") or request.get("base")
+            post_trained = post_trained or (graft or {}).get("post_trained")
+            grafted = bool(own and own.get("graft"))
+            if grafted:  # what such an adapter lies over is the post-trained model
+                post_trained, base = base_model or post_trained or named, None
+            else:
+                base = base_model or named
+            ancestors = _licences([model for model in (base, post_trained) if model], parents or {})
+            if graft is not None:
+                graft = {**graft, "post_trained": public_name(graft["post_trained"])}
+            return cls(
+                name=name,
+                kind=(GRAFTED if grafted else ADAPTER) if own else MODEL,
+                parents=ancestors,
+                licence=licence_for(ancestors, licence),
+                base_model=base and public_name(base),
+                post_trained=post_trained and public_name(post_trained),
+                languages={code: settings["languages"][code] for code in settings.get("language_ids") or ()},
+                architecture=None if own else (config or {}).get("architectures", [None])[0],
+                adapter={key: settings[key] for key in _ADAPTER_FIELDS if key in settings},
+                plan=_read(folder / PLAN_FILE) or (_read(Path(adapter) / PLAN_FILE) if adapter else None),
+                graft=graft,
+                doubts=list(dict.fromkeys([*(settings.get("doubts") or ()), *((graft or {}).get("warnings") or ())])),
+                **further,
+            )
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise CardError(f"A config or record in {folder} is damaged: {error!r}. Save the model again.") from error
 
     def to_json(self) -> str:
         """The facts as a JSON document that `from_json` reads back."""
@@ -149,8 +153,11 @@ class CardFacts:
         """
         try:
             facts = cls(**json.loads(text))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise CardError(f"Not the facts of a card: {error}. Expected the JSON that `card` writes.") from error
+        stated = [facts.licence, *facts.parents.values()] if isinstance(facts.parents, dict) else [0]
+        if not all(licence is None or isinstance(licence, str) for licence in stated):
+            raise CardError(f"Not the facts of a card: parents are {facts.parents!r:.60}, expected model -> licence.")
         licence_for(facts.parents, facts.licence)
         return facts
 
@@ -279,7 +286,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise CardError(f"{path} is no JSON file: {error}. Fetch or make it again.") from error
     if not isinstance(data, dict):

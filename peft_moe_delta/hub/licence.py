@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
@@ -28,7 +29,7 @@ def licence_of(model: str | Path) -> str | None:
             stated = ModelCard.load(readme).data.license if readme.is_file() else None
         else:
             stated = ModelCard.load(str(model)).data.license
-    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError, ValueError):
+    except (HfHubHTTPError, HFValidationError, EntryNotFoundError, OSError, ValueError, yaml.YAMLError):
         return None  # offline, private or misspelt: unknown, and the card says so
     stated = stated[0] if isinstance(stated, list) and len(stated) == 1 else stated
     return stated.lower() if isinstance(stated, str) else None

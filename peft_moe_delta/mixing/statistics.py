@@ -90,7 +90,12 @@ class RouterStatistics:
         reader = CheckpointReader(path)
         if FORMAT not in reader.metadata:
             raise CheckpointError(f"{path} holds no router statistics: its header has no {FORMAT!r}.")
-        read = cls(languages=json.loads(reader.metadata[FORMAT])["languages"])
+        try:
+            read = cls(languages=[str(code) for code in json.loads(reader.metadata[FORMAT])["languages"]])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{path} is damaged: its header names no languages. Fit the routers again."
+            ) from error
         for key in reader:
             if key.endswith(".A"):
                 read.A[key.removesuffix(".A")] = reader[key]

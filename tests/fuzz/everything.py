@@ -13,7 +13,7 @@ from unittest import mock
 
 from huggingface_hub import constants
 
-from fuzz import command_line, config, recipes, workspace
+from fuzz import command_line, config, data, recipes, workspace
 from fuzz.runner import Case, Tally
 from fuzz.runner import run as run_cases
 
@@ -21,6 +21,7 @@ SUBJECTS: dict[str, Callable[[int, Path], Iterator[Case]]] = {
     "config": lambda seed, folder: config.cases(seed),
     "recipes": recipes.cases,
     "command_line": command_line.cases,
+    "data": lambda seed, folder: data.cases(seed),
 }
 
 
