@@ -49,7 +49,7 @@ def test_it_writes_a_report_and_prints_its_table(arguments, tmp_path, capsys):
         (["--reference", "nobody"], "none of the models"),
         (["--text", "de"], "--text takes NAME=VALUE"),
         (["--model", "base=x"], "each name once"),
-        (["--model", "new=/nowhere"], "Cannot load a model"),
+        (["--model", "new=/nowhere"], "Cannot load a causal language model"),
         (["--text", "de=/nowhere.jsonl"], "No file /nowhere.jsonl"),
     ],
 )
@@ -63,7 +63,7 @@ def test_a_bad_argument_is_named(arguments, extra, message):
     [
         (b"", "is empty"),
         (b"\n\n", "is empty"),
-        (b'{"text": "\xff\xfe"}\n', "not a jsonl file in UTF-8"),
+        (b'{"text": "\xff\xfe"}\n', "no jsonl file in UTF-8"),
         (b"{}\n", "line 1"),
     ],
 )

@@ -104,7 +104,7 @@ def test_a_step_depends_on_what_it_reads_and_on_nothing_else(recipe_fields, writ
         caplog.clear()
         run = Run(read_recipe(write_recipe(recipe_fields)))
         run.expanded()
-        run._scores("base", run.base_model, run.base())
+        run._scores("base", "base", run.base_model, run.base())
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
     assert ran() == []
@@ -129,7 +129,7 @@ def test_a_step_depends_on_what_it_reads_and_on_nothing_else(recipe_fields, writ
     [
         ('{"text": "short"}\n', "Bring more text"),
         ('{"txt": "x"}\n', "line 1: expected a `text`"),
-        ("not json\n", "not a jsonl file"),
+        ("not json\n", "line 1: expected a JSON object"),
         ("", "is empty"),
         (None, "No file"),
     ],
