@@ -115,7 +115,7 @@ def test_bad_input_is_named(base, byte_tokenizer, arguments, error, message):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match="Cannot load a model with its tokenizer from"):
+    with pytest.raises(CheckpointError, match="Cannot load a causal language model from"):
         evaluate_languages({"base": tmp_path}, TEXTS)
 
 

@@ -129,7 +129,7 @@ def test_a_step_depends_on_what_it_reads_and_on_nothing_else(recipe_fields, writ
     [
         ('{"text": "short"}\n', "Bring more text"),
         ('{"txt": "x"}\n', "line 1: expected a `text`"),
-        ("not json\n", "expected a JSON object"),
+        ("not json\n", "line 1: expected a JSON object"),
         ("", "is empty"),
         (None, "No file"),
     ],
