@@ -100,7 +100,9 @@ def perturbed(model: nn.Module, seed: int = 10, scale: float = 0.2) -> Any:
 def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
     """As loading in bf16 does it: buffers such as rotary frequencies stay fp32, which `.bfloat16()` would round."""
     kind: Any = type(model)
-    return kind.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16)
+    loaded = kind.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16)
+    loaded.name_or_path = ""  # not "None", for which the Hub would be asked
+    return loaded
 
 
 def moe_config(**changes: Any) -> MoeDeltaConfig:

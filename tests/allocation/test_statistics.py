@@ -73,7 +73,7 @@ def test_what_was_not_measured_is_not_there(tmp_path):
         STATISTICS.similarity(["fi", "hu"])
     with pytest.raises(DataError, match="layers: got \\[7\\]"):
         STATISTICS.between_languages("similarity", layers=[7])
-    with pytest.raises(DataError, match="Cannot read"):
+    with pytest.raises(DataError, match="No file"):
         LanguageStatistics.load(tmp_path / "nothing.json")
     with pytest.raises(DataError, match="expected some of: similarity"):
         LanguageStatistics(("en", "hu"), (0,), {"guess": np.ones((1, 2, 2))})

@@ -71,7 +71,7 @@ def refused(model, error, words):
         ({"language_prior_coef": "0.1"}, PlanError, ["`language_prior_coef` must be a finite number", "'0.1'"]),
         ({"language_prior_groups": 0.5}, PlanError, ["`language_prior_groups` must be a list", "0.5"]),
         ({"norm_topk_prob": "no"}, PlanError, ["`norm_topk_prob` must be true or false", "'no'"]),
-        ({"growth": [{"before": 1}]}, PlanError, ["`growth`", "without its groups"]),
+        ({"growth": [{"before": 1}]}, PlanError, ["`growth` is filled in", "with `groups`", "{'before': 1}"]),
         ({"layers_to_transform": [1, 0]}, PlanError, ["`layers_to_transform`", "ascending", "[1, 0]"]),
         ({"target_modules": ".*mlp", "layers_to_transform": [0]}, PlanError, ["`layers_to_transform`", "no effect"]),
     ],
