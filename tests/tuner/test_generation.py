@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, pipeline
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from builders import VOCABULARY, logits, pico, token_batch, upcycle
 from peft_moe_delta.errors import LanguageError, PlanError
@@ -198,7 +199,8 @@ def test_continuous_batching_takes_the_default_language():
     model = upcycle(pico(), trained=True, routing="language")
     model.set_language("az")
     config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
-    (found,) = model.base_model.model.generate_batch([REPETITIVE[0].tolist()], generation_config=config).values()
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)  # by default most of the machine's memory
+    (found,) = model.base_model.model.generate_batch([REPETITIVE[0].tolist()], config, room).values()
     expected = REPETITIVE
     for _ in range(NEW_TOKENS):
         expected = torch.cat([expected, logits(model, expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
