@@ -53,7 +53,7 @@ def test_remote_code_holds_what_no_stock_architecture_does(family):
     exported = to_stock(model, remote_code=True)
     assert exported.graft_report.layout == f"moe_delta_{family}"
     assert exported.graft_report.choice.startswith("remote code, as it holds every plan. No stock")
-    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=5e-5, rtol=0)
 
 
 def test_a_stock_architecture_comes_first():
@@ -72,7 +72,7 @@ def test_routing_by_language_takes_language_ids(family):
     by_row, by_token = torch.tensor([0, 1, 3]), torch.arange(TOKENS.numel()).view(TOKENS.shape) % 4
     for ids in (by_row, by_token):
         torch.testing.assert_close(
-            logits(exported, TOKENS, language_ids=ids), logits(model, TOKENS, language_ids=ids), atol=1e-5, rtol=0
+            logits(exported, TOKENS, language_ids=ids), logits(model, TOKENS, language_ids=ids), atol=5e-5, rtol=0
         )
     with pytest.raises(ValueError, match=r"Pass language_ids.*\['hu', 'en', 'fi', 'az'\]"):
         exported(TOKENS)
@@ -81,7 +81,7 @@ def test_routing_by_language_takes_language_ids(family):
 def test_grafting_and_remote_code_go_together():
     model, post = adapter("gemma2"), perturbed(pico("gemma2"))
     exported = model.merge_and_graft(post, remote_code=True)
-    torch.testing.assert_close(logits(exported, TOKENS), logits(model.graft(post), TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(exported, TOKENS), logits(model.graft(post), TOKENS), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [None, 2], ids=["full-rank", "low-rank"])
@@ -96,7 +96,7 @@ def test_attention_experts(family, kind, routing, rank):
     ids = torch.tensor([0, 1, 3])
     arguments = {"language_ids": ids} if routing == "language" else {}
     torch.testing.assert_close(
-        logits(exported, TOKENS, **arguments), logits(model, TOKENS, language_ids=ids), atol=1e-5, rtol=0
+        logits(exported, TOKENS, **arguments), logits(model, TOKENS, language_ids=ids), atol=5e-5, rtol=0
     )
     own = {name for name in exported.state_dict() if "layers.0.self_attn.experts.1." in name and ".k_proj." in name}
     assert bool(own) == (kind == "full"), "keys and values are owned once or by each"
@@ -124,7 +124,7 @@ def test_classifiers(holds):
         randomise(layer.moe_delta_classifier, 7 + number)
     exported = to_stock(model, remote_code=True)
     assert exported.config.moe_delta["classifiers"] == {"0": 2, "1": 2}
-    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=5e-5, rtol=0)
     kept = [(mixture.routes(torch.randn(200, 32)).indices_TK == 0).any(-1) for mixture in mixtures(exported)]
     holds(torch.stack(kept).float().mean(), above=0.05, below=0.95)
     assert set(route_agreement(model, exported, [{"input_ids": TOKENS}]).values()) == {1.0}
@@ -137,7 +137,7 @@ def mixtures(exported):
 def test_weights_that_are_not_renormalised():
     model = adapter(top_k=1, norm_topk_prob=False)
     exported = to_stock(model, remote_code=True)
-    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(exported, TOKENS), logits(model, TOKENS), atol=5e-5, rtol=0)
 
 
 def test_a_wrong_expert_is_caught_by_the_gate():

@@ -45,7 +45,7 @@ def test_untrained_experts_graft_to_the_post_trained_model(family, routing, expe
     expected = logits(post, TOKENS)
     grafted = upcycle(base, routing=routing, expert_rank=expert_rank).graft(post)
     for language in ("en", "hu", "az"):
-        torch.testing.assert_close(logits(grafted, TOKENS, language=language), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(grafted, TOKENS, language=language), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", STOCK + OTHERS)
@@ -66,7 +66,7 @@ def test_a_trained_expert_alone_is_the_post_trained_model_with_its_change(family
                 parameter = by_hand[f"{names[id(layer)]}.{name}"]
                 parameter.copy_(parameter.double() + change)
     grafted = model.graft(post, expert_scale=expert_scale)
-    torch.testing.assert_close(logits(grafted, TOKENS, language="hu"), logits(alone, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(grafted, TOKENS, language="hu"), logits(alone, TOKENS), atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("expert_rank", [None, 4])
@@ -167,7 +167,7 @@ def test_scale_zero_is_the_ungrafted_export():
     post = perturbed(base)
     model = upcycle(base, trained=True)
     stock = model.merge_and_graft(post, scale=0.0)
-    torch.testing.assert_close(logits(stock, TOKENS), logits(model, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(stock, TOKENS), logits(model, TOKENS), atol=5e-5, rtol=0)
     assert_same_state(to_stock(model), state_of(stock))
 
 
@@ -204,7 +204,7 @@ def test_expert_scale_zero_is_the_post_trained_model(expert_rank):
     post = perturbed(base)
     expected = logits(post, TOKENS)
     grafted = upcycle(base, trained=True, expert_rank=expert_rank).graft(post, expert_scale=0.0)
-    torch.testing.assert_close(logits(grafted, TOKENS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(grafted, TOKENS), expected, atol=5e-5, rtol=0)
 
 
 def test_auto_finds_the_expert_scale_that_scores_best():
@@ -269,7 +269,7 @@ def test_an_export_loads_where_this_package_cannot_be_imported(saved):
     )
     subprocess.run([sys.executable, "-c", code, str(saved / "stock"), str(saved / "proof")], check=True)
     expected = logits(stock, torch.arange(3, 24).view(3, 7))
-    torch.testing.assert_close(load_file(saved / "proof")["logits"], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(load_file(saved / "proof")["logits"], expected, atol=5e-5, rtol=0)
 
 
 def test_special_tokens_and_generation_settings_are_the_post_trained_ones():

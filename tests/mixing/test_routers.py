@@ -78,7 +78,7 @@ def test_the_streamed_fit_is_the_direct_least_squares_solution():
         damping = (RIDGE * (x.T @ x).trace() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
         W = torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 3)])).solution
         expected = (W / W.norm(dim=0))[:, [0, 1, 1, 2]].T / TEMPERATURE
-        torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.double(), expected, atol=5e-5, rtol=0)
         torch.testing.assert_close(found.norm(dim=1), torch.full((4,), 1 / TEMPERATURE))
 
 
@@ -87,7 +87,7 @@ def test_the_order_of_documents_and_languages_and_the_batch_size_do_not_matter()
     fit(one, batch_size=2)
     fit(other, {code: TEXTS[code][::-1] for code in reversed(TEXTS)}, batch_size=5)
     for a, b in zip(router_weights(one), router_weights(other), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
 
 
 def test_the_routers_there_were_and_the_mode_do_not_matter_and_are_kept():
@@ -112,7 +112,7 @@ def test_a_language_that_joins_later_only_adds(tmp_path):
     fit(grown, {"fi": TEXTS["fi"]}, statistics=loaded)
     for before, a, b in zip(without, router_weights(grown), router_weights(whole), strict=True):
         assert not torch.allclose(before, a)
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        torch.testing.assert_close(a, b, atol=5e-5, rtol=0)
 
 
 def test_a_layer_without_a_groups_experts_sends_its_tokens_to_expert_0(holds):

@@ -27,7 +27,7 @@ WINDOWS = {
 }
 TOKENS = token_batch()
 IDS = torch.tensor([0, 1, 3])
-CLOSE = {"atol": 1e-5, "rtol": 0}
+CLOSE = {"atol": 5e-5, "rtol": 0}
 
 
 def model_of(family="llama", variant="full", **changes):
@@ -354,4 +354,4 @@ def test_a_batch_of_languages_with_one_expert_each_equals_each_language_alone(ki
     mixed = logits(model, tokens, language_ids=torch.arange(4))
     for row, code in enumerate(LANGUAGES):
         alone = logits(model, tokens[row : row + 1], language=code)
-        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=5e-5, rtol=0)

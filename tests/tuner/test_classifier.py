@@ -86,7 +86,7 @@ def test_token_by_token_equals_one_pass(seed):
             for t in range(TOKENS.shape[1])
         ]
     assert torch.equal(one_by_one.found, classes)
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -99,7 +99,7 @@ def test_left_padding_equals_one_pass(seed):
         model, torch.cat([filler, TOKENS], dim=1), attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
     )
     assert torch.equal(padded_classes[:, :, 5:], classes)
-    torch.testing.assert_close(padded[:, 5:], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(padded[:, 5:], expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -112,7 +112,7 @@ def test_a_class_never_depends_on_later_tokens_or_other_rows(seed):
         assert torch.equal(found[:, :, :length], classes[:, :, :length])
     alone, by_itself = classes_and_logits(model, TOKENS[2:3])
     assert torch.equal(alone, classes[:, 2:3])
-    torch.testing.assert_close(by_itself, expected[2:3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(by_itself, expected[2:3], atol=5e-5, rtol=0)
 
 
 def test_generation_with_a_cache_equals_recomputing():
@@ -141,7 +141,7 @@ def test_what_a_gate_recognises_runs_on_expert_0_and_the_rest_as_learned():
         original = Classes.of(layer, x) if gate is not None else torch.zeros(x.shape[:2], dtype=torch.bool)
         with torch.no_grad():
             expected = torch.where(original[..., None], layer.base_layer(x), twin(x))
-        torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output, expected, atol=5e-5, rtol=0)
 
 
 def test_an_untrained_gate_recognises_nobody():
@@ -181,7 +181,7 @@ def test_the_classifier_loss_reaches_the_model_loss_and_the_log():
     model.start_review(language_prior_coef=0.0, classifier_coef=0.0)
     without = model(**batch).loss
     # The mean over the layers with a gate, two of three, and not thinned out by the one without.
-    torch.testing.assert_close(with_gates - without, torch.tensor(0.1 * recorded), atol=1e-5, rtol=0)
+    torch.testing.assert_close(with_gates - without, torch.tensor(0.1 * recorded), atol=5e-5, rtol=0)
 
 
 def test_a_review_teaches_gates_to_tell_separable_languages_apart(holds):

@@ -14,7 +14,7 @@ def test_compiled_equals_eager(routing):
     compiled = torch.compile(model, backend="aot_eager")
     for ids in (torch.tensor([0, 0, 0]), torch.tensor([0, 1, 3]), torch.tensor([1, 1, 1])):
         expected = logits(model, token_batch(), language_ids=ids)
-        torch.testing.assert_close(logits(compiled, token_batch(), language_ids=ids), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(compiled, token_batch(), language_ids=ids), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -26,7 +26,7 @@ def test_one_language_by_name_is_one_graph(rank):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     for language in ("hu", "az", "en"):
         expected = logits(model, token_batch(), language=language)
-        torch.testing.assert_close(logits(compiled, token_batch(), language=language), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(compiled, token_batch(), language=language), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.slow
@@ -37,4 +37,4 @@ def test_layers_compiled_one_by_one_see_the_pass_they_are_in():
     for layer in model.get_base_model().model.layers:
         layer.compile(backend="aot_eager")
     for language, each in expected.items():
-        torch.testing.assert_close(logits(model, token_batch(), language=language), each, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(model, token_batch(), language=language), each, atol=5e-5, rtol=0)

@@ -22,7 +22,7 @@ def test_upcycled_equals_base(family, rank, routing):
     expected = logits(base, token_batch())
     model = upcycle(base, expert_rank=rank, routing=routing)
     assert len(moe_layers(model)) == 2
-    torch.testing.assert_close(logits(model, token_batch(), language_ids=IDS), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, token_batch(), language_ids=IDS), expected, atol=5e-5, rtol=0)
 
 
 @RANKS
@@ -49,7 +49,7 @@ def test_only_the_text_decoder_of_a_multimodal_model_is_upcycled():
     model = upcycle(base)
     changed = [name for name, module in base.named_modules() if module in moe_layers(model)]
     assert changed == ["model.language_model.layers.0.mlp", "model.language_model.layers.1.mlp"]
-    torch.testing.assert_close(logits(model, token_batch()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, token_batch()), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_an_unknown_family_works_through_target_modules():
     expected = logits(base, token_batch())
     model = upcycle(base, target_modules=["mlp"])
     assert len(moe_layers(model)) == 2
-    torch.testing.assert_close(logits(model, token_batch()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, token_batch()), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "granitemoe"])

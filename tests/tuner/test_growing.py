@@ -172,7 +172,7 @@ def test_new_experts_start_as_expert_0_or_as_another_groups(rank):
     azeri = logits(model, TOKENS, language="az")
     model.add_languages({"bn": "indic", "ky": "kipchak"}, {"indic": 1, "kipchak": 2}, start_from={"kipchak": "turkic"})
     assert torch.equal(logits(model, TOKENS, language="bn"), logits(model, TOKENS, language="en"))
-    torch.testing.assert_close(logits(model, TOKENS, language="ky"), azeri, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, TOKENS, language="ky"), azeri, atol=5e-5, rtol=0)
     model.add_languages({"et": "estonian"}, {"estonian": 2}, start_from="uralic")
     for layer in moe_layers(model):
         for copied, source in zip(layer.experts("default")[-2:], layer.experts("default")[1:3], strict=True):

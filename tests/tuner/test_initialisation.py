@@ -20,7 +20,7 @@ def test_an_expert_alone_computes_as_the_checkpoint_with_the_base_models_rest(fa
                 parameter.copy_(theirs)
     model = upcycle(base, routing="language")
     model.load_experts({"turkic": tmp_path})
-    torch.testing.assert_close(logits(model, TOKENS, language="az"), logits(expected, TOKENS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(model, TOKENS, language="az"), logits(expected, TOKENS), atol=5e-5, rtol=0)
     for layer in moe_layers(model):  # the other group's expert is still a copy of the base MLP
         own = dict(layer.base_layer.named_parameters())
         assert all(torch.equal(tensor, own[name]) for name, tensor in layer.expert_weights("default", 1).items())

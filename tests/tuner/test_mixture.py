@@ -97,7 +97,7 @@ def test_a_hard_routed_batch_equals_each_language_alone(rank):
     mixed = logits(model, tokens, language_ids=torch.arange(4))
     for row, code in enumerate(CODES):
         alone = logits(model, tokens[row : row + 1], language=code)
-        torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(mixed[row : row + 1], alone, atol=5e-5, rtol=0)
         other = logits(model, tokens[row : row + 1], language=CODES[row - 1])
         assert (alone - other).abs().max() > 0.1 or LANGUAGES[code] == LANGUAGES[CODES[row - 1]], "languages do matter"
 
@@ -121,7 +121,7 @@ def test_languages_may_change_inside_a_row():
     tokens = token_batch(batch=1)
     half = logits(model, tokens, language_ids=torch.tensor([[1, 1, 1, 3, 3, 3, 3]]))
     english, azeri = (logits(model, tokens, language=code) for code in ("en", "az"))
-    torch.testing.assert_close(half[:, :3], english[:, :3], atol=1e-5, rtol=0)
+    torch.testing.assert_close(half[:, :3], english[:, :3], atol=5e-5, rtol=0)
     assert (half[:, 3:] - azeri[:, 3:]).abs().max() > 0.1, "the later tokens attend to the English ones"
     assert (half[:, 3:] - english[:, 3:]).abs().max() > 0.1
 
@@ -133,7 +133,7 @@ def test_original_languages_routed_by_language_are_the_base_model(rank):
     model = upcycle(base, trained=True, routing="language", expert_rank=rank)
     assert torch.equal(logits(model, token_batch(), language="en"), expected)
     mixed = logits(model, token_batch(), language_ids=torch.tensor([0, 1, 3]))
-    torch.testing.assert_close(mixed[1], expected[1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(mixed[1], expected[1], atol=5e-5, rtol=0)
 
 
 def test_a_group_without_experts_in_a_layer_runs_on_the_base_mlp_there():
@@ -160,7 +160,7 @@ def test_padding_changes_nothing_for_real_tokens(routing, ids, side):
         position_ids=(real.cumsum(1) - 1).clamp(min=0),
         language_ids=IDS if ids == "sequence" else per_token,
     )
-    torch.testing.assert_close(padded[real == 1].view_as(expected), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(padded[real == 1].view_as(expected), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [None, 2], ids=["full", "low-rank"])

@@ -190,7 +190,7 @@ def test_a_merged_adapter_of_another_method_is_part_of_the_base():
     lora = get_peft_model(pico(), LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
     base = lora.merge_and_unload()
     expected = logits(base, token_batch())
-    torch.testing.assert_close(logits(upcycle(base), token_batch()), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(upcycle(base), token_batch()), expected, atol=5e-5, rtol=0)
 
 
 def test_target_modules_that_do_not_exist():

@@ -427,7 +427,7 @@ def test_one_config_object_serves_two_base_models():
     for base in (first, second):
         expected = logits(base, token_batch())
         base.add_adapter(config)
-        torch.testing.assert_close(logits(base.eval(), token_batch()), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(base.eval(), token_batch()), expected, atol=5e-5, rtol=0)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -358,7 +358,7 @@ def test_without_growth_added_special_tokens_graft_too(tokenizer, tmp_path):
     model = upcycle(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     stock = model.merge_and_graft(tmp_path / "post")
     ids = batch(tokenizer)
-    torch.testing.assert_close(logits(stock, ids), logits(post, ids), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(stock, ids), logits(post, ids), atol=5e-5, rtol=0)
     assert stock.config.vocab_size == post.config.vocab_size
 
 
