@@ -1,6 +1,7 @@
 """The plain `Trainer`: the columns it keeps, the figures in its log, the lines a user writes."""
 
 import math
+from statistics import fmean
 
 import pytest
 import torch
@@ -162,11 +163,13 @@ def test_the_lines_a_user_writes(tmp_path, holds):
     expansion = Trainer(model, args, train_dataset=new_language_text, data_collator=LanguageCollator(tokenizer, model))
     expansion.train()
     model.start_review()
+    args.max_steps = 60  # routers alone, so each step does less
     review = Trainer(model, args, train_dataset=review_mix, data_collator=LanguageCollator(tokenizer, model))
     review.train()
     model.save_pretrained(tmp_path / "my-adapter")
 
-    for trainer in (expansion, review):
+    for name, trainer in ("expansion", expansion), ("review", review):
         losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        assert len(losses) == 10
-        holds(float(losses[-1]) - float(losses[0]), below=0, name="expansion" if trainer is expansion else "review")
+        assert len(losses) == trainer.state.max_steps
+        first, last = losses[:5], losses[-5:]  # one batch is easier than another
+        holds(fmean(last) - fmean(first), below=0, name=name)
