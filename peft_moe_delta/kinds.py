@@ -1,4 +1,4 @@
-"""Values of the kind that an annotation says: the one check of recipes, growth files and `MoeDeltaConfig`.
+"""Values of the kind that an annotation says: the one check of recipes, growth files, `MoeDeltaConfig` and its record.
 
 In: an annotation, with bounds where it is `Annotated[int, Within(1)]`, and a value that a user gave. Out: the value, or
 an error that says where it stands, what was expected and what was got.
@@ -42,7 +42,7 @@ NotNegative = Annotated[float, Within(0)]
 
 _NAMES: Mapping[Any, str] = {
     int: "a whole number", float: "a finite number", str: "text that is not empty", bool: "true or false",
-    dict: "a section", list: "a list",
+    dict: "a section", list: "a list", tuple: "a list",
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def read_fields(kind: Any, data: Any, where: str) -> Any:
         kind, bounds = typing.get_args(kind)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
-        return _read_section(kind, data, where)
+        return data if type(data) is kind else _read_section(kind, data, where)
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in arguments:
             return None
@@ -70,8 +70,8 @@ def read_fields(kind: Any, data: Any, where: str) -> Any:
         raise RecipeError(f"{where} must be {_name(kind)}{bounds}; got {reprlib.repr(data)}.")
     if origin is dict:
         return {key: read_fields(arguments[1], value, f"{where}.{key}") for key, value in data.items()}
-    if origin is list:
-        return [read_fields(arguments[0], value, f"{where}[{index}]") for index, value in enumerate(data)]
+    if origin in (list, tuple):
+        return origin(read_fields(arguments[0], value, f"{where}[{index}]") for index, value in enumerate(data))
     return float(data) if kind is float else data
 
 
@@ -108,9 +108,9 @@ def _fits(kind: Any, data: Any) -> bool:
     if plain is Any:
         return True
     if dataclasses.is_dataclass(plain):
-        return isinstance(data, Mapping)
+        return isinstance(data, Mapping | plain)
     if plain in (int, float):
         return isinstance(data, int if plain is int else int | float) and not isinstance(data, bool)
-    if plain is list:
+    if plain in (list, tuple):
         return isinstance(data, Sequence | Set) and not isinstance(data, str)
     return isinstance(data, plain) and data != ""

@@ -155,9 +155,9 @@ def active_config(model: nn.Module) -> MoeDeltaConfig | None:
 def doubt(config: MoeDeltaConfig | None, reason: str, example: str | None = None) -> None:
     """Warn of a reason to doubt what is trained, once, and keep it with the adapter, if there is one."""
     if config is not None:
-        if reason in config.doubts:
+        if reason in config.record.doubts:
             return
-        config.doubts.append(reason)
+        config.change(doubts=[*config.record.doubts, reason])
     warnings.warn(f"This training is doubtful: {reason}{f' ({example})' if example else ''}.", stacklevel=2)
 
 

@@ -83,7 +83,7 @@ def with_learnt_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTra
         DataError: another tokenizer than the model's.
     """
     settings = _settings(model)
-    owner = getattr(model, "graft_report", None) if settings is None else settings.config
+    owner = getattr(model, "graft_report", None) if settings is None else settings.config.record
     if owner is None or not owner.new_tokens:
         return tokenizer
     grown = copy.deepcopy(tokenizer)  # the caller's own stays as it is

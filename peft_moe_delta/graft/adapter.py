@@ -158,7 +158,7 @@ class Adapter:
             CheckpointError: there are other experts than the config says.
         """
         layers = self.config.wanted_layers or list(range(num_layers))
-        blocks = (self.config.base_fingerprint or {}).get("blocks", len(layers))
+        blocks = (self.config.record.base_fingerprint or {}).get("blocks", len(layers))
         if blocks != len(layers):  # `target_modules` chose among the layers: only the tensors say which
             layers = sorted(self.mlps)
         if blocks != len(layers) or not set(layers) <= set(range(num_layers)):
@@ -178,7 +178,7 @@ class Adapter:
         gates = set(self.config.classifier_layers or ()) & set(expected)
         if gates != {layer for layer, block in self.mlps.items() if block.classifier}:
             raise CheckpointError(f"{self.source} lacks classifiers of the layers {sorted(gates)}. Fetch it again.")
-        if bool(self.config.new_tokens) != bool(self.new_rows):
+        if bool(self.config.record.new_tokens) != bool(self.new_rows):
             raise CheckpointError(f"{self.source} lacks the rows of its config's new tokens. Fetch it again.")
         rows = tuple(plan.counts[plan.layers.index(layer)] for layer in plan.moe_layers)
         return ExpertPlan(plan.moe_layers, plan.groups, rows)
@@ -209,6 +209,8 @@ def _read_config(folder: Path) -> MoeDeltaConfig:
             raise ValueError(f"peft_type is {fields.get('peft_type')!r} instead of 'MOE_DELTA'")
         config: MoeDeltaConfig = MoeDeltaConfig.from_pretrained(str(folder))
         return config
+    except CheckpointError:
+        raise
     except (OSError, json.JSONDecodeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path} is no config of a peft-moe-delta adapter: {error}. Pass the folder that save_pretrained wrote."

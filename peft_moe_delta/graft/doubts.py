@@ -96,7 +96,7 @@ def doubts(weights: GraftedWeights) -> tuple[str, ...]:
         return own, _sampled_change(key, start, weights.adapter.tensors, len(base.meta(name)))
 
     found += [row.doubt for row in _agreement(weights.adapter, changes) if row.doubt]
-    return (*found, *weights.adapter.config.doubts)
+    return (*found, *weights.adapter.config.record.doubts)
 
 
 def _agreement(adapter: Adapter, changes: Callable[[str, str], tuple[Tensor, Tensor]]) -> tuple[ExpertAgreement, ...]:

@@ -14,7 +14,7 @@ def check_has_delta(config: MoeDeltaConfig) -> None:
     Raises:
         GraftError: it was mixed, and not with its seed's own weights outside of experts.
     """
-    if (config.mixed or {}).get("others", "seed") != "seed":
+    if (config.record.mixed or {}).get("others", "seed") != "seed":
         raise GraftError(
             "This model's weights outside of experts are an average of the models it was mixed from. A "
             'post-training delta belongs to the seed alone: mix with others="seed" and graft that.'
@@ -43,5 +43,5 @@ def match_vocabularies(
         post_trained_name,
         base_rows=num_rows(base.tensors),
         post_trained_rows=num_rows(post_trained.tensors),
-        new_tokens=config.new_tokens or (),
+        new_tokens=config.record.new_tokens,
     )

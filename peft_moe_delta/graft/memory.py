@@ -152,7 +152,7 @@ def grafted_adapter(
         warn_of(found, stacklevel=5)
     if scale != Scale(1.0):
         _scale_dense(model, weights)
-    weights.adapter_config.base_fingerprint = weights.adapter_config.base_model_name_or_path = None
+    weights.adapter_config.change(base_fingerprint=None, base_model_name_or_path=None)
     # The stage's frozen parts stay frozen: what may follow is a short review.
     grafted = get_peft_model(model, weights.adapter_config, name, autocast_adapter_dtype=False)
     if grafted.base_model.active_adapters != [name]:
@@ -166,7 +166,7 @@ def grafted_adapter(
             trials.append((share, float(validation(grafted))))
         _fill(grafted, weights, max(trials, key=lambda trial: trial[1])[0])
     report = weights.report(str(model.name_or_path), found, tuple(trials))
-    grafted.active_peft_config.graft = asdict(report)
+    grafted.active_peft_config.change(graft=asdict(report))
     grafted.graft_report = report  # type: ignore[assignment]  # torch names only tensors and modules
     return grafted
 
@@ -193,7 +193,7 @@ def to_stock(
         exported = build_model(weights, chosen.layout)
     dense = tuner_of(model).model
     exported.generation_config = copy.deepcopy(dense.generation_config)
-    report = graft.adapter_config.graft or asdict(graft.report(str(dense.name_or_path)))
+    report = graft.adapter_config.record.graft or asdict(graft.report(str(dense.name_or_path)))
     found = {
         "layout": exported.config.model_type,
         "language": language,

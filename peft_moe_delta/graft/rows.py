@@ -213,7 +213,8 @@ def first_new_id(config: MoeDeltaConfig, vocabulary: VocabularyMap | None) -> in
         config: the adapter's.
         vocabulary: from `match_tokenizers`; None leaves the ids as they are.
     """
-    return vocabulary.next_id if config.new_tokens and vocabulary is not None else config.first_new_token_id
+    record = config.record
+    return vocabulary.next_id if record.new_tokens and vocabulary is not None else record.first_new_token_id
 
 
 def num_rows(weights: Tensors) -> int:

@@ -34,10 +34,11 @@ def grown_tokenizer(folder: Path, config: MoeDeltaConfig) -> PreTrainedTokenizer
     Raises:
         DataError: it cannot take them.
     """
-    if not config.new_tokens or config.first_new_token_id is None or not (folder / "tokenizer_config.json").is_file():
+    tokens, first = config.record.new_tokens, config.record.first_new_token_id
+    if not tokens or first is None or not (folder / "tokenizer_config.json").is_file():
         return None
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(folder)
-    give_tokens(tokenizer, config.new_tokens, config.first_new_token_id)
+    give_tokens(tokenizer, tokens, first)
     return tokenizer
 
 

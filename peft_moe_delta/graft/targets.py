@@ -121,6 +121,5 @@ class AdapterTarget(Target):
     def write_config(self, folder: Path, report: GraftReport) -> None:
         config = copy.deepcopy(self.graft.adapter_config)
         config.base_model_name_or_path, config.revision = self.post_trained, None
-        config.base_fingerprint = self.graft.fingerprint(self.graft.post_trained)
-        config.graft = asdict(report)
+        config.change(base_fingerprint=self.graft.fingerprint(self.graft.post_trained), graft=asdict(report))
         config.save_pretrained(str(folder))

@@ -69,7 +69,7 @@ class GraftedWeights:
         }
         self.names = tuple(name for name in post_trained.tensors if name not in self.tied)
         self.adapter_config = copy.deepcopy(adapter.config)
-        self.adapter_config.first_new_token_id = first_new_id(adapter.config, vocabulary)
+        self.adapter_config.change(first_new_token_id=first_new_id(adapter.config, vocabulary))
         self.config = self._config()
 
     def _stays_tied(self, target: str, source: str, *, tied_in_base: bool) -> bool:
@@ -90,12 +90,12 @@ class GraftedWeights:
         return config
 
     def _first_new(self) -> int:
-        first = self.adapter_config.first_new_token_id
+        first = self.adapter_config.record.first_new_token_id
         assert first is not None
         return first
 
     def _num_new(self) -> int:
-        return len(self.adapter.config.new_tokens or ())
+        return len(self.adapter.config.record.new_tokens)
 
     # -- the dense model ----------------------------------------------------------------------------------------------
 
@@ -217,14 +217,14 @@ class GraftedWeights:
         self, post_trained: str, warnings: tuple[str, ...] = (), trials: tuple[tuple[float, float], ...] = ()
     ) -> GraftReport:
         """What the graft says of itself, as an adapter."""
-        scale, config = self.scale.value, self.adapter_config
+        scale, record = self.scale.value, self.adapter_config.record
         return GraftReport(
             post_trained,
             dict(scale) if isinstance(scale, Mapping) else scale,
             self.expert_scales,
             trials,
-            new_tokens=tuple(config.new_tokens or ()),
-            first_new_token_id=config.first_new_token_id,
+            new_tokens=record.new_tokens,
+            first_new_token_id=record.first_new_token_id,
             warnings=warnings,
         )
 
@@ -245,7 +245,7 @@ class GraftedWeights:
         Raises:
             CheckpointError: see `check_fingerprint`.
         """
-        if (saved := self.adapter.config.base_fingerprint) is not None:
+        if (saved := self.adapter.config.record.base_fingerprint) is not None:
             check_fingerprint(saved, base.tensors, self._blocks(base), verify_weights=True)
 
     def fingerprint(self, model: Dense) -> dict[str, object]:
@@ -255,7 +255,8 @@ class GraftedWeights:
     def _blocks(self, model: Dense) -> list[dict[str, str]]:
         """Of each MLP that the adapter transforms, in layer order: name inside of it -> name in the model."""
         layers = self.adapter.config.wanted_layers or sorted(self.adapter.mlps)
-        if self.adapter.config.base_fingerprint and self.adapter.config.base_fingerprint["blocks"] != len(layers):
+        saved = self.adapter.config.record.base_fingerprint
+        if saved and saved["blocks"] != len(layers):
             layers = sorted(self.adapter.mlps)
         module = next(iter(self.adapter.mlps.values())).module
         prefixes = [_in_layer(module, layer) + "." for layer in layers]
@@ -321,9 +322,9 @@ def exported_share(
 
 def why_not_encodable(config: MoeDeltaConfig) -> str | None:
     """Why no stand-alone form can say what an adapter's routing does, and what to do; None where one may."""
-    if not config.routing_rule.needs_language and config.open_steps < config.newest_step:
+    if not config.routing_rule.needs_language and config.record.open_steps < config.newest_step:
         groups = zip(config.language_table.groups, config.steps, strict=True)
-        closed = [group for group, step in groups if step > config.open_steps]
+        closed = [group for group, step in groups if step > config.record.open_steps]
         return (
             f"The experts of {', '.join(closed)} are not open to every language yet, which no stand-alone model can "
             "say. Train the new groups' rows first: start_review(), then a short training on all languages."

@@ -15,11 +15,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..errors import CardError
+from ..errors import CardError, PlanError
 from ..evaluation.page import tables, verdict
 from ..evaluation.report import METRICS, TEXT, EvalReport
 from ..files import read_text, write_text
 from ..languages import ORIGINAL_GROUP, closest_code, read_code
+from ..tuner.record import AdapterRecord
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
 FACTS_FILE, PLAN_FILE, GRAFT_FILE, CARD_FILE = "card.json", "plan.json", "graft.json", "README.md"
@@ -100,6 +101,7 @@ class CardFacts:
 
         Raises:
             CardError: neither an adapter nor a checkpoint, damaged files, or a licence laxer than a parent's.
+            CheckpointError: an adapter that a newer version of this package saved.
         """
         folder = Path(folder)
         try:
@@ -109,12 +111,13 @@ class CardFacts:
             request = job.get("request", {})
             adapter = adapter or request.get("adapter")
             settings = own or (_read(Path(adapter) / "adapter_config.json") if adapter else None) or {}
+            record = AdapterRecord.of(settings)
             if config is None and own is None:
                 raise CardError(f"{folder} holds neither adapter_config.json nor config.json: no model to describe.")
-            graft = _read(folder / GRAFT_FILE) or job.get("report") or settings.get("graft")
+            graft = _read(folder / GRAFT_FILE) or job.get("report") or record.graft
             named = settings.get("base_model_name_or_path") or request.get("base")
             post_trained = post_trained or (graft or {}).get("post_trained")
-            grafted = bool(own and own.get("graft"))
+            grafted = bool(own and record.graft)
             if grafted:  # what such an adapter lies over is the post-trained model
                 post_trained, base = base_model or post_trained or named, None
             else:
@@ -129,15 +132,15 @@ class CardFacts:
                 licence=licence_for(ancestors, licence),
                 base_model=base and public_name(base),
                 post_trained=post_trained and public_name(post_trained),
-                languages={code: settings["languages"][code] for code in settings.get("language_ids") or ()},
+                languages={code: settings["languages"][code] for code in record.language_ids},
                 architecture=None if own else (config or {}).get("architectures", [None])[0],
                 adapter={key: settings[key] for key in _ADAPTER_FIELDS if key in settings},
                 plan=_read(folder / PLAN_FILE) or (_read(Path(adapter) / PLAN_FILE) if adapter else None),
                 graft=graft,
-                doubts=list(dict.fromkeys([*(settings.get("doubts") or ()), *((graft or {}).get("warnings") or ())])),
+                doubts=list(dict.fromkeys([*record.doubts, *((graft or {}).get("warnings") or ())])),
                 **further,
             )
-        except (AttributeError, IndexError, KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, PlanError) as error:
             raise CardError(f"A config or record in {folder} is damaged: {error!r}. Save the model again.") from error
 
     def to_json(self) -> str:

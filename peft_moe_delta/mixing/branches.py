@@ -22,7 +22,7 @@ from ..checkpoint import CheckpointReader, resolve, whole_folder
 from ..errors import PlanError
 from ..languages import ORIGINAL_GROUP
 from ..loading import load_causal_lm, load_tokenizer
-from ..tuner import MoeDeltaConfig, MoeDeltaModel
+from ..tuner import AdapterRecord, MoeDeltaConfig, MoeDeltaModel
 from ..tuner.fingerprint import base_weights, fingerprint
 from .checks import check_branch
 
@@ -66,7 +66,9 @@ def mix(
     config = MoeDeltaConfig(
         languages=dict(languages or {group: group for group in branches}),
         experts=dict.fromkeys(branches, 1),
-        mixed={"seed": str(seed), "branches": {g: str(p) for g, p in branches.items()}, "others": others},
+        record=AdapterRecord(
+            mixed={"seed": str(seed), "branches": {g: str(p) for g, p in branches.items()}, "others": others}
+        ),
         **options,
     )
     mixed = get_peft_model(model, config).eval()
@@ -78,7 +80,8 @@ def mix(
         _write_base(tuner, folder, base_output)
         config = tuner.active_config
         config.base_model_name_or_path = model.name_or_path = str(base_output)
-        config.base_fingerprint = fingerprint(base_weights(model), config.base_fingerprint["blocks"])
+        blocks = config.record.base_fingerprint["blocks"]
+        config.change(base_fingerprint=fingerprint(base_weights(model), blocks))
     return mixed
 
 

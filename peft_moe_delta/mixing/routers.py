@@ -128,7 +128,7 @@ def fit_routers(
                 for name, (_, _, offset) in sums.items():
                     offsets[name] = offsets.get(name, 0.0) + offset * weight / tokens
     if only != "gates":
-        tuner.active_config.open_steps = tuner.active_config.newest_step  # what was added may serve from now on
+        tuner.active_config.change(open_steps=tuner.active_config.newest_step)  # what was added may serve from now on
     if beside:
         _set_newest_rows(tuner, weighted, offsets, margin, ridge)
     elif only != "gates":

@@ -135,7 +135,7 @@ def _at_the_end(recipe: Recipe, base: PretrainedConfig) -> MoeDeltaConfig:
         return config
     return replace(
         config,
-        stage="review",
+        record=replace(config.record, stage="review"),
         routing=review.routing or config.routing,
         language_prior_coef=review.language_prior_coef,
         language_prior_groups=review.language_prior_groups,

@@ -109,8 +109,13 @@ def grow(growth: Growth) -> Path:
         review = growth.review
         reviewed: Features = []
         if review is not None:  # what the review lacks is to be found out before the expansion, not after it
-            now, routing = tuner.active_config, review.routing or tuner.active_config.routing
-            replace(now, stage="review", routing=routing, language_prior_groups=review.language_prior_groups)
+            now = tuner.active_config
+            replace(
+                now,
+                record=replace(now.record, stage="review"),
+                routing=review.routing or now.routing,
+                language_prior_groups=review.language_prior_groups,
+            )
             reviewed = _balanced(growth, tuner, tokenizer, review)
         if growth.expand is not None:
             tuner.start_expansion(routing=growth.expand.routing)

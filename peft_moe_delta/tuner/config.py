@@ -1,20 +1,21 @@
-"""`MoeDeltaConfig`: what a user asks for, and what the saved adapter needs to be rebuilt."""
+"""`MoeDeltaConfig`: what a user asks for; what is filled in is its `record`."""
 
 from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
 
 from peft import PeftConfig, TaskType
 
-from ..errors import LanguageError, PlanError, RecipeError
-from ..kinds import Count, Index, NotNegative, read_fields
+from ..errors import LanguageError, PlanError
+from ..kinds import Count, Index, NotNegative
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
 from ..routing import ClassifierRouting, Routing, routing_named
+from .record import RECORDED, STAGES, AdapterRecord, checked, warn_of_flat_name, with_flat_names
 
 
 class MoeDeltaType(str, Enum):
@@ -22,9 +23,6 @@ class MoeDeltaType(str, Enum):
 
     MOE_DELTA = "MOE_DELTA"
 
-
-STAGES: dict[str, tuple[float, float]] = {"expansion": (0.01, 0.0), "review": (0.0, 0.1)}
-"""Stage -> default coefficients (load balancing, language prior), as published by MoE-LPR (arXiv 2408.11396)."""
 
 ATTENTION_EXPERTS = ("shared_kv", "full")
 
@@ -36,6 +34,7 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
+@with_flat_names
 @dataclass
 class MoeDeltaConfig(PeftConfig):
     """Configuration of [`MoeDeltaModel`]: MLP blocks become experts that belong to language groups.
@@ -61,32 +60,17 @@ class MoeDeltaConfig(PeftConfig):
         layers_to_transform: decoder layers to transform; None for all.
         layers_pattern: name of the layer list where it is not the usual one, as in PEFT.
         modules_to_save: further modules to train (in both stages) and save whole, as in PEFT.
-        stage: `"expansion"` trains experts and routers; `"review"` trains routers only. Set by
-            `model.start_expansion()` and `model.start_review()`.
         load_balancing_coef: weight of the load-balancing loss; None for the stage's default (0.01, 0 in review).
         language_prior_coef: weight of the language-prior loss; None for the stage's default (0, 0.1 in review).
         language_prior_groups: groups whose tokens that loss sends to their own experts; None for the stage's default
             (every group; in review the original languages and whatever was there before the newest growth step).
         classifier_coef: weight of the gates' cross-entropy; None for the stage's default (0, 0.1 in review).
-        train_earlier_rows: whether router rows of groups that were there before the newest growth step train, too.
-        language_ids: language codes in the order of their ids. Filled in; append-only.
-        group_order: group names in the order of their experts. Filled in; append-only.
-        growth: the steps by which `model.add_languages` made the adapter larger: the groups that each brought, and what
-            was in force before. Filled in; append-only.
-        open_steps: growth steps whose experts are open to every group; set by `model.start_review()`.
-        new_tokens: tokens beyond the base model's vocabulary, in the order of their ids, as the tokenizer spells them.
-            Filled in by `extend_vocabulary`.
-        first_new_token_id: id of the first of them. Filled in.
-        new_tokens_step: growth steps there were before them; a later step leaves their rows as they are. Filled in.
-        base_fingerprint: shapes and sampled weights of the base model. Filled in; checked when the adapter is loaded.
-        graft: what the adapter was grafted onto and how; None for an adapter that was not grafted. Filled in.
-        mixed: seed, branches and rule of a model that `mix` made; None for any other. Filled in.
-        doubts: what went wrong in training, for the card and for the report of a graft. Filled in.
         verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
+        record: what is filled in: the stage, the order of ids, growth, new tokens, grafts. Leave it out.
 
     Raises:
         LanguageError: `languages` is empty or malformed, or an unknown group in `language_prior_groups`.
-        PlanError: unknown routing or stage, `top_k` or `expert_rank` below 1, a value of a wrong type, another task.
+        PlanError: unknown routing, `top_k` or `expert_rank` below 1, a value of a wrong type, another task.
     """
 
     task_type: str | TaskType | None = field(default=TaskType.CAUSAL_LM)
@@ -104,24 +88,12 @@ class MoeDeltaConfig(PeftConfig):
     layers_to_transform: list[Index] | Index | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    stage: str = "expansion"
     load_balancing_coef: NotNegative | None = None
     language_prior_coef: NotNegative | None = None
     language_prior_groups: list[str] | None = None
     classifier_coef: NotNegative | None = None
-    train_earlier_rows: bool = False
-    language_ids: list[str] | None = None
-    group_order: list[str] | None = None
-    growth: list[dict[str, Any]] = field(default_factory=list)
-    open_steps: Index = 0
-    new_tokens: list[str] | None = None
-    first_new_token_id: Index | None = None
-    new_tokens_step: Index = 0
-    base_fingerprint: dict[str, Any] | None = None
-    graft: dict[str, Any] | None = None
-    mixed: dict[str, Any] | None = None
-    doubts: list[str] = field(default_factory=list)
     verify_base: bool = True
+    record: AdapterRecord = field(default_factory=AdapterRecord)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,14 +102,12 @@ class MoeDeltaConfig(PeftConfig):
         if isinstance(self.experts, ExpertPlan):
             self._take_plan(self.experts)
         table = _language_table(self)
-        self.language_ids, self.group_order = list(table.codes), list(table.groups)
+        self.record = replace(self.record, language_ids=table.codes, group_order=table.groups)
         if isinstance(self.routing_rule, ClassifierRouting) and not self.classifier_layers:
             raise PlanError(
                 "Routing 'classifier' needs `classifier_layers`, the decoder layers that get a gate: those where "
                 f"languages look most alike (see most_similar_layers); got {self.classifier_layers!r}."
             )
-        if self.stage not in STAGES:
-            raise PlanError(f"Unknown stage {self.stage!r}; expected one of: {', '.join(STAGES)}.")
         if self.attention_experts not in (None, *ATTENTION_EXPERTS):
             raise PlanError(
                 f"Unknown attention_experts={self.attention_experts!r}; expected None or one of: "
@@ -160,27 +130,28 @@ class MoeDeltaConfig(PeftConfig):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if self.__dict__.get(_DERIVED) and name not in PeftConfig.__dataclass_fields__:
+        if name in RECORDED:
+            warn_of_flat_name(name, stacklevel=3)
+        if name in RECORDED or (self.__dict__.get(_DERIVED) and name not in PeftConfig.__dataclass_fields__):
             self.change(**{name: value})
         else:
             super().__setattr__(name, value)
 
     def change(self, **values: Any) -> None:
-        """Set fields, and compile again what is derived from them, at once; where that fails, nothing is changed.
+        """Set fields, or names of the record, and compile again what is derived from them, at once.
 
         Every change of a configuration that is in use comes through here, setting an attribute included, so no layer
-        can run on tables of the routing before. (Fields are set, not changed in place.)
+        can run on tables of the routing before. (Fields are set, not changed in place.) The result is checked as a new
+        configuration is, and where that fails, nothing is changed.
 
         Raises:
-            LanguageError: languages and groups that do not fit together.
-            PlanError: an unknown routing.
+            LanguageError, PlanError: as for a new configuration.
         """
-        before = dict(self.__dict__)
-        derived = self.__dict__.get(_DERIVED, {})
-        self.__dict__.update({**values, _DERIVED: {}})
-        same_groups = self.group_order == before["group_order"]
+        before, changed = dict(self.__dict__), replace(self, **values)
+        self.__dict__.update({**changed.__dict__, _DERIVED: {}})
+        same_groups = self.record.group_order == before["record"].group_order
         try:
-            for make, key in derived:
+            for make, key in before.get(_DERIVED, {}):
                 if same_groups or key is None:  # each layer asks for its own again when it is given other experts
                     self.derived(make, key)
         except Exception:
@@ -230,19 +201,19 @@ class MoeDeltaConfig(PeftConfig):
     @property
     def load_balancing(self) -> float:
         """The load-balancing coefficient in force."""
-        return STAGES[self.stage][0] if self.load_balancing_coef is None else self.load_balancing_coef
+        return STAGES[self.record.stage][0] if self.load_balancing_coef is None else self.load_balancing_coef
 
     @property
     def language_prior(self) -> float:
         """The language-prior coefficient in force."""
-        return STAGES[self.stage][1] if self.language_prior_coef is None else self.language_prior_coef
+        return STAGES[self.record.stage][1] if self.language_prior_coef is None else self.language_prior_coef
 
     @property
     def classifier_loss(self) -> float:
         """The coefficient of the gates' cross-entropy in force: 0 where the routing has none."""
         if not isinstance(self.routing_rule, ClassifierRouting):
             return 0.0
-        return (0.1 if self.stage == "review" else 0.0) if self.classifier_coef is None else self.classifier_coef
+        return (0.1 if self.record.stage == "review" else 0.0) if self.classifier_coef is None else self.classifier_coef
 
     @property
     def prior_groups(self) -> tuple[str, ...]:
@@ -250,7 +221,7 @@ class MoeDeltaConfig(PeftConfig):
         if self.language_prior_groups is not None:
             return tuple(self.language_prior_groups)
         groups = self.language_table.groups
-        if self.stage != "review":
+        if self.record.stage != "review":
             return groups
         protected = [g for g, step in zip(groups, self.steps, strict=True) if step < self.newest_step]
         return tuple(protected) or (ORIGINAL_GROUP,)
@@ -258,13 +229,13 @@ class MoeDeltaConfig(PeftConfig):
     @property
     def steps(self) -> tuple[int, ...]:
         """The growth step that brought each group, in the order of groups; 0 for those the adapter began with."""
-        came_with = {group: i for i, step in enumerate(self.growth, start=1) for group in step["groups"]}
-        return tuple(came_with.get(group, 0) for group in self.group_order or ())
+        came_with = {group: i for i, step in enumerate(self.record.growth, start=1) for group in step.groups}
+        return tuple(came_with.get(group, 0) for group in self.record.group_order)
 
     @property
     def newest_step(self) -> int:
         """The growth step whose groups train; 0 for an adapter that has not grown."""
-        return len(self.growth)
+        return len(self.record.growth)
 
     def plan(self, layers: list[int]) -> ExpertPlan:
         """The experts of a model whose transformed decoder layers are `layers`, ascending.
@@ -302,23 +273,16 @@ class MoeDeltaConfig(PeftConfig):
 
 
 def _language_table(config: MoeDeltaConfig, _: None = None) -> LanguageTable:
-    return LanguageTable.build(config.languages, config.language_ids, config.group_order)
+    record = config.record
+    return LanguageTable.build(config.languages, record.language_ids or None, record.group_order or None)
 
 
 def _check_kinds(config: MoeDeltaConfig) -> None:
     """Refuse a field of another kind than its annotation says; `languages` and `experts` are checked as tables."""
     for name, hint in typing.get_type_hints(MoeDeltaConfig, include_extras=True).items():
-        if name in PeftConfig.__dataclass_fields__ or name in ("languages", "experts"):
+        if name in PeftConfig.__dataclass_fields__ or name in ("languages", "experts", "record"):
             continue
-        try:
-            read_fields(hint, getattr(config, name), f"`{name}`")
-        except RecipeError as error:
-            raise PlanError(str(error)) from None
-    if any(not isinstance(step.get("groups"), list) or "before" not in step for step in config.growth):
-        raise PlanError(
-            f"`growth` is filled in by model.add_languages(...), each step with `groups` and `before`; got "
-            f"{config.growth!r}. Leave it out, or take the adapter's own configuration as it was saved."
-        )
+        checked(hint, getattr(config, name), name)
     if config.task_type not in _TASKS:
         raise PlanError(
             f"Experts are for causal language models: task_type 'CAUSAL_LM' or None; got {config.task_type!r}. To "

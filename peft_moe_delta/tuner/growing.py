@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .experts import Experts
 from .layer import MoeDeltaLayer
+from .record import GrowthStep
 from .settings import LayerSettings
 
 if TYPE_CHECKING:
@@ -32,11 +34,9 @@ if TYPE_CHECKING:
 StartFrom = str | Mapping[str, str] | None
 """The group whose experts the new ones start as, for all new groups or one each; None for expert 0."""
 
-_IN_FORCE = (
-    "stage", "routing", "load_balancing_coef", "language_prior_coef", "language_prior_groups", "classifier_coef",
-    "train_earlier_rows", "open_steps",
-)  # fmt: skip
-"""What a growth step remembers of the time before it, for `remove_group`."""
+_ASKED = ("routing", "load_balancing_coef", "language_prior_coef", "language_prior_groups", "classifier_coef")
+_RECORDED = ("stage", "train_earlier_rows", "open_steps")
+"""What a growth step remembers of the time before it, for `remove_group`: of the config, and of its record."""
 
 
 def add_languages(
@@ -166,7 +166,7 @@ def _check_removable(config: MoeDeltaConfig, group: str) -> tuple[str, ...]:
         LanguageError: languages of other groups came after its own, whose ids would change.
     """
     table = config.language_table
-    grown = [g for step in config.growth for g in step["groups"]]
+    grown = [g for step in config.record.growth for g in step.groups]
     if not grown or grown[-1] != group:
         raise PlanError(
             f"Only the group that was added last can be removed: {grown[-1] if grown else 'none was added'}; got "
@@ -185,48 +185,42 @@ def _check_removable(config: MoeDeltaConfig, group: str) -> tuple[str, ...]:
 
 
 def _grown_config(config: MoeDeltaConfig, languages: Mapping[str, str], experts: dict[str, Any]) -> MoeDeltaConfig:
-    grown = copy.deepcopy(config)
-    assert grown.language_ids is not None and grown.group_order is not None  # filled in by the config itself
+    record = config.record
     # Languages that join come first, so that those of a new group are last and can be taken away with it.
     order = sorted(languages, key=lambda code: languages[code] in experts)
     changes: dict[str, Any] = {
         "languages": {**config.languages, **languages},
-        "language_ids": [*grown.language_ids, *order],
+        "language_ids": [*record.language_ids, *order],
         "experts": {**config.experts, **experts},
-        "group_order": [*grown.group_order, *experts],
+        "group_order": [*record.group_order, *experts],
     }
     if experts:
-        before = {field: copy.deepcopy(getattr(config, field)) for field in _IN_FORCE}
-        changes["growth"] = [*config.growth, {"groups": list(experts), "before": before}]
-    grown.change(**changes)
-    return grown
+        before = {name: copy.deepcopy(getattr(config, name)) for name in _ASKED}
+        before |= {name: getattr(record, name) for name in _RECORDED}
+        changes["growth"] = [*record.growth, GrowthStep(tuple(experts), before)]
+    return replace(config, **changes)
 
 
 def _shrunk_config(config: MoeDeltaConfig, group: str, members: tuple[str, ...]) -> MoeDeltaConfig:
-    growth = copy.deepcopy(config.growth)
+    *earlier, step = config.record.growth
+    left = tuple(name for name in step.groups if name != group)
     changes: dict[str, Any] = {
         "languages": {code: g for code, g in config.languages.items() if code not in members},
-        "language_ids": list(config.language_table.codes[: -len(members)]),
+        "language_ids": config.language_table.codes[: -len(members)],
         "experts": {g: counts for g, counts in config.experts.items() if g != group},
-        "group_order": list(config.language_table.groups[:-1]),
-        "growth": growth,
+        "group_order": config.language_table.groups[:-1],
+        "growth": [*earlier, replace(step, groups=left)] if left else earlier,
     }
-    step = growth[-1]
-    step["groups"].remove(group)
-    if not step["groups"]:
-        growth.pop()
-        changes |= step["before"]
+    if not left:
+        changes |= copy.deepcopy(step.before)
     elif config.language_prior_groups is not None:
         changes["language_prior_groups"] = [g for g in config.language_prior_groups if g != group]
-    kept = copy.deepcopy(config)
-    kept.change(**changes)
-    return kept
+    return replace(config, **changes)
 
 
 def _take_over(config: MoeDeltaConfig, changed: MoeDeltaConfig) -> None:
     """Change a configuration in place: every layer holds it."""
-    fields = ("languages", "language_ids", "experts", "group_order", "growth", *_IN_FORCE)
-    config.change(**{field: getattr(changed, field) for field in fields})
+    config.change(**{field.name: getattr(changed, field.name) for field in fields(changed)})
 
 
 # -- layers -----------------------------------------------------------------------------------------------------------

@@ -227,7 +227,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             if not tables.restricted:
                 return None, reach.allowed_SE[:1]
             return sets_T, reach.allowed_SE[: len(tables.allowed)]
-        original_T = recognised(gate_TS[:, : 1 + settings.config.open_steps])
+        original_T = recognised(gate_TS[:, : 1 + settings.config.record.open_steps])
         # The gate of a growth step that no review has opened knows nothing, but its languages are none of the original.
         if any(tables.closed):
             original_T = original_T & ~tables.tensor("closed", original_T.device)[sets_T]
@@ -296,7 +296,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         if groups is None:
             raise LanguageError(
                 f"The language-prior loss (coefficient {settings.config.language_prior}, stage "
-                f"{settings.config.stage!r}) needs the language of every token, and none was given. Use "
+                f"{settings.config.record.stage!r}) needs the language of every token, and none was given. Use "
                 "LanguageCollator, or set language_prior_coef=0."
             )
         return settings.tables.tensor("prior_targets", device)[groups.group_T]
@@ -312,10 +312,10 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         config, counted_T = settings.config, state.counted(logits_TS)
         if groups is None:
             raise LanguageError(
-                f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.stage!r}) needs the "
-                "language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
+                f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.record.stage!r}) needs "
+                "the language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
             )
-        logits_T = logits_TS.amin(dim=-1) if config.train_earlier_rows else logits_TS[:, config.newest_step]
+        logits_T = logits_TS.amin(dim=-1) if config.record.train_earlier_rows else logits_TS[:, config.newest_step]
         loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups.group_T == 0, counted_T=counted_T)
         self.context.record(GATE_LOSS, loss, tokens)
         state.deposit(GATE_LOSS, config.classifier_loss, loss, tokens)
@@ -327,7 +327,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         check_one_active(self.settings, names)
         for name, settings in self.settings.items():
-            frozen = (EXPERTS,) if settings.config.stage == "review" else ()
+            frozen = (EXPERTS,) if settings.config.record.stage == "review" else ()
             if not settings.classifies or settings.config.classifier_loss == 0:
                 frozen = (*frozen, CLASSIFIER)
             self.frozen_peft_weight_names[name] = frozen if settings.tables.uses_router else (*frozen, ROUTER)
@@ -345,7 +345,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             for expert, group in zip(self.experts(name), settings.tables.owners, strict=True):
                 if not trained[group]:
                     expert.requires_grad_(False)
-            if settings.config.train_earlier_rows:
+            if settings.config.record.train_earlier_rows:
                 continue
             self.router(name).freeze_all_but(trained)
             if (classifier := self.classifier(name)) is not None:

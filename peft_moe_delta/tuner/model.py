@@ -282,7 +282,7 @@ class MoeDeltaModel(BaseTuner):
     ) -> None:
         # What is filled in belongs to this model; the caller may use its configuration for another one.
         self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
-        was_saved = self.peft_config[adapter_name].base_fingerprint is not None
+        was_saved = self.peft_config[adapter_name].record.base_fingerprint is not None
         with ExitStack() as undo:
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
             self._state_dict_under_way = state_dict  # of which PEFT would only read where to go: the configuration says
@@ -332,16 +332,16 @@ class MoeDeltaModel(BaseTuner):
         if self._state_dict_under_way is not None:
             wanted = {blocks[layer][0] for layer in plan.moe_layers}
             check_keys(self._state_dict_under_way, wanted, self.prefix)
-        if peft_config.new_tokens:
+        if peft_config.record.new_tokens:
             check_can_grow(self.model, peft_config)
         weights = base_weights(model)
         mlps = [
             {inner: f"{name}.{inner}" for inner, _ in block_of(block).named_parameters()}
             for name, block in (blocks[layer] for layer in layers)
         ]
-        if (saved := peft_config.base_fingerprint) is not None:
+        if (saved := peft_config.record.base_fingerprint) is not None:
             check_fingerprint(saved, weights, mlps, verify_weights=peft_config.verify_base)
-        peft_config.base_fingerprint = fingerprint(weights, len(mlps))
+        peft_config.change(base_fingerprint=fingerprint(weights, len(mlps)))
         self._plan_under_way = plan
 
     def _create_and_replace(
@@ -354,7 +354,7 @@ class MoeDeltaModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if peft_config.new_tokens:
+        if peft_config.record.new_tokens:
             grow(self.model, adapter_name, peft_config)
         plan = self._plan_under_way
         layer = layer_index(current_key)

@@ -115,12 +115,12 @@ def compile_tables(config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerTabl
     languages, steps, newest = config.language_table, config.steps, config.newest_step
     owners = tuple(group for group, count in enumerate(counts) for _ in range(count))
     allowed = config.routing_rule.allowed_experts(counts)
-    if config.growth:
-        allowed = within_reach(allowed, counts, steps, config.open_steps)
+    if config.record.growth:
+        allowed = within_reach(allowed, counts, steps, config.record.open_steps)
     trained_groups = tuple(step == newest for step in steps)
-    trained = [trained_groups[owner] or config.train_earlier_rows for owner in owners]
+    trained = [trained_groups[owner] or config.record.train_earlier_rows for owner in owners]
     chosen = any(sum(row) > 1 and any(may and t for may, t in zip(row, trained, strict=True)) for row in allowed)
-    spoken_for, review = set(config.prior_groups), config.stage == "review"
+    spoken_for, review = set(config.prior_groups), config.record.stage == "review"
     own = routing_named("language").allowed_experts(counts)
     targets = tuple(
         tuple(name in spoken_for and (may or (e == 0 and review and step < newest)) for e, may in enumerate(row))
@@ -135,7 +135,7 @@ def compile_tables(config: MoeDeltaConfig, counts: tuple[int, ...]) -> LayerTabl
         trained_groups=trained_groups,
         prior_targets=targets,
         logit_losses=(PRIOR_LOSS,) * prior + (Z_LOSS,) * z,
-        closed=tuple(step > config.open_steps for step in steps),
+        closed=tuple(step > config.record.open_steps for step in steps),
         routing=config.routing,
         needs_language=config.routing_rule.needs_language,
         gated=isinstance(config.routing_rule, ClassifierRouting),

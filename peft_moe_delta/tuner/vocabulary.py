@@ -53,9 +53,8 @@ class GrownLayer(nn.Module, BaseTunerLayer):
 
     def add_rows(self, adapter_name: str, config: MoeDeltaConfig) -> None:
         """Make room for an adapter's new tokens, zeros at first."""
-        assert config.new_tokens is not None
         weight = self.base_layer.get_parameter("weight")
-        self.moe_delta_rows[adapter_name] = NewRows(len(config.new_tokens), weight)
+        self.moe_delta_rows[adapter_name] = NewRows(len(config.record.new_tokens), weight)
         self.settings[adapter_name] = config
 
     def rows(self, adapter_name: str) -> nn.Parameter:
@@ -64,7 +63,7 @@ class GrownLayer(nn.Module, BaseTunerLayer):
 
     def first(self, adapter_name: str) -> int:
         """Id of the first new token."""
-        first = self.settings[adapter_name].first_new_token_id
+        first = self.settings[adapter_name].record.first_new_token_id
         assert first is not None
         return first
 
@@ -78,7 +77,7 @@ class GrownLayer(nn.Module, BaseTunerLayer):
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         check_one_active(self.settings, names)
         for name, config in self.settings.items():
-            settled = config.stage == "review" or len(config.growth) > config.new_tokens_step
+            settled = config.record.stage == "review" or config.newest_step > config.record.new_tokens_step
             self.frozen_peft_weight_names[name] = (ROWS,) if settled else ()
         super().set_adapter(names, inference_mode=inference_mode)
 
@@ -179,14 +178,16 @@ class GrownLoss:
 def add_tokens(tuner: MoeDeltaModel, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
     """Grow the active adapter's vocabulary; see `MoeDeltaModel.add_tokens`."""
     name, config = tuner.active_adapters[0], tuner.active_config
-    if config.new_tokens:
+    if config.record.new_tokens:
         raise PlanError(
-            f"Adapter {name!r} has {len(config.new_tokens)} new tokens already. Choose all of them before training."
+            f"Adapter {name!r} has {len(config.record.new_tokens)} new tokens already. Choose all of them before "
+            "training."
         )
-    changed = replace(config, new_tokens=list(tokens), first_new_token_id=first_id)
-    check_can_grow(tuner.model, changed)
-    config.new_tokens, config.first_new_token_id = changed.new_tokens, changed.first_new_token_id
-    config.new_tokens_step = len(config.growth)
+    record = replace(
+        config.record, new_tokens=tuple(tokens), first_new_token_id=first_id, new_tokens_step=config.newest_step
+    )
+    check_can_grow(tuner.model, replace(config, record=record))
+    config.change(record=record)
     grow(tuner.model, name, config)
     experts = next(iter(tuner.layers(name).values())).moe_delta_experts[name]
     start_from_pieces(tuner.model, name, pieces, next(experts.parameters()).dtype)
@@ -216,9 +217,10 @@ def check_can_grow(model: PreTrainedModel, config: MoeDeltaConfig) -> None:
             f"`modules_to_save` {config.modules_to_save} trains whole embeddings; new tokens train their own rows "
             "only. Leave the embeddings out of it."
         )
-    if config.first_new_token_id is None or config.first_new_token_id > len(embedding.weight):
+    first = config.record.first_new_token_id
+    if first is None or first > len(embedding.weight):
         raise PlanError(
-            f"The new tokens start at id {config.first_new_token_id}, the base's embedding has "
+            f"The new tokens start at id {first}, the base's embedding has "
             f"{len(embedding.weight)} rows. The tokenizer is not that of this model."
         )
 

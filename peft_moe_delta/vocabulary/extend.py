@@ -74,7 +74,7 @@ def extend_vocabulary(
 
 def _give_known_tokens(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     tuner = getattr(model, "base_model", None)
-    owner = tuner.active_config if isinstance(tuner, MoeDeltaModel) else getattr(model, "graft_report", None)
+    owner = tuner.active_config.record if isinstance(tuner, MoeDeltaModel) else getattr(model, "graft_report", None)
     tokens, first = (getattr(owner, name, None) for name in ("new_tokens", "first_new_token_id"))
     if tokens and first is not None:
         give_tokens(tokenizer, tokens, first)

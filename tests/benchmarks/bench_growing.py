@@ -181,7 +181,7 @@ def insert(model: PeftModel, way: str, code: str, rows: Mapping[str, Tensor], to
     else:
         model.start_expansion(routing="language")
         learn(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
-        groups = list(model.active_peft_config.group_order)
+        groups = list(model.active_peft_config.record.group_order)
         model.start_review(routing="learned", language_prior_groups=groups, language_prior_coef=1.0)
         fit_routers(model, documents(tokenizer, rows, known), tokenizer, only="newest", max_length=LENGTH)
     rate, newest = (1e-2, None) if way == "published" else (1e-3, code)

@@ -109,7 +109,7 @@ def shares_on_own_expert(model: Any, tokenizer: PreTrainedTokenizerFast, texts: 
     layers = [module for module in model.modules() if type(module) is MoeDeltaLayer]
     right, total = torch.zeros(len(layers), len(texts)), torch.zeros(len(texts))
     for column, (code, documents) in enumerate(texts.items()):
-        own = model.active_peft_config.group_order.index(code)
+        own = model.active_peft_config.record.group_order.index(code)
 
         def count(router: nn.Module, args: Any, logits: Tensor, index: int, own: int = own, column: int = column):
             right[index, column] += (logits.argmax(-1) == own).sum()

@@ -17,8 +17,10 @@ from fuzz.runner import Case
 from fuzz.values import bad_value
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import PeftMoeDeltaError
+from peft_moe_delta.tuner.record import RECORDED
 
-OURS = sorted({f.name for f in dataclasses.fields(MoeDeltaConfig)} - {f.name for f in dataclasses.fields(PeftConfig)})
+ASKED = {f.name for f in dataclasses.fields(MoeDeltaConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
+OURS = sorted({*ASKED, *RECORDED})
 GOOD: dict[str, list[Any]] = {
     "languages": [LANGUAGES, {"en": "original", "hu": "new"}, {"hu": "new"}],
     "experts": [{"uralic": 2, "turkic": 1}, {"uralic": [1, 0], "turkic": 1}, {"new": 1}],

@@ -189,7 +189,7 @@ def test_embeddings_of_another_number_of_rows_are_matched_by_token(make_trio_wit
 
 def test_a_base_of_averaged_weights_is_refused_as_in_memory(make_trio):
     trio = make_trio()
-    trio.model.peft_config["default"].mixed = {"others": "average"}
+    trio.model.peft_config["default"].change(mixed={"others": "average"})
     trio.model.save_pretrained(trio.folder / "adapter")
     for graft in (trio.model.graft, lambda post: graft_checkpoint(*trio.paths, trio.folder / "out")):
         with pytest.raises(GraftError, match="are an average of the models"):

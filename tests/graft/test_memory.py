@@ -252,7 +252,7 @@ def test_a_grafted_adapter_loads_over_the_post_trained_checkpoint_only(saved):
     again = PeftModel.from_pretrained(post, saved / "grafted").eval()
     assert torch.equal(logits(again, TOKENS), logits(grafted, TOKENS))
     assert again.peft_config["default"].base_model_name_or_path == str(saved / "post")
-    assert again.peft_config["default"].graft["expert_scale"] == {"uralic": 1.0, "turkic": 1.0}
+    assert again.peft_config["default"].record.graft["expert_scale"] == {"uralic": 1.0, "turkic": 1.0}
     with pytest.raises(CheckpointError, match="other base weights"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(saved / "base"), saved / "grafted")
 

@@ -94,7 +94,7 @@ def test_a_mix_over_the_seed_is_an_adapter_of_the_seed_and_grafts(checkpoints, t
     mixed.save_pretrained(tmp_path)
     reloaded = PeftModel.from_pretrained(load(checkpoints["seed"]), tmp_path)
     assert torch.equal(logits(reloaded, TOKENS), logits(mixed, TOKENS))
-    assert reloaded.active_peft_config.mixed["branches"]["uralic"] == str(checkpoints["uralic"])
+    assert reloaded.active_peft_config.record.mixed["branches"]["uralic"] == str(checkpoints["uralic"])
     chat = perturbed(load(checkpoints["seed"]), scale=0.05)
     stock, adapter = mixed.merge_and_graft(chat), mixed.graft(chat)
     torch.testing.assert_close(logits(stock, TOKENS), logits(adapter, TOKENS), **CLOSE)

@@ -179,7 +179,7 @@ def test_newest_rows_take_the_new_language_and_leave_the_earlier_ones(holds):
     fit(fitted, own_words("hu", "fi", "en", "az"))
     fitted.add_languages({"bn": "indic"}, {"indic": 2})
     fit(fitted, OWN_WORDS, only="newest", ridge=1e-4)
-    assert fitted.active_peft_config.open_steps == 1
+    assert fitted.active_peft_config.record.open_steps == 1
     module = moe_layers(fitted)[0]
     share = {}
     for code, texts in OWN_WORDS.items():

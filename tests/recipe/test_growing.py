@@ -58,8 +58,8 @@ def test_an_adapter_grows_untrained(files, recipe_fields, tmp_path, capsys):
     before, after = load(recipe_fields, files["adapter"]), load(recipe_fields, files["output"])
     for code in ("hu", "en"):
         assert torch.equal(logits(after, token_batch(), language=code), logits(before, token_batch(), language=code))
-    assert after.active_peft_config.language_ids == ["hu", "en", "el"]
-    assert json.loads((Path(files["adapter"]) / "adapter_config.json").read_text())["growth"] == []
+    assert after.active_peft_config.record.language_ids == ("hu", "en", "el")
+    assert json.loads((Path(files["adapter"]) / "adapter_config.json").read_text())["record"]["growth"] == []
 
 
 def test_an_adapter_grows_trained_and_reviewed(files, recipe_fields, tmp_path):
@@ -67,8 +67,8 @@ def test_an_adapter_grows_trained_and_reviewed(files, recipe_fields, tmp_path):
     files["review"] = TRAINING | {"routing": "learned"}
     run(files, tmp_path)
     before, after = load(recipe_fields, files["adapter"]), load(recipe_fields, files["output"])
-    assert after.active_peft_config.stage == "review"
-    assert after.active_peft_config.open_steps == 1
+    assert after.active_peft_config.record.stage == "review"
+    assert after.active_peft_config.record.open_steps == 1
     for old, new in zip(before.layers().values(), after.layers().values(), strict=True):
         assert torch.equal(old.router("default").weight, new.router("default").weight)
         for name, tensor in old.experts("default")[1].state_dict().items():

@@ -187,7 +187,7 @@ def test_training_text_in_another_language_is_doubted_once(monkeypatch, column, 
         collate(batch(wrong, "fi"))
         collate(batch(wrong * 2, "fi"))
     assert len(seen) == 1
-    (kept,) = model.active_peft_config.doubts
+    (kept,) = model.active_peft_config.record.doubts
     assert "'fi'" in kept
     identification._detector.cache_clear()
 

@@ -73,7 +73,7 @@ def test_experts_that_move_too_far_are_doubted(tmp_path, rank):
     model = expert_model(trained=False, expert_rank=rank)
     with pytest.warns(UserWarning, match=r"diverged: one has moved.*expert 1 of .*mlp, by \d+%"):
         train(model, TEXT, tmp_path, callbacks=[TrainingMonitor()], max_steps=4, learning_rate=1.0)
-    assert len([doubt for doubt in model.active_peft_config.doubts if "diverged" in doubt]) == 1
+    assert len([doubt for doubt in model.active_peft_config.record.doubts if "diverged" in doubt]) == 1
 
 
 @pytest.mark.filterwarnings("ignore:This training is doubtful:UserWarning")
@@ -93,8 +93,8 @@ def test_how_far_an_expert_has_moved_is_a_share_of_its_weights(monkeypatch, rank
     for factor, doubted in ((0.999, True), (1.001, False)):
         monkeypatch.setattr(monitor, "FAR", max(shares) * factor)
         monitor._doubt_distance(model)
-        assert bool(model.active_peft_config.doubts) == doubted
-        model.active_peft_config.doubts.clear()
+        assert bool(model.active_peft_config.record.doubts) == doubted
+        model.active_peft_config.change(doubts=[])
 
 
 def test_few_tokens_for_an_expert_s_size_are_doubted(tmp_path):
@@ -107,7 +107,7 @@ def test_few_tokens_for_an_expert_s_size_are_doubted(tmp_path):
                 train(model, data, tmp_path, callbacks=[TrainingMonitor()])
         else:
             train(model, data, tmp_path, callbacks=[TrainingMonitor()])
-        assert len(model.active_peft_config.doubts) == doubted
+        assert len(model.active_peft_config.record.doubts) == doubted
 
 
 @pytest.mark.filterwarnings("ignore:This training is doubtful:UserWarning")
@@ -121,11 +121,11 @@ def test_a_doubt_goes_wherever_the_adapter_goes(tmp_path):
         made.save_pretrained(tmp_path / name)
     model.save_pretrained(tmp_path / "adapter")
     saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert saved["doubts"][-1].startswith(doubt)
+    assert saved["record"]["doubts"][-1].startswith(doubt)
     report = graft_checkpoint(
         tmp_path / "base", tmp_path / "post", tmp_path / "adapter", tmp_path / "files", target="adapter"
     )
     grafted = model.graft(tmp_path / "post")
-    assert report.warnings == grafted.graft_report.warnings == tuple(saved["doubts"])
+    assert report.warnings == grafted.graft_report.warnings == tuple(saved["record"]["doubts"])
     for folder in ("adapter", "files"):
         assert f"**Doubtful**: {doubt}" in render_card(CardFacts.of(tmp_path / folder, name="x"))

@@ -165,7 +165,7 @@ def test_the_stage_survives(stage, disturb):
     before = trainable(model)
     disturb(model)
     assert trainable(model) == before
-    assert model.active_config.stage == stage
+    assert model.active_config.record.stage == stage
 
 
 def test_each_adapter_keeps_its_own_stage():

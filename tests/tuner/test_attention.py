@@ -289,7 +289,7 @@ def test_an_adapter_without_attention_experts_stands_beside_one_with():
     model = model_of()
     expected = logits(model, TOKENS)
     config = copy.deepcopy(model.peft_config["default"])
-    config.attention_experts = config.base_fingerprint = None
+    config.change(attention_experts=None, base_fingerprint=None)
     model.add_adapter("mlp", config)
     model.set_adapter("mlp")
     torch.testing.assert_close(logits(model, TOKENS), logits(pico(), TOKENS), **CLOSE)

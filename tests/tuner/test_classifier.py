@@ -49,7 +49,7 @@ class Classes:
 
     @staticmethod
     def of(layer, x):
-        steps = layer.settings["default"].config.open_steps
+        steps = layer.settings["default"].config.record.open_steps
         return layer.classifier("default").recognises(x.flatten(0, -2), steps).view(x.shape[:-1])
 
     def __exit__(self, *_):

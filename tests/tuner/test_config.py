@@ -50,4 +50,4 @@ def test_a_stage_that_does_not_fit_changes_nothing():
     ):
         with pytest.raises(error):
             model.start_review(**change)
-        assert (model.active_config.stage, model.active_config.routing) == ("expansion", "learned")
+        assert (model.active_config.record.stage, model.active_config.routing) == ("expansion", "learned")

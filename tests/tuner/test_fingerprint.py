@@ -149,7 +149,7 @@ def test_adapters_that_lie_over_the_base_are_no_part_of_it(tmp_path):
     assert fingerprint(base_weights(model.base_model.model), 2) == plain
     model = upcycle(pico(), trained=True, adapter="first")
     model.add_adapter("second", copy.deepcopy(model.peft_config["first"]))
-    assert model.peft_config["second"].base_fingerprint == plain
+    assert model.peft_config["second"].record.base_fingerprint == plain
 
 
 def test_what_cannot_be_read_is_not_compared():
@@ -187,11 +187,12 @@ def test_records_of_the_first_version_hold_to_their_own_rule(family, trained_in,
 def test_an_adapter_of_the_first_version_loads_and_is_saved_with_the_new_record(tmp_path):
     upcycle(counted(pico())).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config["base_fingerprint"] = FIRST_VERSION["llama float32"]
+    config["record"]["base_fingerprint"] = FIRST_VERSION["llama float32"]
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = PeftModel.from_pretrained(counted(pico()), tmp_path)
     model.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["base_fingerprint"]["version"] == 2
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert again["record"]["base_fingerprint"]["version"] == 2
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def train(model, code, steps=2):
     for step in range(steps):
         optimizer.zero_grad()
         # A review sees every language, an expansion the new one.
-        seen = ids if model.active_peft_config.stage == "expansion" else torch.arange(4) + step
+        seen = ids if model.active_peft_config.record.stage == "expansion" else torch.arange(4) + step
         model.train()(input_ids=TOKENS, labels=TOKENS, language_ids=seen).loss.backward()
         optimizer.step()
     assert not {p for p in model.parameters() if not p.requires_grad} & set(optimizer.state)
@@ -186,13 +186,13 @@ def test_languages_join_a_group_that_exists():
     model.add_languages({"et": "uralic", "de": "original"})
     assert_same(model.state_dict(), before)
     assert requires(model) == trainable
-    assert model.active_peft_config.growth == []
+    assert model.active_peft_config.record.growth == ()
     assert torch.equal(logits(model, TOKENS, language="et"), logits(model, TOKENS, language="hu"))
     assert torch.equal(logits(model, TOKENS, language="de"), logits(model, TOKENS, language="en"))
-    assert model.active_peft_config.language_ids == [*LANGUAGES, "et", "de"]
+    assert model.active_peft_config.record.language_ids == (*LANGUAGES, "et", "de")
     model.add_languages({"bn": "indic", "kk": "turkic"}, {"indic": 1})
     model.remove_group("indic")
-    assert model.active_peft_config.language_ids == [*LANGUAGES, "et", "de", "kk"], "who joined stays"
+    assert model.active_peft_config.record.language_ids == (*LANGUAGES, "et", "de", "kk"), "who joined stays"
 
 
 # -- saving, loading, grafting, exporting -----------------------------------------------------------------------------

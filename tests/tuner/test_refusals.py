@@ -29,6 +29,7 @@ from builders import (
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import ArchitectureError, CheckpointError, LanguageError, PeftMoeDeltaError, PlanError
 from peft_moe_delta.tuner.context import ForwardContext
+from peft_moe_delta.tuner.record import RECORDED
 
 
 def condition(model):
@@ -71,7 +72,11 @@ def refused(model, error, words):
         ({"language_prior_coef": "0.1"}, PlanError, ["`language_prior_coef` must be a finite number", "'0.1'"]),
         ({"language_prior_groups": 0.5}, PlanError, ["`language_prior_groups` must be a list", "0.5"]),
         ({"norm_topk_prob": "no"}, PlanError, ["`norm_topk_prob` must be true or false", "'no'"]),
-        ({"growth": [{"before": 1}]}, PlanError, ["`growth` is filled in", "with `groups`", "{'before': 1}"]),
+        ({"growth": [{"before": 1}]}, PlanError, ["`growth`[0]", "missing fields ['groups']"]),
+        ({"open_steps": -1}, PlanError, ["`open_steps`", "at least 0", "-1"]),
+        ({"record": {"format": 2, "doubts": "none"}}, PlanError, ["`doubts` must be a list", "'none'"]),
+        ({"record": {"format": 2, "steps": 1}}, PlanError, ["`record` has unknown fields ['steps']", "open_steps"]),
+        ({"record": 2}, PlanError, ["`record` is filled in", "2", "Leave it out"]),
         ({"layers_to_transform": [1, 0]}, PlanError, ["`layers_to_transform`", "ascending", "[1, 0]"]),
         ({"target_modules": ".*mlp", "layers_to_transform": [0]}, PlanError, ["`layers_to_transform`", "no effect"]),
     ],
@@ -384,6 +389,7 @@ def test_tasks_without_a_next_token(task):
         moe_config(task_type=task)
 
 
+FIELDS = sorted({*MoeDeltaConfig.__annotations__, *RECORDED})
 JUNK = st.recursive(
     st.none() | st.booleans() | st.integers(-3, 4) | st.floats() | st.text(max_size=3) | st.sampled_from(["mlp", "hu"]),
     lambda inner: (
@@ -394,7 +400,9 @@ JUNK = st.recursive(
 
 
 @pytest.mark.slow
-@given(st.dictionaries(st.sampled_from(sorted(set(MoeDeltaConfig.__annotations__))), JUNK, min_size=1, max_size=2))
+@given(
+    st.dictionaries(st.sampled_from(sorted({*MoeDeltaConfig.__annotations__, *RECORDED})), JUNK, min_size=1, max_size=2)
+)
 @settings(max_examples=400, deadline=None, database=None, derandomize=True)
 def test_any_value_of_any_field_works_or_is_refused_by_name(changes):
     with warnings.catch_warnings():

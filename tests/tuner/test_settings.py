@@ -105,10 +105,10 @@ def test_a_loaded_copied_or_pickled_model_builds_no_table_in_a_pass(builds, tmp_
     ("field", "value"),
     [("routing", "learned"), ("stage", "review"), ("language_prior_coef", 1.0), ("language_prior_groups", ["turkic"])],
 )
-def test_a_field_that_is_set_by_hand_reaches_every_layer(field, value):
+def test_a_field_that_is_changed_by_hand_reaches_every_layer(field, value):
     model = upcycle(pico(), trained=True, routing="language")
     logits(model, token_batch(), language="hu")
-    setattr(model.active_peft_config, field, value)
+    model.active_peft_config.change(**{field: value})
     expected = upcycle(pico(), trained=True, **{"routing": "language", field: value})
     for ours, theirs in zip(moe_layers(model), moe_layers(expected), strict=True):
         ours, theirs = (layer.settings["default"].tables for layer in (ours, theirs))

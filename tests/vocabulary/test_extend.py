@@ -184,7 +184,7 @@ def test_distilled_rows_are_read_as_their_pieces_are(tokenizer, tied, holds):
     base = base_model(tokenizer, tie_word_embeddings=tied)
     mean, grown = extended(copy.deepcopy(base), tokenizer, routing="language")
     distilled, _ = extended(base, tokenizer, routing="language")
-    spelling = TokenizerGrowth.plan(tokenizer, distilled.active_peft_config.new_tokens).pieces
+    spelling = TokenizerGrowth.plan(tokenizer, distilled.active_peft_config.record.new_tokens).pieces
     distil_rows(distilled.base_model, grown, GREEK, "hu", spelling)
     far = [unlike_its_pieces(model, tokenizer, grown) for model in (mean, distilled)]
     holds(far[1] / far[0], below=0.7)
