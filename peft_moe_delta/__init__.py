@@ -10,10 +10,12 @@ from .graft.delta import PostTrainingDelta
 from .graft.files import graft_checkpoint
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
+from .model import MoeDeltaModel
 from .monitor import TrainingMonitor
 from .plan import ExpertPlan
+from .registration import register
 from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
-from .tuner import MoeDeltaConfig, MoeDeltaModel, register
+from .tuner import MoeDeltaConfig
 from .vocabulary import extend_vocabulary, propose_tokens
 
 register()

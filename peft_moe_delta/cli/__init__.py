@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import PeftMoeDeltaError
-from . import allocation, delta, evaluate, graft, harness, mix, pipeline, publish
+from . import allocation, delta, evaluate, graft, mix, pipeline, publish
 from .options import Command
 
 COMMANDS: tuple[Command, ...] = (
@@ -25,7 +25,6 @@ COMMANDS: tuple[Command, ...] = (
     *delta.COMMANDS,
     *graft.COMMANDS,
     *evaluate.COMMANDS,
-    *harness.COMMANDS,
     *publish.COMMANDS,
 )
 

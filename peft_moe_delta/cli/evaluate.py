@@ -1,4 +1,7 @@
-"""`evaluate`: any number of models on the same held-out material, into a report with pictures."""
+"""`evaluate`: any number of models on the same held-out material, into a report with pictures.
+
+`harness-tasks` and `harness-results` exchange files with lm-evaluation-harness.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,11 @@ from tqdm import tqdm
 from ..errors import DataError
 from ..evaluation import TaskSet, evaluate_languages
 from ..evaluation.figures import check_installed
+from ..evaluation.harness_files import with_harness_results, write_harness_tasks
 from ..evaluation.page import markdown, write_report
+from ..evaluation.report import EvalReport
 from ..files import read_tasks, read_text, read_texts
+from ..recipe import read_recipe
 from .options import Command, new_folder, pairs_of
 
 
@@ -66,6 +72,36 @@ def _evaluate(arguments: Namespace) -> str:
     return f"{markdown(report, report.models[-1].name)}\n\nThe report: {page}"
 
 
+def _add_task_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", help="the recipe whose test text and tasks are to be run")
+    parser.add_argument("output", type=new_folder, help="folder for the task files, for lm_eval's --include_path")
+
+
+def _tasks(arguments: Namespace) -> str:
+    recipe = read_recipe(arguments.recipe)
+    names = write_harness_tasks(
+        arguments.output,
+        {code: language.test for code, language in recipe.languages.items()},
+        {name: tasks.test for name, tasks in recipe.tasks.items()},
+    )
+    return ",".join(names)
+
+
+def _add_result_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("report", type=Path, help="report.json or its folder; it gets the new rows")
+    parser.add_argument("results", type=Path, help="what lm_eval's --output_path wrote")
+    parser.add_argument("--model", required=True, help="what the report calls the model that was run")
+
+
+def _results(arguments: Namespace) -> str:
+    folder = arguments.report if arguments.report.is_dir() else arguments.report.parent
+    return str(
+        with_harness_results(EvalReport.load(arguments.report), arguments.results, model=arguments.model).save(folder)
+    )
+
+
 COMMANDS = (
     Command("evaluate", "models side by side: a report of what they gained and lost", _add_arguments, _evaluate),
+    Command("harness-tasks", "task files for lm_eval; prints their names for --tasks", _add_task_arguments, _tasks),
+    Command("harness-results", "lm_eval's results into a report", _add_result_arguments, _results),
 )

@@ -18,7 +18,7 @@ from peft import PeftConfig, PeftModel
 
 from ..errors import DataError
 from ..languages import LanguageTable, closest_code, closest_code_in_name
-from ..tuner import MoeDeltaConfig, MoeDeltaModel
+from ..tuner import MoeDeltaConfig, MoeDeltaTuner
 from .loading import with_learnt_tokens, with_tokenizer
 
 
@@ -54,7 +54,7 @@ class MoeDeltaLM(HFLM):
         super().__init__(*args, **kwargs)
         self.tokenizer = with_learnt_tokens(self.tokenizer, self.model)
         tuner = getattr(self.model, "base_model", None)
-        self._tuner = tuner if isinstance(tuner, MoeDeltaModel) else None
+        self._tuner = tuner if isinstance(tuner, MoeDeltaTuner) else None
         self._language = language
         self._task_languages = _read_map(task_languages)
         if self._tuner is not None:

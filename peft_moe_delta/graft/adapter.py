@@ -9,41 +9,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from peft import get_peft_model_state_dict
-from transformers import PreTrainedModel
 
 from ..architectures import ATTENTION_MODULES, layer_index
 from ..checkpoint import CheckpointReader, first_few, inside, unique_json
 from ..errors import CheckpointError, PlanError
 from ..plan import ExpertPlan
 from ..tensors import Held, Tensors
-from ..tuner.config import MoeDeltaConfig
+from ..tuner import MoeDeltaConfig, MoeDeltaTuner
 
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"(.+)\.moe_delta_experts\.(\d+)\.(.+)")
 _ROWS = re.compile(r"(.+)\.moe_delta_(router|classifier)\.(?:weight|grown_(\d+))")
 _NEW_TOKENS = re.compile(r"(.+)\.moe_delta_rows\.weight")
-
-
-class Upcycled(Protocol):
-    """What a graft asks of an upcycled model in memory."""
-
-    model: PreTrainedModel
-    peft_config: dict[str, MoeDeltaConfig]
-    training: bool
-
-    @property
-    def active_adapters(self) -> list[str]: ...
-
-    def set_language(self, code: str | None) -> None: ...
-
-    def in_language(self, code: str | None) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -103,7 +85,7 @@ class Adapter:
         return cls(_read_config(folder), reader, str(reader.path))
 
     @classmethod
-    def of_model(cls, tuner: Upcycled) -> Adapter:
+    def of_model(cls, tuner: MoeDeltaTuner) -> Adapter:
         """The active adapter of a model in memory."""
         name = tuner.active_adapters[0]
         state = get_peft_model_state_dict(tuner, adapter_name=name, save_embedding_layers=False)

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from ..export import UpcycledWeights, check_equal_logits
 from ..export.gate import check_finite_logits
+from ..tuner import MoeDeltaTuner
 from ..tuner.agreement import mean_route_agreement
-from .adapter import Upcycled
 
 
 def compare_export(
@@ -39,7 +39,7 @@ def compare_export(
     Raises:
         GraftError: it exceeds `tolerance`.
     """
-    with cast("Upcycled", exact.base_model).in_language(language):
+    with cast("MoeDeltaTuner", exact.base_model).in_language(language):
         return check_equal_logits(exact, exported, languages=_languages(weights), tolerance=tolerance)
 
 

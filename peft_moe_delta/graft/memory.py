@@ -23,8 +23,8 @@ from ..checkpoint import resolve
 from ..errors import GraftError
 from ..export import ReplicatedLayout, UpcycledWeights, build_model, choose, explain_choice
 from ..loading import load_causal_lm
-from ..tuner.layer import MoeDeltaLayer
-from .adapter import Adapter, Upcycled
+from ..tuner import MoeDeltaLayer, MoeDeltaTuner
+from .adapter import Adapter
 from .comparison import compare_export, rounded_routes
 from .dense import Dense
 from .doubts import doubts
@@ -45,7 +45,7 @@ ExpertScale = float | Mapping[str, float] | str
 
 
 def graft(
-    tuner: Upcycled,
+    tuner: MoeDeltaTuner,
     post_trained: str | Path | PreTrainedModel,
     *,
     scale: float = 1.0,
@@ -75,7 +75,7 @@ def graft(
 
 
 def merge_and_graft(
-    tuner: Upcycled,
+    tuner: MoeDeltaTuner,
     post_trained: str | Path | PreTrainedModel,
     *,
     scale: float | Mapping[str, float] = 1.0,
@@ -120,7 +120,7 @@ def merge_and_graft(
 
 
 def grafted_adapter(
-    tuner: Upcycled,
+    tuner: MoeDeltaTuner,
     post_trained: str | Path | PreTrainedModel,
     scale: Scale,
     expert_scale: ExpertScale,
@@ -206,9 +206,9 @@ def to_stock(
     return exported.eval()
 
 
-def tuner_of(model: PeftModel) -> Upcycled:
+def tuner_of(model: PeftModel) -> MoeDeltaTuner:
     """The upcycled model inside PEFT's wrapper, which calls it just a module."""
-    return cast("Upcycled", model.base_model)
+    return cast("MoeDeltaTuner", model.base_model)
 
 
 def warn_of(found: tuple[str, ...], stacklevel: int) -> None:

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import first_few
 from ..errors import CheckpointError, HubError
-from ..tuner import MoeDeltaModel
+from ..tuner import MoeDeltaTuner
 from .card import GRAFT_FILE, PLAN_FILE, CardFacts, render_card
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -108,7 +108,7 @@ def _as_folder(
         if tokenizer is not None:
             tokenizer.save_pretrained(scratch)
         tuner = source.base_model
-        if isinstance(tuner, MoeDeltaModel):
+        if isinstance(tuner, MoeDeltaTuner):
             (folder / PLAN_FILE).write_text(tuner.plan().to_json(), encoding="utf-8")
         elif (report := getattr(source, "graft_report", None)) is not None:
             (folder / GRAFT_FILE).write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")

@@ -22,8 +22,9 @@ from ..checkpoint import CheckpointReader, resolve, whole_folder
 from ..errors import PlanError
 from ..languages import ORIGINAL_GROUP
 from ..loading import load_causal_lm, load_tokenizer
-from ..tuner import AdapterRecord, MoeDeltaConfig, MoeDeltaModel
+from ..tuner import AdapterRecord, MoeDeltaConfig, MoeDeltaTuner
 from ..tuner.fingerprint import base_weights, fingerprint
+from ..tuner.initialisation import load_experts
 from .checks import check_branch
 
 
@@ -73,7 +74,7 @@ def mix(
     )
     mixed = get_peft_model(model, config).eval()
     tuner: Any = mixed.base_model
-    tuner.load_experts(readers)
+    load_experts(tuner, readers)
     _warn_of_equal_branches(tuner, branches)
     if base_output is not None:
         _average(tuner, readers, weights)
@@ -115,7 +116,7 @@ def _weights(
 
 
 @torch.no_grad()
-def _average(tuner: MoeDeltaModel, readers: Mapping[str, CheckpointReader], weights: Mapping[str, float]) -> None:
+def _average(tuner: MoeDeltaTuner, readers: Mapping[str, CheckpointReader], weights: Mapping[str, float]) -> None:
     """`W_0 + sum_i w_i (W_i - W_0)` for every weight that no expert holds, summed in fp64 and rounded once.
 
     Written as changes of the seed, so that equal branches give the seed bit for bit.
@@ -138,7 +139,7 @@ def _average(tuner: MoeDeltaModel, readers: Mapping[str, CheckpointReader], weig
         parameter.copy_(start + change)
 
 
-def _write_base(tuner: MoeDeltaModel, seed: Path, output: str | Path) -> None:
+def _write_base(tuner: MoeDeltaTuner, seed: Path, output: str | Path) -> None:
     """The dense base model under its own names, with the seed's tokenizer."""
     dense: PreTrainedModel = tuner.model
     state: dict[str, Tensor] = {
@@ -152,7 +153,7 @@ def _write_base(tuner: MoeDeltaModel, seed: Path, output: str | Path) -> None:
             load_tokenizer(seed).save_pretrained(folder)
 
 
-def _warn_of_equal_branches(tuner: MoeDeltaModel, branches: Mapping[str, str | Path]) -> None:
+def _warn_of_equal_branches(tuner: MoeDeltaTuner, branches: Mapping[str, str | Path]) -> None:
     adapter, plan = tuner.active_adapters[0], tuner.plan()
     for group, path in branches.items():
         pairs = (

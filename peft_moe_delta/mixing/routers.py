@@ -40,7 +40,7 @@ from ..export.gate import evaluating
 from ..languages import ORIGINAL_GROUP
 from ..padding import padded
 from ..routing import routing_named
-from ..tuner import MoeDeltaLayer, MoeDeltaModel
+from ..tuner import MoeDeltaLayer, MoeDeltaTuner
 from .statistics import RouterStatistics
 
 EARLIER_WEIGHT = 2.0
@@ -138,7 +138,7 @@ def fit_routers(
 
 
 def _check(
-    tuner: MoeDeltaModel, texts: Mapping[str, object], fitted: RouterStatistics, numbers: Mapping[str, float]
+    tuner: MoeDeltaTuner, texts: Mapping[str, object], fitted: RouterStatistics, numbers: Mapping[str, float]
 ) -> None:
     """Refuse what would end in a router that knows nothing of some group."""
     if not min(numbers.values()) > 0:
@@ -167,7 +167,7 @@ def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
 
 
 @contextmanager
-def _routed_by_language(tuner: MoeDeltaModel, zeroed: bool) -> Iterator[None]:
+def _routed_by_language(tuner: MoeDeltaTuner, zeroed: bool) -> Iterator[None]:
     """Evaluation under routing by language, without gradients; everything as before afterwards.
 
     Where all routers are going to be set, they are zero meanwhile: a group's experts share its tokens evenly, as they
@@ -184,7 +184,7 @@ def _routed_by_language(tuner: MoeDeltaModel, zeroed: bool) -> Iterator[None]:
             weight.copy_(before)
 
 
-def _routers(tuner: MoeDeltaModel) -> Iterator[tuple[str, Tensor]]:
+def _routers(tuner: MoeDeltaTuner) -> Iterator[tuple[str, Tensor]]:
     """Module name and weight of every router, those of groups that were added later included."""
     for _, name, module in tuner.expert_layers():
         for weight in module.router(tuner.active_adapters[0]).parameters():
@@ -192,7 +192,7 @@ def _routers(tuner: MoeDeltaModel) -> Iterator[tuple[str, Tensor]]:
 
 
 @contextmanager
-def _sums(tuner: MoeDeltaModel, beside: bool) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
+def _sums(tuner: MoeDeltaTuner, beside: bool) -> Iterator[dict[str, tuple[Tensor, Tensor, Tensor]]]:
     """Sums over what enters each router's layer within the block, padding left out.
 
     `x x^T`, `x`, and `x o(x)` with o the logsumexp of the earlier rows' logits, where the newest are set beside them.
@@ -243,7 +243,7 @@ def _batches(
 
 
 @torch.no_grad()
-def _set_routers(tuner: MoeDeltaModel, fitted: RouterStatistics, ridge: float, temperature: float) -> None:
+def _set_routers(tuner: MoeDeltaTuner, fitted: RouterStatistics, ridge: float, temperature: float) -> None:
     """Every expert gets the column of the groups that routing by language sends to it."""
     for name, rows, users in _rows_and_users(tuner):
         columns = fitted.solve(name, {str(groups): groups for groups in users.values()}, ridge)
@@ -253,7 +253,7 @@ def _set_routers(tuner: MoeDeltaModel, fitted: RouterStatistics, ridge: float, t
 
 @torch.no_grad()
 def _set_newest_rows(
-    tuner: MoeDeltaModel, fitted: RouterStatistics, offsets: Mapping[str, Tensor], margin: float, ridge: float
+    tuner: MoeDeltaTuner, fitted: RouterStatistics, offsets: Mapping[str, Tensor], margin: float, ridge: float
 ) -> None:
     """The experts of the newest growth step get rows that stand a margin above or below the earlier experts' logits."""
     earlier = {name: _earlier_rows(module, tuner.active_adapters[0]) for _, name, module in tuner.expert_layers()}
@@ -264,7 +264,7 @@ def _set_newest_rows(
 
 
 @torch.no_grad()
-def _set_gates(tuner: MoeDeltaModel, fitted: RouterStatistics, newest: bool, ridge: float) -> None:
+def _set_gates(tuner: MoeDeltaTuner, fitted: RouterStatistics, newest: bool, ridge: float) -> None:
     """The row of every growth step that has experts in the layer tells its languages from the original ones."""
     adapter, config = tuner.active_adapters[0], tuner.active_config
     table = config.language_table
@@ -281,7 +281,7 @@ def _set_gates(tuner: MoeDeltaModel, fitted: RouterStatistics, newest: bool, rid
                 rows[0].copy_(fitted.discriminant(name, {ORIGINAL_GROUP: known[ORIGINAL_GROUP]}, others, ridge))
 
 
-def _rows_and_users(tuner: MoeDeltaModel) -> Iterator[tuple[str, list[Tensor], dict[int, tuple[str, ...]]]]:
+def _rows_and_users(tuner: MoeDeltaTuner) -> Iterator[tuple[str, list[Tensor], dict[int, tuple[str, ...]]]]:
     """Of every router its module name, its rows, and by expert the groups that routing by language sends to it."""
     adapter, rule = tuner.active_adapters[0], routing_named("language")
     for _, name, module in tuner.expert_layers():

@@ -24,7 +24,7 @@ from ..files import read_texts
 from ..kinds import read_fields
 from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
-from ..tuner import MoeDeltaModel
+from ..model import MoeDeltaModel
 from .fields import Review, Seed, Training, settled_precision
 from .reader import read_yaml
 from .stages import Features, blocks, load_model, save_adapter, train

@@ -24,7 +24,7 @@ from ..evaluation.scoring import Material, Scores, score_material
 from ..files import read_tasks
 from ..languages import closest_code
 from ..loading import load_adapter, load_tokenizer
-from ..tuner import MoeDeltaModel
+from ..tuner import MoeDeltaTuner
 from .data import held_out
 from .fields import Recipe
 from .stages import load_made, load_model
@@ -90,7 +90,7 @@ def drift(recipe: Recipe, name: str, base: Path | str, adapter: Path, grafted: P
             for row in route_drift(Measured(before, after.tokenizer, None), after, listed, names=names, kind=kind)
         ]
     tuner: Any = before.base_model
-    assert isinstance(tuner, MoeDeltaModel)
+    assert isinstance(tuner, MoeDeltaTuner)
     plan = tuner.plan()
     experts = expert_names(plan.groups, [max(counts) for counts in zip(*plan.counts, strict=True)])
     kept = {"agreement": [asdict(row) for row in rows], "experts": experts}

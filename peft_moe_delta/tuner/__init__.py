@@ -1,4 +1,4 @@
-"""The tuner in PEFT's own parts: `config`, `layer`, `model`, `registration`.
+"""The tuner in PEFT's own parts: `config`, `layer`, and `base`, to which `model` above gives a user's verbs.
 
 `record` is what a config has filled in, `context` carries languages in and losses out, `settings` says who may do what,
 `blocks` finds the MLPs, `experts` makes experts from one, `router` scores them, `attention` mixes attention modules,
@@ -8,10 +8,9 @@ between two models.
 """
 
 from .agreement import route_agreement
+from .base import MoeDeltaTuner
 from .config import MoeDeltaConfig
 from .layer import MoeDeltaLayer
-from .model import MoeDeltaModel
 from .record import AdapterRecord
-from .registration import register
 
-__all__ = ["AdapterRecord", "MoeDeltaConfig", "MoeDeltaLayer", "MoeDeltaModel", "register", "route_agreement"]
+__all__ = ["AdapterRecord", "MoeDeltaConfig", "MoeDeltaLayer", "MoeDeltaTuner", "route_agreement"]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from torch import nn
 from ..architectures import layer_index
 from ..errors import LanguageError, PlanError
 from ..languages import LanguageTable
+from .base import MoeDeltaTuner
 from .blocks import hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
@@ -27,9 +28,6 @@ from .experts import Experts
 from .layer import MoeDeltaLayer
 from .record import GrowthStep
 from .settings import LayerSettings
-
-if TYPE_CHECKING:
-    from .model import MoeDeltaModel
 
 StartFrom = str | Mapping[str, str] | None
 """The group whose experts the new ones start as, for all new groups or one each; None for expert 0."""
@@ -40,7 +38,7 @@ _RECORDED = ("stage", "train_earlier_rows", "open_steps")
 
 
 def add_languages(
-    tuner: MoeDeltaModel,
+    tuner: MoeDeltaTuner,
     languages: Mapping[str, str],
     experts: Mapping[str, int | Sequence[int]] | None = None,
     start_from: StartFrom = None,
@@ -65,14 +63,11 @@ def add_languages(
         else:
             assert isinstance(block, MoeDeltaLayer)
             _append(block, name, LayerSettings.build(config, counts, layer), sources)
-    if experts:
-        tuner.start_expansion()
-    else:
-        tuner.set_adapter(tuner.active_adapters)
+    tuner.set_adapter(tuner.active_adapters)
 
 
 @torch.no_grad()
-def remove_group(tuner: MoeDeltaModel, group: str) -> None:
+def remove_group(tuner: MoeDeltaTuner, group: str) -> None:
     """Take a group that was added away again; see `MoeDeltaModel.remove_group`."""
     name, config = tuner.active_adapters[0], tuner.active_config
     members = _check_removable(config, group)
@@ -247,7 +242,7 @@ def _append(layer: MoeDeltaLayer, name: str, grown: LayerSettings, sources: Mapp
     layer.settings[name] = grown
 
 
-def _upcycle(tuner: MoeDeltaModel, name: str, index: int, path: str, block: nn.Module, counts: tuple[int, ...]) -> None:
+def _upcycle(tuner: MoeDeltaTuner, name: str, index: int, path: str, block: nn.Module, counts: tuple[int, ...]) -> None:
     """Experts for a layer that was dense under this adapter."""
     other = next(iter(tuner.layers(name).values()))
     dtype = next(other.moe_delta_experts[name].parameters()).dtype
@@ -262,7 +257,7 @@ def _upcycle(tuner: MoeDeltaModel, name: str, index: int, path: str, block: nn.M
     layer.train(other.training)
 
 
-def _make_dense(tuner: MoeDeltaModel, name: str, path: str, layer: MoeDeltaLayer) -> None:
+def _make_dense(tuner: MoeDeltaTuner, name: str, path: str, layer: MoeDeltaLayer) -> None:
     """Take an adapter off a layer in which it has no experts any more, and the layer away if it was the only one."""
     named = (*(getattr(layer, part) for part in layer.adapter_layer_names), layer.settings)
     for part in (*named, layer.frozen_peft_weight_names):

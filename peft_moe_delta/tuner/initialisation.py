@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoint import CheckpointReader, first_few, resolve
 from ..errors import CheckpointError, PlanError
+from .base import MoeDeltaTuner
 from .experts import LowRankLinear
-
-if TYPE_CHECKING:
-    from .model import MoeDeltaModel
 
 Source = str | Path | Mapping[str, Tensor]
 """A dense checkpoint: a folder, a Hub id, or tensors by name (a `CheckpointReader` reads them lazily)."""
 
 
 @torch.no_grad()
-def load_experts(tuner: MoeDeltaModel, checkpoints: Mapping[str, Source | Sequence[Source]]) -> None:
+def load_experts(tuner: MoeDeltaTuner, checkpoints: Mapping[str, Source | Sequence[Source]]) -> None:
     """Give groups' experts the weights that dense checkpoints have in their place.
 
     Every name and shape is checked before the first weight changes; routers stay as they are.
@@ -55,7 +52,7 @@ def load_experts(tuner: MoeDeltaModel, checkpoints: Mapping[str, Source | Sequen
             parameter.copy_(reader[name])
 
 
-def _parameters(tuner: MoeDeltaModel, group: str, sources: int) -> Iterator[tuple[int, str, nn.Parameter]]:
+def _parameters(tuner: MoeDeltaTuner, group: str, sources: int) -> Iterator[tuple[int, str, nn.Parameter]]:
     """Number of an expert within its group, dense name and parameter of everything the group's experts hold."""
     adapter, plan = tuner.active_adapters[0], tuner.plan()
     for layer, name, module in tuner.expert_layers():
@@ -76,7 +73,7 @@ def _parameters(tuner: MoeDeltaModel, group: str, sources: int) -> Iterator[tupl
 
 
 def _found(
-    name: str, parameter: Tensor, reader: Mapping[str, Tensor], tuner: MoeDeltaModel
+    name: str, parameter: Tensor, reader: Mapping[str, Tensor], tuner: MoeDeltaTuner
 ) -> tuple[Mapping[str, Tensor], str]:
     """The checkpoint and the name it has for a tensor: checkpoints of a bare backbone leave the model's prefix out."""
     prefix = f"{tuner.model.base_model_prefix}."

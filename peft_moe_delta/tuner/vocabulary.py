@@ -10,8 +10,7 @@ Shape legend: N new tokens, D hidden size, V the base's rows.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,9 +21,6 @@ from transformers import PreTrainedModel
 from ..errors import ArchitectureError, PlanError
 from ..tensors import with_new_rows
 from .config import MoeDeltaConfig, check_one_active
-
-if TYPE_CHECKING:
-    from .model import MoeDeltaModel
 
 ROWS = "moe_delta_rows"
 
@@ -173,25 +169,6 @@ class GrownLoss:
 
     def __call__(self, logits: Tensor, labels: Tensor, vocab_size: int, *args: Any, **kwargs: Any) -> Tensor:
         return self.wrapped(logits, labels, logits.shape[-1], *args, **kwargs)
-
-
-def add_tokens(tuner: MoeDeltaModel, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
-    """Grow the active adapter's vocabulary; see `MoeDeltaModel.add_tokens`."""
-    name, config = tuner.active_adapters[0], tuner.active_config
-    if config.record.new_tokens:
-        raise PlanError(
-            f"Adapter {name!r} has {len(config.record.new_tokens)} new tokens already. Choose all of them before "
-            "training."
-        )
-    record = replace(
-        config.record, new_tokens=tuple(tokens), first_new_token_id=first_id, new_tokens_step=config.newest_step
-    )
-    check_can_grow(tuner.model, replace(config, record=record))
-    config.change(record=record)
-    grow(tuner.model, name, config)
-    experts = next(iter(tuner.layers(name).values())).moe_delta_experts[name]
-    start_from_pieces(tuner.model, name, pieces, next(experts.parameters()).dtype)
-    tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
 
 
 def check_can_grow(model: PreTrainedModel, config: MoeDeltaConfig) -> None:

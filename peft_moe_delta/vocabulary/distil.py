@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..export.gate import evaluating
 from ..padding import beginning, padded
-from ..tuner import MoeDeltaModel
+from ..tuner import MoeDeltaTuner
 from ..tuner.blocks import mlp_blocks
 from ..tuner.vocabulary import grown_layers
 from .text import longest, options_for
@@ -45,7 +45,7 @@ class Window(NamedTuple):
 
 
 def distil_rows(
-    tuner: MoeDeltaModel,
+    tuner: MoeDeltaTuner,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     language: str | None,

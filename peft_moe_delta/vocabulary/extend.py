@@ -6,13 +6,15 @@ In: the PEFT model (or what was grafted from it) and a tokenizer without the new
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import DataError
+from ..errors import DataError, PlanError
 from ..files import check_documents
-from ..tuner import MoeDeltaModel
+from ..tuner import MoeDeltaTuner
+from ..tuner.vocabulary import check_can_grow, grow, start_from_pieces
 from .distil import distil_rows
 from .fit import check_can_fit, fit_rows
 from .growth import TokenizerGrowth
@@ -56,7 +58,7 @@ def extend_vocabulary(
         _give_known_tokens(model, tokenizer)
         return tokenizer
     tuner = getattr(model, "base_model", None)
-    if not isinstance(tuner, MoeDeltaModel):
+    if not isinstance(tuner, MoeDeltaTuner):
         raise DataError(
             f"new_tokens are learnt by an upcycled model; got a {type(model).__name__}. Call get_peft_model first."
         )
@@ -64,7 +66,7 @@ def extend_vocabulary(
     if texts:
         texts = check_documents(texts)
         check_can_fit(tuner.model, tokenizer, language)
-    tuner.add_tokens(list(growth.tokens), growth.first_id, [list(ids) for ids in growth.pieces])
+    add_tokens(tuner, list(growth.tokens), growth.first_id, [list(ids) for ids in growth.pieces])
     growth.apply(tokenizer)
     if texts:
         distil_rows(tuner, tokenizer, texts, language, growth.pieces)
@@ -72,9 +74,28 @@ def extend_vocabulary(
     return tokenizer
 
 
+def add_tokens(tuner: MoeDeltaTuner, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
+    """Grow the active adapter's vocabulary; see `MoeDeltaModel.add_tokens`."""
+    name, config = tuner.active_adapters[0], tuner.active_config
+    if config.record.new_tokens:
+        raise PlanError(
+            f"Adapter {name!r} has {len(config.record.new_tokens)} new tokens already. Choose all of them before "
+            "training."
+        )
+    record = replace(
+        config.record, new_tokens=tuple(tokens), first_new_token_id=first_id, new_tokens_step=config.newest_step
+    )
+    check_can_grow(tuner.model, replace(config, record=record))
+    config.change(record=record)
+    grow(tuner.model, name, config)
+    experts = next(iter(tuner.layers(name).values())).moe_delta_experts[name]
+    start_from_pieces(tuner.model, name, pieces, next(experts.parameters()).dtype)
+    tuner.set_adapter(tuner.active_adapters, inference_mode=config.inference_mode)
+
+
 def _give_known_tokens(model: PeftModel | PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     tuner = getattr(model, "base_model", None)
-    owner = tuner.active_config.record if isinstance(tuner, MoeDeltaModel) else getattr(model, "graft_report", None)
+    owner = tuner.active_config.record if isinstance(tuner, MoeDeltaTuner) else getattr(model, "graft_report", None)
     tokens, first = (getattr(owner, name, None) for name in ("new_tokens", "first_new_token_id"))
     if tokens and first is not None:
         give_tokens(tokenizer, tokens, first)

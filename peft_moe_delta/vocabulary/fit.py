@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ArchitectureError
 from ..export.gate import evaluating
 from ..padding import beginning, padded
-from ..tuner import MoeDeltaModel
+from ..tuner import MoeDeltaTuner
 from ..tuner.vocabulary import grown_layers
 from .text import longest, options_for
 
@@ -71,7 +71,7 @@ def check_can_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, la
 
 
 def fit_rows(
-    tuner: MoeDeltaModel,
+    tuner: MoeDeltaTuner,
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     language: str | None,

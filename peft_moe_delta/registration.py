@@ -13,8 +13,8 @@ from peft.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
 )
 
-from .config import MoeDeltaConfig, MoeDeltaType
 from .model import MoeDeltaModel
+from .tuner.config import MoeDeltaConfig, MoeDeltaType
 
 
 def register() -> None:

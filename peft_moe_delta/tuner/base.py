@@ -1,18 +1,17 @@
-"""`MoeDeltaModel`, the tuner: finds the MLP blocks, grows experts beside them, switches stages, grafts.
+"""`MoeDeltaTuner`: what PEFT calls, and what everything above it asks of an upcycled model.
 
 In: a causal LM and a `MoeDeltaConfig`. Out: the same model with `MoeDeltaLayer`s in place of MLP blocks, as PEFT's
-tuners leave it.
+tuners leave it. What a user does with it (stages, growing, grafting) is `peft_moe_delta/model.py`, above all of that.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -26,144 +25,22 @@ from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .fingerprint import base_weights, check_fingerprint, fingerprint
-from .initialisation import Source, load_experts
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete, check_keys
 from .optimizers import note_what_trains
 from .settings import LayerSettings
-from .vocabulary import GrownLayer, add_tokens, check_can_grow, grow, ungrow
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
+from .vocabulary import GrownLayer, check_can_grow, grow, ungrow
 
 
-class MoeDeltaModel(BaseTuner):
-    """Language-routed experts in place of MLP blocks. Made by `get_peft_model(model, MoeDeltaConfig(...))`.
-
-    Untrained experts are copies, so the upcycled model computes what the base model computes.
-
-    Raises:
-        ArchitectureError: no MLP block to replace, or weights that are offloaded or quantised.
-        PlanError: expert counts that do not fit the model's layers.
-        CheckpointError: a loaded adapter that was made for another base model.
-    """
+class MoeDeltaTuner(BaseTuner):
+    """An upcycled model as PEFT makes, saves, loads and switches it; `MoeDeltaModel` is what a user gets."""
 
     prefix: str = "moe_delta_"
     tuner_layer_cls = (MoeDeltaLayer, GrownLayer)  # type: ignore[assignment]  # PEFT asks isinstance of it
     peft_config: dict[str, MoeDeltaConfig]  # type: ignore[assignment]  # where the base class says PeftConfig
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT's lacks the ClassVar
 
-    # -- what a user calls --------------------------------------------------------------------------------------------
-
-    def start_expansion(
-        self,
-        *,
-        routing: str | None = None,
-        load_balancing_coef: float | None = None,
-        language_prior_coef: float | None = None,
-        language_prior_groups: list[str] | None = None,
-        classifier_coef: float | None = None,
-        train_earlier_rows: bool = False,
-    ) -> None:
-        """Train experts and routers on new-language text (MoE-LPR, stage 1).
-
-        Args:
-            routing: None keeps the routing in force.
-            load_balancing_coef: None for 0.01.
-            language_prior_coef: None for 0. DMoE classifies every group with 1.28.
-            language_prior_groups: None for every group.
-            classifier_coef: None for 0.
-            train_earlier_rows: for an adapter that has grown, as in `start_review`.
-        """
-        self._start_stage(
-            stage="expansion",
-            routing=routing,
-            load_balancing_coef=load_balancing_coef,
-            language_prior_coef=language_prior_coef,
-            language_prior_groups=language_prior_groups,
-            classifier_coef=classifier_coef,
-            train_earlier_rows=train_earlier_rows,
-        )
-
-    def start_review(
-        self,
-        *,
-        routing: str | None = None,
-        load_balancing_coef: float | None = None,
-        language_prior_coef: float | None = None,
-        language_prior_groups: list[str] | None = None,
-        classifier_coef: float | None = None,
-        train_earlier_rows: bool = False,
-    ) -> None:
-        """Train only routers and classifiers, with the language-prior loss on original languages (MoE-LPR, stage 2).
-
-        After `add_languages`, it opens the new experts to every language, and trains only their rows; the prior loss
-        then keeps every group that was there before away from them. Call `fit_routers(..., only="newest")` next:
-        from rows in closed form a short review at a low rate moves the earlier languages least. Gates, too, had better
-        start from `fit_routers`.
-
-        Args:
-            routing: None keeps the routing in force. Experts that were expanded under `"language"` become a learned
-                mixture, which needs no `language_ids` and exports to stock architectures, with `"learned"`; their
-                routers know nothing yet, so let the prior loss teach them every group.
-            load_balancing_coef: None for 0.
-            language_prior_coef: None for 0.1.
-            language_prior_groups: None for the original languages and the groups before the newest growth step.
-            classifier_coef: None for 0.1; of use under `"classifier"` routing, whose gates learn here.
-            train_earlier_rows: for an adapter that has grown, whether the rows that it had before train, too. Removing
-                the new group then no longer gives back the model before it.
-        """
-        self._start_stage(
-            stage="review",
-            open_steps=self.active_config.newest_step,
-            routing=routing,
-            load_balancing_coef=load_balancing_coef,
-            language_prior_coef=language_prior_coef,
-            language_prior_groups=language_prior_groups,
-            classifier_coef=classifier_coef,
-            train_earlier_rows=train_earlier_rows,
-        )
-
-    def add_languages(
-        self,
-        languages: Mapping[str, str],
-        experts: Mapping[str, int | Sequence[int]] | None = None,
-        start_from: str | Mapping[str, str] | None = None,
-    ) -> None:
-        """Add languages to a trained adapter; nothing that it computes for the others changes.
-
-        A group that is new gets experts and router rows, appended to the old ones. From then on only those train:
-        first in expansion, which starts here, then in `start_review`. Under `"learned"` routing they serve no other
-        group, nor tokens of unknown language, before that review. A language may also join a group that exists.
-
-        Args:
-            languages: new language codes -> groups, new or known.
-            experts: new group -> experts in each transformed layer, as in `MoeDeltaConfig`.
-            start_from: the group whose experts the new ones start as, one for all or `{new group: group}`; see
-                `closest_group`. None for expert 0.
-
-        Raises:
-            LanguageError: a language that the adapter knows already.
-            PlanError: a group name in use, counts that do not fit, an unknown group in `start_from`, or an adapter with
-                `modules_to_save`.
-        """
-        from .growing import add_languages
-
-        add_languages(self, languages, experts, start_from)
-
-    def remove_group(self, group: str) -> None:
-        """Take away the group that was added last, its experts and its languages: the model before it, bit for bit.
-
-        Unless rows were trained with `train_earlier_rows=True`, which changes them for good.
-
-        Raises:
-            PlanError: it is not the group that was added last.
-            LanguageError: languages of other groups came after its own, and their ids would change.
-        """
-        from .growing import remove_group
-
-        remove_group(self, group)
+    # -- what there is, and the language and routing in force ----------------------------------------------------------
 
     def set_language(self, code: str | None) -> None:
         """Set the language of calls that name none; None forgets it. An adapter that does not know it ignores it.
@@ -186,24 +63,6 @@ class MoeDeltaModel(BaseTuner):
         finally:
             context.language = before
 
-    def load_experts(self, checkpoints: Mapping[str, Source | Sequence[Source]]) -> None:
-        """Give groups' experts the weights of dense checkpoints; see `initialisation.load_experts`."""
-        load_experts(self, checkpoints)
-
-    def add_tokens(self, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
-        """Grow the active adapter's vocabulary; `extend_vocabulary` does it with the tokenizer.
-
-        Args:
-            tokens: the new tokens, as the tokenizer spells them.
-            first_id: id of the first; the others follow.
-            pieces: ids of the known tokens that each was made of; its rows start as the mean of theirs.
-
-        Raises:
-            PlanError: the adapter has new tokens already, or the ids leave a gap.
-            ArchitectureError: the model's embeddings cannot grow.
-        """
-        add_tokens(self, tokens, first_id, pieces)
-
     @contextmanager
     def in_routing(self, routing: str) -> Iterator[None]:
         """Another routing for the active adapter, for the length of a block; what trains stays as it is.
@@ -217,18 +76,6 @@ class MoeDeltaModel(BaseTuner):
             yield
         finally:
             config.routing = before
-
-    def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
-        """The same experts over the post-trained checkpoint; see `graft.memory`."""
-        from ..graft.memory import graft
-
-        return graft(self, post_trained, **options)
-
-    def merge_and_graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PreTrainedModel:
-        """A stand-alone stock model with the post-training delta on every expert; see `graft.memory`."""
-        from ..graft.memory import merge_and_graft
-
-        return merge_and_graft(self, post_trained, **options)
 
     @property
     def active_config(self) -> MoeDeltaConfig:
@@ -262,13 +109,6 @@ class MoeDeltaModel(BaseTuner):
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         counts = tuple(layer.settings[name].counts for layer in layers.values())
         return ExpertPlan(tuple(layers), self.peft_config[name].language_table.groups, counts)
-
-    def _start_stage(self, **changes: Any) -> None:
-        config = self.active_config
-        changes["routing"] = changes["routing"] or config.routing
-        replace(config, **changes).check_top_k(self.plan())  # refuses what does not fit before anything is changed
-        config.change(**changes)
-        self.set_adapter(self.active_adapters)
 
     # -- what PEFT calls ----------------------------------------------------------------------------------------------
 
