@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .documents import is_unicode
 from .errors import CheckpointError, DataError
 
 
@@ -46,21 +47,6 @@ def read_tasks(path: str | Path, limit: int | None = None) -> list[dict[str, str
             raise DataError(f"{path}, line {number}: expected `prompt` and `answer`; got the fields {sorted(line)}.")
         tasks.append(line)
     return tasks[:limit]
-
-
-def check_documents(texts: Iterable[str], name: str = "texts") -> list[str]:
-    """Documents as a list, of which at least one is not blank.
-
-    Raises:
-        DataError: one string where a list is expected, something that is no text, or no text at all.
-    """
-    documents = [] if isinstance(texts, str | bytes) else list(texts)
-    for index, text in enumerate(documents):
-        if not isinstance(text, str) or not _is_unicode(text):
-            raise DataError(f"{name}[{index}] is no text that can be written in UTF-8: {text!r:.60}. Leave it out.")
-    if not any(text.strip() for text in documents):
-        raise DataError(f"{name} must be a list of documents, not all of them empty; got {texts!r:.60}.")
-    return documents
 
 
 def read_text(path: str | Path) -> str:
@@ -150,14 +136,6 @@ def _object(text: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: expected a JSON object, {{...}}, on each line: {error}") from error
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object; got {type(line).__name__}.")
-    if "\\u" in text and not _is_unicode(json.dumps(line, ensure_ascii=False)):
+    if "\\u" in text and not is_unicode(json.dumps(line, ensure_ascii=False)):
         raise DataError(f"{where}: holds half of a surrogate pair, which no tokenizer reads. Mend or leave it out.")
     return line
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

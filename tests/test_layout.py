@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # A room is a folder or a flat module of the package. It imports rooms of lower levels and itself.
 LEVELS = {
+    "documents": 0,
     "errors": 0,
     "files": 0,
     "languages": 0,
@@ -48,7 +49,7 @@ LEVELS = {
 # graft, until a model above both has these methods.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
-    ("kinds", "errors"),
+    ("kinds", "errors"), ("documents", "errors"), ("files", "documents"),
     ("files", "errors"), ("cli", "recipe"), ("evaluation", "vocabulary"), ("training", "monitor"),
     ("training", "evaluation"), ("tuner", "graft"),
 }  # fmt: skip

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..documents import check_documents
 from ..errors import DataError
-from ..files import check_documents
 from ..tuner import MoeDeltaModel
 from .distil import distil_rows
 from .fit import check_can_fit, fit_rows
