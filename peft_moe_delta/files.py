@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .documents import is_unicode
 from .errors import CheckpointError, DataError
 
@@ -95,18 +97,32 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = beside(path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):  # what cannot be reached was not written either
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of a file or folder that is being written why it cannot be.
+
+    Raises:
+        CheckpointError: the disk is full or fails, the place may not be written, or part of its name is a file.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
+            raise  # the library's word for a damaged file that was read; of a full disk it says the same
+        reason = str(error).partition("] ")[2] or str(error)  # without the error's number
         raise CheckpointError(
-            f"Cannot write {path}: {error.strerror or error}. Nothing was left behind; make room, or choose another "
-            "folder."
+            f"Cannot write {path}: {reason}. Nothing was left behind; make room, or choose another folder."
         ) from error
-    finally:
-        with suppress(OSError):  # what cannot be reached was not written either
-            partial.unlink(missing_ok=True)
 
 
 def beside(path: Path) -> Path:
