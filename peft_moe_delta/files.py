@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from .documents import is_unicode
 from .errors import CheckpointError, DataError
 
 
@@ -46,21 +49,6 @@ def read_tasks(path: str | Path, limit: int | None = None) -> list[dict[str, str
             raise DataError(f"{path}, line {number}: expected `prompt` and `answer`; got the fields {sorted(line)}.")
         tasks.append(line)
     return tasks[:limit]
-
-
-def check_documents(texts: Iterable[str], name: str = "texts") -> list[str]:
-    """Documents as a list, of which at least one is not blank.
-
-    Raises:
-        DataError: one string where a list is expected, something that is no text, or no text at all.
-    """
-    documents = [] if isinstance(texts, str | bytes) else list(texts)
-    for index, text in enumerate(documents):
-        if not isinstance(text, str) or not _is_unicode(text):
-            raise DataError(f"{name}[{index}] is no text that can be written in UTF-8: {text!r:.60}. Leave it out.")
-    if not any(text.strip() for text in documents):
-        raise DataError(f"{name} must be a list of documents, not all of them empty; got {texts!r:.60}.")
-    return documents
 
 
 def read_text(path: str | Path) -> str:
@@ -109,18 +97,32 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     partial = beside(path)
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+        finally:
+            with suppress(OSError):  # what cannot be reached was not written either
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of a file or folder that is being written why it cannot be.
+
+    Raises:
+        CheckpointError: the disk is full or fails, the place may not be written, or part of its name is a file.
+    """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SafetensorError) and "os error" not in str(error).lower():
+            raise  # the library's word for a damaged file that was read; of a full disk it says the same
+        reason = str(error).partition("] ")[2] or str(error)  # without the error's number
         raise CheckpointError(
-            f"Cannot write {path}: {error.strerror or error}. Nothing was left behind; make room, or choose another "
-            "folder."
+            f"Cannot write {path}: {reason}. Nothing was left behind; make room, or choose another folder."
         ) from error
-    finally:
-        with suppress(OSError):  # what cannot be reached was not written either
-            partial.unlink(missing_ok=True)
 
 
 def beside(path: Path) -> Path:
@@ -150,14 +152,6 @@ def _object(text: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where}: expected a JSON object, {{...}}, on each line: {error}") from error
     if not isinstance(line, dict):
         raise DataError(f"{where}: expected an object; got {type(line).__name__}.")
-    if "\\u" in text and not _is_unicode(json.dumps(line, ensure_ascii=False)):
+    if "\\u" in text and not is_unicode(json.dumps(line, ensure_ascii=False)):
         raise DataError(f"{where}: holds half of a surrogate pair, which no tokenizer reads. Mend or leave it out.")
     return line
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -16,6 +16,9 @@ from .errors import PlanError
 from .files import whole_file
 from .languages import ORIGINAL_GROUP
 
+MOST_EXPERTS = 10_000
+"""Experts of a group in a layer: beyond the largest mixtures by a factor of ten, and before tables fill the memory."""
+
 
 @dataclass(frozen=True)
 class ExpertPlan:
@@ -209,6 +212,11 @@ def _per_layer(group: str, count: int | Sequence[int], num_layers: int) -> tuple
     if any(not isinstance(c, int) or isinstance(c, bool) or c < 0 for c in counts):
         raise PlanError(
             f"`experts[{group!r}]` must be a number of experts or one number a layer, none negative; got {count!r}."
+        )
+    if max(counts, default=0) > MOST_EXPERTS:
+        raise PlanError(
+            f"`experts[{group!r}]`: got {max(counts)} experts in a layer, expected {MOST_EXPERTS:,} at most. Each is "
+            "as large as the MLP, or as its low-rank factors."
         )
     if len(counts) != num_layers:
         raise PlanError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .errors import DataError
@@ -21,7 +21,7 @@ from .languages import PADDING_LANGUAGE_ID, LanguageTable
 from .losses import IGNORED_LABEL, share_of_step
 from .monitor import TrainingMonitor, active_config, doubt
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
-from .tuner.context import ForwardContext
+from .tuner.context import ForwardContext, Sums
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -228,7 +228,7 @@ class LanguageCollator:
 class RoutingCallback(TrainerCallback):
     """Adds the routers' figures to the Trainer's log: auxiliary losses and the share of tokens on expert 0 per group.
 
-    Means since the last training log, over the tokens of this process: `load_balancing_loss`, `language_prior_loss`,
+    Means since the last training log, over the tokens of all processes: `load_balancing_loss`, `language_prior_loss`,
     `expert_0_share/<group>`. They reach `log_history`, what Trainer prints, and callbacks given after this one. Those
     of `report_to` come first; for them: `trainer.callback_handler.callbacks.insert(0, RoutingCallback())`.
     """
@@ -236,7 +236,8 @@ class RoutingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _read_statistics(kwargs.get("model"))  # what an earlier training left unread
+        if (context := _context_of(kwargs.get("model"))) is not None:
+            context.read_statistics()  # what an earlier training left unread
 
     def on_log(
         self,
@@ -248,7 +249,9 @@ class RoutingCallback(TrainerCallback):
     ) -> None:
         if logs is None or "loss" not in logs:
             return  # an evaluation, or the summary at the end
-        figures = _read_statistics(kwargs.get("model"))
+        if (context := _context_of(kwargs.get("model"))) is None:
+            return
+        figures = context.read_statistics(_of_all_processes)
         logs.update(figures)
         if state.log_history:
             state.log_history[-1].update(figures)
@@ -315,9 +318,13 @@ def _context_of(model: nn.Module | None) -> ForwardContext | None:
     return next((module.context for module in modules if isinstance(module, MoeDeltaLayer)), None)
 
 
-def _read_statistics(model: nn.Module | None) -> dict[str, float]:
-    context = _context_of(model)
-    return {} if context is None else context.read_statistics()
+def _of_all_processes(sums: Sums) -> list[Sums]:
+    """The sums of every process of a group. As objects: a process whose text lacks a group has no such name."""
+    if not distributed.is_available() or not distributed.is_initialized():
+        return [sums]
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, sums)
+    return parts
 
 
 def language_table_of(model: nn.Module | MoeDeltaConfig | LanguageTable) -> LanguageTable:

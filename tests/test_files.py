@@ -5,15 +5,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
 
 import quickstart
-from peft_moe_delta.checkpoint import folder, write_safetensors
+from peft_moe_delta.checkpoint import folder, resumable_folder, whole_folder, write_safetensors
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import CheckpointError, DataError
+from peft_moe_delta.evaluation.harness_files import write_harness_tasks
 from peft_moe_delta.files import read_tasks, read_text, read_texts, write_text
 from peft_moe_delta.graft.delta import PostTrainingDelta
 
@@ -107,8 +109,52 @@ def test_what_the_safetensors_library_cannot_write_is_our_error(tmp_path, monkey
 
 def test_a_place_that_is_no_folder_is_our_error(tmp_path):
     (tmp_path / "file").write_text("here")
-    with pytest.raises(CheckpointError, match="Cannot write"):
-        write_text(tmp_path / "file" / "a.json", "new")
+    long = tmp_path / ("x" * 300)
+    for place in (tmp_path / "file" / "a", long):
+        for write in (
+            lambda path: write_text(path, "new"),
+            lambda path: write_safetensors(path, {"w": torch.ones(2)}),
+            lambda path: make_folder(whole_folder(path)),
+            lambda path: make_folder(resumable_folder(path, "key")),
+            lambda path: write_harness_tasks(path, {"hu": tmp_path / "file"}, {}),
+        ):
+            with pytest.raises(
+                CheckpointError, match=rf"Cannot write {place}.*: (File exists|Not a directory|File name too long)"
+            ):
+                write(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("(os error 28)")])
+def test_a_disk_that_fills_up_within_a_folder_is_our_error_and_what_was_there_stays(tmp_path, kind):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "old").touch()
+    for making in (whole_folder(tmp_path / "output", overwrite=True), resumable_folder(tmp_path / "new", "key")):
+        with pytest.raises(CheckpointError, match=r"Cannot write .*: (No space left|.*os error 28)"), making:
+            raise kind
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "output"]
+
+
+def test_a_folder_that_cannot_be_moved_to_its_place_leaves_the_old_one_there(tmp_path, monkeypatch):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "old").touch()
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if (self / "new").exists():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    making = whole_folder(tmp_path / "output", overwrite=True)
+    with pytest.raises(CheckpointError, match="Input/output error"), making as partial:
+        (partial / "new").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "output"]
+
+
+def make_folder(making):
+    with making:
+        pass
 
 
 def test_a_command_without_room_ends_with_one_message(tmp_path, full_disk):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # A room is a folder or a flat module of the package. It imports rooms of lower levels and itself.
 LEVELS = {
+    "documents": 0,
     "errors": 0,
     "files": 0,
     "languages": 0,
@@ -49,8 +50,8 @@ LEVELS = {
 # text is identified.
 WITHIN_A_LEVEL = {
     ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
-    ("kinds", "errors"),
-    ("files", "errors"), ("evaluation", "vocabulary"), ("training", "monitor"), ("training", "evaluation"),
+    ("kinds", "errors"), ("documents", "errors"), ("files", "documents"), ("files", "errors"),
+    ("evaluation", "vocabulary"), ("training", "monitor"), ("training", "evaluation"),
 }  # fmt: skip
 
 TENSORS_AND_FILES_ONLY = {"tensors", "checkpoint"}  # use neither of the next line's libraries

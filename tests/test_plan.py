@@ -109,6 +109,7 @@ def test_another_document_is_refused(text):
         ({"uralic": 1, "turkic": [1, 1]}, "lists 2 counts, but the model has 3"),
         ({"uralic": 1, "turkic": -1}, "none negative"),
         ({"uralic": 1, "turkic": [1, -1, 1]}, "none negative"),
+        ({"uralic": 2**31, "turkic": 1}, "got 2147483648 experts in a layer, expected 10,000 at most"),
         ({"uralic": 1, "turkic": 1.5}, "number of experts or one number a layer"),
         ({"uralic": 1, "turkic": True}, "number of experts or one number a layer"),
         ({"uralic": 1, "turkic": "2"}, "number of experts or one number a layer"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..documents import check_languages
 from ..errors import DataError
 from ..export.gate import evaluating
 from .blocks import Block, decoder_blocks
@@ -89,6 +90,7 @@ def measure_languages(
     unknown = sorted(set(sources) - set(SOURCES))
     if unknown or not sources:
         raise DataError(f"sources: got {list(sources)}, expected some of: {', '.join(SOURCES)}.")
+    check_languages(texts)
     if len(texts) < 2:
         raise DataError(f"texts: got {list(texts)}, expected two languages or more: statistics compare them.")
     blocks = decoder_blocks(model, target_modules)

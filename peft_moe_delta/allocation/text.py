@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..documents import each_document
 from ..errors import DataError
 from ..padding import padded
 
@@ -45,7 +46,7 @@ def token_rows(
     """
     if tokens < 2 or sequence_length < 2:
         raise DataError(f"got {tokens} tokens in rows of {sequence_length}, expected 2 or more of either.")
-    ids = list(islice(_ids(tokenizer, _shuffled(documents, seed)), tokens))
+    ids = list(islice(_ids(tokenizer, _shuffled(each_document(documents, f"texts[{language!r}]"), seed)), tokens))
     if len(ids) < tokens:
         raise DataError(
             f"{language}: got text of {len(ids):,} tokens, expected {tokens:,} or more: every language is measured on "

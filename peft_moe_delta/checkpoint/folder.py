@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import beside, whole_file
+from ..files import beside, whole_file, writing
 from .header import unique_json
 from .manifest import file_sha256
 
@@ -43,10 +42,7 @@ def write_safetensors(
     """
     content = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     with whole_file(path) as partial:
-        try:
-            save_file(content, partial, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:  # what the library makes of a full disk
-            raise OSError(str(error)) from error
+        save_file(content, partial, metadata={"format": "pt", **(metadata or {})})
 
 
 @contextmanager
@@ -54,17 +50,19 @@ def whole_folder(output: str | Path, *, overwrite: bool = False) -> Iterator[Pat
     """A folder to write into, which becomes `output` when the block ends without an error and vanishes otherwise.
 
     Raises:
-        CheckpointError: before anything is written: `output` is a file, or holds files and `overwrite` is false.
+        CheckpointError: before anything is written: `output` is a file, or holds files and `overwrite` is false, or
+            cannot be written; later: the disk is full or fails.
     """
     output = Path(output).resolve()
-    _refuse_existing(output, overwrite)
     partial, replaced = beside(output), beside(output)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        _move(partial, output, replaced)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing(output):
+        _refuse_existing(output, overwrite)
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            _move(partial, output, replaced)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 class Job:
@@ -129,7 +127,7 @@ def resumable_folder(output: str | Path, key: str, *, overwrite: bool = False) -
     """
     output = Path(output).expanduser().resolve()
     work = output.with_name(f".{output.name}.partial")
-    try:
+    with writing(output):
         _refuse_existing(output, overwrite)
         with _locked(work):
             try:
@@ -148,10 +146,6 @@ def resumable_folder(output: str | Path, key: str, *, overwrite: bool = False) -
                 shutil.rmtree(work, ignore_errors=True)
                 raise
             shutil.rmtree(work, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"Cannot write {output}: {error}. Nothing was left behind; make room, or choose another output folder."
-        ) from error
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -213,8 +207,13 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def _move(folder: Path, output: Path, replaced: Path) -> None:
-    """Put a folder into its place; what was there goes."""
+    """Put a folder into its place; what was there goes, or comes back where that fails."""
     if output.exists():
         output.rename(replaced)
-    folder.rename(output)
+    try:
+        folder.rename(output)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(output)
+        raise
     shutil.rmtree(replaced, ignore_errors=True)

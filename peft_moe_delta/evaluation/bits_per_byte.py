@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from ..documents import check_documents
 from ..errors import DataError
 from ..padding import beginning
 from .forward import Progress, batches_by_length, evaluating, logits_at
@@ -69,6 +70,7 @@ def bits_per_byte(
     stride = max_length if stride is None else stride
     if not 1 <= stride <= max_length:
         raise DataError(f"stride: got {stride}, expected 1 to max_length ({max_length}). Lower it, or leave it out.")
+    documents = check_documents(documents, "documents", blank=True)
     encoded = list(_encode(tokenizer, documents))
     windows = [window for document, ids in enumerate(encoded) for window in _windows(document, ids, max_length, stride)]
     batches = batches_by_length([len(window.inputs) for window in windows], batch_size)
@@ -85,13 +87,10 @@ def bits_per_byte(
     )
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str]) -> Iterator[list[int]]:
+def _encode(tokenizer: PreTrainedTokenizerBase, documents: list[str]) -> Iterator[list[int]]:
     """Token ids of each document after a beginning token, which is the context of the document's first token."""
-    if isinstance(documents, str) or len(documents) == 0:
-        got = "one string" if isinstance(documents, str) else "an empty list"
-        raise DataError(f"documents: got {got}, expected a list of texts. Pass at least one document, in a list.")
     first = beginning(tokenizer)
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    encoded = tokenizer(documents, add_special_tokens=False, verbose=False)["input_ids"]
     for index, ids in enumerate(encoded):
         if not ids:
             raise DataError(f"documents[{index}]: got no text, expected at least one token. Drop empty documents.")

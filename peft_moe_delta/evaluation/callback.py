@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from ..documents import check_documents, check_languages
 from ..errors import DataError
 from ..tuner import MoeDeltaConfig
 from .bits_per_byte import bits_per_byte
@@ -55,12 +56,14 @@ class LanguageEvaluationCallback(TrainerCallback):
         max_length: int = 512,
         batch_size: int = 8,
     ) -> None:
+        check_languages(texts)
         if not texts or every < 1:
             raise DataError(
                 f"LanguageEvaluationCallback: got texts of {len(texts)} languages and every={every}, expected at least "
                 "one language and at least one step. Pass {language: [text, ...]}."
             )
-        self.trainer, self.tokenizer, self.texts, self.every = trainer, tokenizer, texts, every
+        self.trainer, self.tokenizer, self.every = trainer, tokenizer, every
+        self.texts = {code: check_documents(listed, f"texts[{code!r}]") for code, listed in texts.items()}
         self.options: dict[str, Any] = {"max_length": max_length, "batch_size": batch_size}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

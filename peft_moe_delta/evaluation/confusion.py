@@ -24,6 +24,7 @@ from functools import lru_cache, partial
 import numpy as np
 import regex
 
+from ..documents import check_documents
 from ..errors import DataError
 from ..languages import script_of
 from .identification import SURE, detect_language, label_of
@@ -102,8 +103,7 @@ def language_confusion(
             missing.
     """
     expected = check_can_score(language)
-    if isinstance(responses, str) or len(responses) == 0:
-        raise DataError("responses: expected a list with at least one text. Pass what the model wrote.")
+    responses = check_documents(responses, "responses", blank=True)
     script = script_of(language) or "Latn"
     if split is None:
         split = partial(_icu_words, language=expected) if script in _WITHOUT_SPACES else str.split

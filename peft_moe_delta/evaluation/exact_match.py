@@ -78,10 +78,9 @@ def _encode(
     if len(tasks) == 0:
         raise DataError("tasks: got an empty list, expected at least one task. Check the file they came from.")
     for index, task in enumerate(tasks):
-        if not {"prompt", "answer"} <= task.keys():
-            raise DataError(
-                f"tasks[{index}]: got the keys {sorted(task)}, expected 'prompt' and 'answer'. Rename the columns."
-            )
+        if not isinstance(task, Mapping) or not {"prompt", "answer"} <= task.keys():
+            got = f"the keys {sorted(task)}" if isinstance(task, Mapping) else f"{task!r:.60}"
+            raise DataError(f"tasks[{index}]: got {got}, expected 'prompt' and 'answer'. Rename the columns.")
     return [encode_task(tokenizer, task["prompt"], task["answer"]) for task in tasks]
 
 

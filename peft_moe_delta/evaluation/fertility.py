@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
+from ..documents import check_documents
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ def fertility(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Ferti
     Raises:
         DataError: there is no word in them.
     """
-    words = 0 if isinstance(texts, str) else sum(len(text.split()) for text in texts)
-    if not words:
-        raise DataError(f"texts must be a list of documents with words in them; got {texts!r:.80}.")
-    encoded = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    texts = check_documents(texts)
+    words = sum(len(text.split()) for text in texts)
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return Fertility(sum(map(len, encoded)), words, sum(len(text.encode()) for text in texts))

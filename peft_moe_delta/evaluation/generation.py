@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..documents import check_documents
 from ..errors import DataError
 from ..padding import beginning_of_prompt
 from .forward import Progress, batches_by_length, check_positions, evaluating
@@ -35,9 +36,7 @@ def generate(
     Raises:
         DataError: `chat`, and the tokenizer has no chat template; or no prompts.
     """
-    if isinstance(prompts, str) or len(prompts) == 0:
-        raise DataError("prompts: expected a list with at least one text. Pass what the model is to continue.")
-    rows = [_encode(tokenizer, prompt, chat) for prompt in prompts]
+    rows = [_encode(tokenizer, prompt, chat) for prompt in check_documents(prompts, "prompts", blank=True)]
     written = [""] * len(rows)
     with evaluating(model):
         batches = batches_by_length([len(row) for row in rows], batch_size)

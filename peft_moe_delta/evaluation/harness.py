@@ -6,6 +6,7 @@ experts of the task's language. Importing this module registers the model as `mo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from fnmatch import fnmatch
@@ -15,9 +16,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from peft import PeftConfig, PeftModel
+from tokenizers.processors import Sequence as ProcessorSequence
+from tokenizers.processors import TemplateProcessing
 
 from ..errors import DataError
 from ..languages import LanguageTable, closest_code, closest_code_in_name
+from ..padding import beginning_of_prompt
 from ..tuner import MoeDeltaConfig, MoeDeltaTuner
 from .loading import with_learnt_tokens, with_tokenizer
 
@@ -30,6 +34,10 @@ class MoeDeltaLM(HFLM):
     `arc_hu`, `global_mmlu_el`; of a translation the target, `flores_en-hu`), `language`. It chooses experts under
     routing by language and is not needed under learned routing.
 
+    Text begins as in our own scores (`padding`). A prompt begins with bos, which `hf` leaves to the tokenizer, unless
+    `add_bos_token=False` says otherwise. Of a text that is scored whole, bos is context; `hf` scores it as well
+    where the tokenizer adds it.
+
     Args:
         pretrained, peft, ...: as for `hf`.
         language: of the tasks that name none.
@@ -41,6 +49,7 @@ class MoeDeltaLM(HFLM):
     """
 
     tokenizer: Any
+    add_bos_token: bool | None
     _model: Any
 
     def __init__(
@@ -52,7 +61,7 @@ class MoeDeltaLM(HFLM):
     ) -> None:
         self._adapter: str | None = kwargs.get("peft")
         super().__init__(*args, **kwargs)
-        self.tokenizer = with_learnt_tokens(self.tokenizer, self.model)
+        self.tokenizer = _beginning_with_bos(with_learnt_tokens(self.tokenizer, self.model))
         tuner = getattr(self.model, "base_model", None)
         self._tuner = tuner if isinstance(tuner, MoeDeltaTuner) else None
         self._language = language
@@ -81,7 +90,11 @@ class MoeDeltaLM(HFLM):
         return self._by_language(super().loglikelihood, requests, disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        return self._by_language(super().loglikelihood_rolling, requests, disable_tqdm)
+        before, self.add_bos_token = self.add_bos_token, False
+        try:
+            return self._by_language(super().loglikelihood_rolling, requests, disable_tqdm)
+        finally:
+            self.add_bos_token = before
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         return self._by_language(super().generate_until, requests, disable_tqdm)
@@ -118,6 +131,18 @@ class MoeDeltaLM(HFLM):
             for index, value in zip(indices, found, strict=True):
                 answers[index] = value
         return answers
+
+
+def _beginning_with_bos(tokenizer: Any) -> Any:
+    """The tokenizer, or one like it that adds the beginning of a prompt by itself."""
+    first = beginning_of_prompt(tokenizer)
+    if not first or tokenizer("a")["input_ids"][:1] == first:
+        return tokenizer
+    adding = copy.deepcopy(tokenizer)  # the caller's own stays as it is
+    backend, bos = adding.backend_tokenizer, tokenizer.bos_token
+    template = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, first[0])])
+    backend.post_processor = ProcessorSequence([*filter(None, [backend.post_processor]), template])
+    return adding
 
 
 def language_of_task(task: str, table: LanguageTable, task_languages: Mapping[str, str] | None = None) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import DataError
+from ..files import write_text
 from ..languages import closest_code, closest_code_in_name
 from .report import TEXT, EvalReport, Model, Score
 
@@ -43,12 +44,11 @@ def write_harness_tasks(
         DataError: a file that is not there.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     written = {f"{TEXT_TASK}_{code}": _text_task(path) for code, path in texts.items()}
     written |= {_task_name(name): _exact_task(path) for name, path in tasks.items()}
     for name, task in written.items():
         fields = {"task": name, **task, "metadata": {"version": 1.0}}
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+        write_text(folder / f"{name}.yaml", yaml.safe_dump(fields, sort_keys=False))
     return list(written)
 
 

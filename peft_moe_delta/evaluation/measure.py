@@ -119,7 +119,7 @@ def evaluate_languages(
         DataError: no texts, tasks or prompts where some are named; or a name that is none of the models.
         CheckpointError: a model cannot be loaded.
     """
-    material = Material(texts=dict(datasets), tasks=dict(tasks or {}), prompts=dict(prompts or {}))
+    material = Material(texts=datasets, tasks=tasks or {}, prompts=prompts or {})
     check_references(models, [*references, *(trained or ()), *(name for pair in agreement for name in pair)])
     if trained and not references:
         raise DataError("trained: a transfer matrix needs a reference to gain on. Name one in `references`.")

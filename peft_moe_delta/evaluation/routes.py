@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..documents import check_documents
 from ..languages import closest_code
 from ..padding import beginning
 from ..routing import Routes
@@ -187,7 +188,8 @@ def _routes(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], language: str | None
 ) -> dict[int, Routes]:
     longest = min(_LONGEST, most_tokens(model) or _LONGEST) - 1  # a beginning comes before
-    rows = tokenizer(list(texts), add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
+    documents = check_documents(texts, blank=True)
+    rows = tokenizer(documents, add_special_tokens=False, truncation=True, max_length=longest)["input_ids"]
     return _routes_of_rows(model, [row for row in rows if row], tokenizer, language)
 
 

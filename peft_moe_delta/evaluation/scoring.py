@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..documents import check_documents, check_languages
 from ..errors import DataError
 from .bits_per_byte import TextScore, bits_per_byte
 from .compare import Items, task_items, text_items
@@ -48,10 +49,9 @@ class Material:
 
     def __post_init__(self) -> None:
         for what, listed in (("text", self.texts), ("prompts", self.prompts)):
-            for code, texts in listed.items():
-                if isinstance(texts, str) or not texts:
-                    got = "one string" if isinstance(texts, str) else "nothing"
-                    raise DataError(f"The {what} of {code!r}: got {got}, expected a list of texts. Put it in a list.")
+            check_languages(listed, what)
+            for code, documents in listed.items():
+                texts = check_documents(documents, f"The {what} of {code!r}", blank=True)
                 if empty := [index for index, text in enumerate(texts) if not text.strip()]:
                     raise DataError(
                         f"The {what} of {code!r}: {len(empty)} of {len(texts)} are empty, the first at index "

@@ -53,6 +53,8 @@ class Fit:
 def stock_fits(weights: UpcycledWeights) -> list[Fit]:
     """Every stock form in order of preference: the dense model, mixtures, mixtures with replicated dense layers."""
     kind = weights.config.model_type
+    if weights.config.get_text_config() is not weights.config:
+        raise GraftError(f"{kind!r} is a multimodal model, which no stand-alone form holds with experts. {_KEEP}.")
     if not weights.moe_layers:
         return [Fit(kind, Layout())]
     layouts = [layout for layout in MOE_LAYOUTS if kind in layout.dense_types]

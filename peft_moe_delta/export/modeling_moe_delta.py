@@ -6,8 +6,8 @@ architecture's own code in transformers. `config.moe_delta` says which layers ha
 
     logits_t = W_r x_t in fp32;  p_t = softmax over the experts token t may use;  y_t = sum of the top k, renormalised
 
-Under routing by language the model takes `language_ids`, LongTensor (batch,) or (batch, sequence): positions in
-`config.moe_delta["languages"]`.
+Under routing by language the model takes `language`, a code in `config.moe_delta["languages"]`, or `language_ids`,
+LongTensor (batch,) or (batch, sequence) of positions in that list. Otherwise it needs neither, and ignores them.
 
 Shape legend: T tokens, D hidden size, E experts, K chosen experts a token, G language groups.
 """
@@ -123,11 +123,13 @@ class MoeDeltaForCausalLM(HostModel):
                     setattr(block, part, MIXTURES[kind](getattr(block, part), config, layer))
         self.post_init()
 
-    def forward(self, *args: Any, language_ids: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, language: str | None = None, language_ids: Tensor | None = None, **kwargs: Any
+    ) -> Any:
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if self.config.moe_delta["languages"] is not None and tokens is not None:
-            groups_T = self._groups(language_ids, tokens.shape[1])
+            groups_T = self._groups(language, language_ids, tokens)
             for module in self.modules():
                 if isinstance(module, Mixture):
                     module.groups_T = groups_T
@@ -137,18 +139,20 @@ class MoeDeltaForCausalLM(HostModel):
     forward.__signature__ = inspect.signature(HostModel.forward).replace(  # type: ignore[attr-defined]
         parameters=[
             *(p for p in inspect.signature(HostModel.forward).parameters.values() if p.kind is not p.VAR_KEYWORD),
-            inspect.Parameter("language_ids", inspect.Parameter.KEYWORD_ONLY, default=None),
+            *(inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=None) for n in ("language", "language_ids")),
             inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
         ]
     )
 
-    def _groups(self, language_ids: Tensor | None, sequence: int) -> Tensor:
+    def _groups(self, language: str | None, language_ids: Tensor | None, tokens: Tensor) -> Tensor:
         """The group of every token, (T,)."""
-        moe = self.config.moe_delta
-        if language_ids is None:
+        moe, (rows, sequence) = self.config.moe_delta, tokens.shape[:2]
+        if language_ids is None and language in moe["languages"]:
+            language_ids = torch.full((rows,), moe["languages"].index(language), device=tokens.device)
+        elif language_ids is None or language is not None:
             raise ValueError(
-                "This model chooses experts by language. Pass language_ids: a LongTensor, (batch,) or (batch, "
-                f"sequence), of positions in {moe['languages']}."
+                f"This model chooses experts by language. Pass language, one of {moe['languages']}, or language_ids: a "
+                f"LongTensor, (batch,) or (batch, sequence), of positions in that list. Got language={language!r}."
             )
         if language_ids.dim() == 1:
             language_ids = language_ids[:, None].expand(-1, sequence)

@@ -60,7 +60,7 @@ class GraftedWeights:
         self.base: Tensors = PostTrainingDelta.from_checkpoints(base.tensors, post_trained.tensors, vocabulary).base
         self.post_trained, self.adapter, self.scale, self.vocabulary = post_trained, adapter, scale, vocabulary
         adapter.check_names(post_trained.tensors)
-        self.plan = adapter.plan(post_trained.config.num_hidden_layers)
+        self.plan = adapter.plan(post_trained.config.get_text_config().num_hidden_layers)
         self.expert_scales = scale_of_groups(self.plan.groups[1:], expert_scale)
         self.tied = {
             target: source

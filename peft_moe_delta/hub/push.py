@@ -25,7 +25,8 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..checkpoint import first_few
+from ..checkpoint import first_few, within
+from ..checkpoint.paths import files_in
 from ..errors import CheckpointError, HubError
 from ..tuner import MoeDeltaTuner
 from .card import GRAFT_FILE, PLAN_FILE, CardFacts, render_card
@@ -79,7 +80,7 @@ def push_to_hub(
         The commit's address.
 
     Raises:
-        CheckpointError: there are no safetensors to upload, or pickled weights.
+        CheckpointError: there are no safetensors to upload, or pickled weights, or a link out of the folder.
         HubError: the token is refused, the repository's name is impossible, or the Hub cannot be reached.
     """
     with _as_folder(source, tokenizer) as folder:
@@ -119,19 +120,19 @@ def _files(folder: Path) -> dict[str, Path | bytes]:
     """What of a folder is published: name in the repository -> file.
 
     Raises:
-        CheckpointError: no folder, no safetensors in it, or pickled weights.
+        CheckpointError: no folder, no safetensors in it, pickled weights, or a link that leads out of it.
     """
     if not folder.is_dir():
         raise CheckpointError(f"No model at {folder}: there is no such folder. Pass what save_pretrained wrote.")
-    names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    names = {name: path for name, path in names.items() if not any(map(_is_private, name.split("/")))}
+    names = {name: path for name, path in files_in(folder).items() if not any(map(_is_private, name.split("/")))}
     pickles = [name for name in names if _matches(name, PICKLES)]
     if pickles:
         raise CheckpointError(
             f"{folder} holds pickled weights ({first_few(pickles)}), which can run code when loaded; only safetensors "
             "are published. Remove them, or save the model again."
         )
-    files: dict[str, Path | bytes] = {name: path for name, path in names.items() if _matches(name, PUBLISHED)}
+    # A link out of the folder would publish what it points at; those of a Hub cache to its own files stay.
+    files: dict[str, Path | bytes] = {name: within(folder, name) for name in names if _matches(name, PUBLISHED)}
     if not any(_matches(name, WEIGHTS) for name in files):
         raise CheckpointError(f"{folder} holds no safetensors. Pass the folder that save_pretrained wrote.")
     return files

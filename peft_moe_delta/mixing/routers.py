@@ -35,6 +35,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..documents import check_languages, each_document
 from ..errors import DataError, LanguageError
 from ..export.gate import evaluating
 from ..languages import ORIGINAL_GROUP
@@ -113,7 +114,8 @@ def fit_routers(
         for code, texts in texts_by_language.items():
             with _sums(tuner, beside) as sums:
                 tokens = 0
-                for ids, mask in _batches(progress(texts) if progress else texts, tokenizer, max_length, batch_size):
+                documents = each_document(progress(texts) if progress else texts, f"texts_by_language[{code!r}]")
+                for ids, mask in _batches(documents, tokenizer, max_length, batch_size):
                     tokens += int(mask.sum())
                     ids, mask = ids.to(device), mask.to(device)
                     tuner.model(input_ids=ids, attention_mask=mask, language=code, use_cache=False)
@@ -138,12 +140,13 @@ def fit_routers(
 
 
 def _check(
-    tuner: MoeDeltaTuner, texts: Mapping[str, object], fitted: RouterStatistics, numbers: Mapping[str, float]
+    tuner: MoeDeltaTuner, texts: Mapping[str, Iterable[str]], fitted: RouterStatistics, numbers: Mapping[str, float]
 ) -> None:
     """Refuse what would end in a router that knows nothing of some group."""
     if not min(numbers.values()) > 0:
         raise DataError(f"{', '.join(numbers)} must be positive; got {', '.join(map(str, numbers.values()))}.")
     table = tuner.active_config.language_table
+    check_languages(texts, "texts_by_language")
     for code in (*fitted.languages, *texts):
         table.id_of(code)
     twice = set(fitted.languages) & set(texts)

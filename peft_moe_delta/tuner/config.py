@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -288,6 +289,16 @@ def _check_kinds(config: MoeDeltaConfig) -> None:
             f"Experts are for causal language models: task_type 'CAUSAL_LM' or None; got {config.task_type!r}. To "
             "classify, make a stand-alone model (merge_and_graft) and put the head, or LoRA, on that."
         )
+    for name in ("target_modules", "exclude_modules", "layers_pattern"):  # of which PEFT makes regular expressions
+        given = getattr(config, name)
+        for expression in given if name == "layers_pattern" and isinstance(given, list) else [given]:
+            try:
+                re.compile(expression if isinstance(expression, str) else "")
+            except re.error as error:
+                raise PlanError(
+                    f"`{name}`: got {expression!r}, expected a regular expression: {error}. Put a backslash before a "
+                    "character that stands for itself, or give a list of module names."
+                ) from None
 
 
 def check_one_active(ours: Collection[str], active: Sequence[str]) -> None:

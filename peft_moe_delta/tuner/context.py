@@ -28,6 +28,12 @@ from ..losses import share_of_step
 from . import generation
 from .passes import ForwardState
 
+Sums = dict[str, tuple[float, float]]
+"""Name of a statistic -> what was summed, and over how many."""
+
+LOOK_EVERY = 16
+"""Training passes between two looks at whether the loss is finite, where a look would wait for an accelerator."""
+
 COLUMNS = ("text",)
 """What `LanguageCollator` reads in a data set beyond the arguments of a model, so that Trainer must not drop it."""
 
@@ -57,7 +63,8 @@ class ForwardContext:
         self.auxiliary: Tensor | None = None
         self._collected: list[Tensor] | None = None
         self._share: Tensor | float | None = None
-        self._suspect: Tensor | None = None
+        self._suspect: Tensor | None = None  # whether a training loss since the last look was not finite,
+        self._unseen = 0  # and in how many passes that was
         self._handles: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
@@ -159,15 +166,24 @@ class ForwardContext:
             total, count = old_total + total.to(old_total.device), old_count + count.to(old_count.device)
         self.statistics[name] = total, count
 
-    def read_statistics(self) -> dict[str, float]:
-        """Means of the running statistics since the last call; those without any token are left out."""
+    def read_statistics(self, gather: Callable[[Sums], list[Sums]] = lambda sums: [sums]) -> dict[str, float]:
+        """Means of the running statistics since the last call; those without any token are left out.
+
+        Args:
+            gather: this process's sums -> those of all whose means these are.
+        """
         read, self.statistics = self.statistics, {}
-        means: dict[str, float] = {}
+        sums: Sums = {}
         for name, parts in read.items():
             names = (name,) if isinstance(name, str) else name
             totals, counts = (part.reshape(-1).tolist() for part in parts)
-            means |= {name: t / n for name, t, n in zip(names, totals, counts, strict=True) if n}
-        return means
+            sums |= {name: (t, n) for name, t, n in zip(names, totals, counts, strict=True)}
+        joint: Sums = {}
+        for each in gather(sums):
+            for name, (total, count) in each.items():
+                before = joint.get(name, (0.0, 0.0))
+                joint[name] = before[0] + total, before[1] + count
+        return {name: total / count for name, (total, count) in joint.items() if count}
 
     def _enter(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -223,8 +239,10 @@ class ForwardContext:
         auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
         loss = output.get("loss") if isinstance(output, dict) else None
         shown = auxiliary if loss is None else loss
-        if shown is not None and state is not None and state.recording:
-            self._suspect = ~shown.detach().isfinite()
+        if shown is not None and state is not None and state.recording and not torch.compiler.is_compiling():
+            suspect = ~shown.detach().isfinite()
+            self._suspect = suspect if self._suspect is None else suspect | self._suspect.to(suspect.device)
+            self._unseen += 1
         if auxiliary is None:
             return None
         if self._collected is not None:
@@ -245,13 +263,21 @@ class ForwardContext:
     def _refuse_diverged(self, model: nn.Module) -> None:
         """Stop a training whose weights have become NaN, which the loss in Trainer's log does not say.
 
-        They are looked at where the last pass's loss was not finite, which by itself may be a step without targets.
+        They are looked at where a loss since the last look was not finite, which by itself may be a step without
+        targets. To look at a loss is to wait for its device, with nothing queued behind it: free on a CPU, and dear
+        once a step on an accelerator. There it happens once in 16 passes, as weights that are NaN stay NaN, and the
+        monitor stops sooner. (A copy that is not waited for would need pinned memory and events of each kind of
+        device, to be told a few passes earlier.)
 
         Raises:
             PeftMoeDeltaError: a weight that trains is not finite.
         """
-        suspect, self._suspect = self._suspect, None
-        if suspect is None or torch.compiler.is_compiling() or not bool(suspect):
+        if self._suspect is None or torch.compiler.is_compiling():
+            return
+        if self._suspect.device.type != "cpu" and self._unseen < LOOK_EVERY:
+            return
+        suspect, self._suspect, self._unseen = self._suspect, None, 0
+        if not bool(suspect):
             return
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and not bool(parameter.isfinite().all()):

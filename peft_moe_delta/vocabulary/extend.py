@@ -11,8 +11,8 @@ from dataclasses import replace
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..documents import check_documents
 from ..errors import DataError, PlanError
-from ..files import check_documents
 from ..tuner import MoeDeltaTuner
 from ..tuner.vocabulary import check_can_grow, grow, start_from_pieces
 from .distil import distil_rows

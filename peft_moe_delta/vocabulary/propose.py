@@ -16,8 +16,8 @@ from collections.abc import Iterable, Sequence
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
+from ..documents import check_documents
 from ..errors import DataError
-from ..files import check_documents
 from .growth import Merge, apply_merges, backend_of, is_bpe, spell
 
 HELD_OUT = 5

@@ -120,7 +120,7 @@ def test_peft_model_and_bf16(model, byte_tokenizer):
 @pytest.mark.parametrize(
     ("documents", "options", "message"),
     [
-        ([], {}, "an empty list"),
+        ([], {}, "nothing"),
         ("abc", {}, "one string"),
         (["abc", ""], {}, r"documents\[1\]"),
         (["abc"], {"stride": 9, "max_length": 8}, "stride: got 9"),

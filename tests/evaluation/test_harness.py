@@ -278,8 +278,27 @@ def test_exact_match_agrees_with_ours(folder, tmp_path, holds):
     ours = exact_match(model, tokenizer, questions)
     holds(ours.value, above=0, below=1)
     write_harness_tasks(tmp_path / "tasks", {}, {"Saying": write_lines(tmp_path / "tasks.jsonl", questions)})
-    # Ours begins a prompt with <bos>; lm-eval leaves that to the tokenizer.
+    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2)
+    assert evaluate(lm, tmp_path, ["saying"])["saying"]["exact_match,none"] == ours.value
+
+
+def adding_bos(tokenizer):
     beginning = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = beginning
-    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2, add_bos_token=True)
-    assert evaluate(lm, tmp_path, ["saying"])["saying"]["exact_match,none"] == ours.value
+    return tokenizer
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_prompts_and_texts_begin_as_in_our_scores_whatever_the_tokenizer_adds(folder, adds_bos):
+    """Tokens as `lm_eval` makes them, and a whole text's bits per byte."""
+    model, tokenizer = load(folder / "base"), adding_bos(pico_tokenizer()) if adds_bos else pico_tokenizer()
+    before = tokenizer("say 1:")["input_ids"]
+    lm = MoeDeltaLM(pretrained=model, tokenizer=tokenizer, batch_size=2, max_length=WINDOW)
+    ids, labels = encode_task(tokenizer, "say 1:", " 1")
+    context = ids[: labels.count(-100)]
+    assert lm.tok_batch_encode(["say 1:"])[0].tolist() == [context] and lm.tok_encode("say 1:") == context
+    assert lm._encode_pair("say 1:", " 1") == (context, ids[len(context) : -1])
+    assert evaluate(lm, folder, ["moe_delta_text_hu"])["moe_delta_text_hu"]["bits_per_byte,none"] == pytest.approx(
+        bits_per_byte(model, tokenizer, TEXTS["hu"], max_length=WINDOW).value, rel=1e-5
+    )
+    assert tokenizer("say 1:")["input_ids"] == before and lm.add_bos_token is None

@@ -115,7 +115,7 @@ def test_more_tokens_than_positions_are_refused(byte_tokenizer):
     [("one text", "got one string"), ([], "got nothing"), (["a", " \n"], "1 of 2 are empty, the first at index 1")],
 )
 def test_material_is_checked_before_a_model_is_loaded(texts, message):
-    with pytest.raises(DataError, match=f"The text of 'hu': .*{message}"):
+    with pytest.raises(DataError, match=rf"(The text of 'hu'|text\['hu'\]): .*{message}"):
         evaluate_languages({"nobody": "/nowhere"}, {"hu": texts})
-    with pytest.raises(DataError, match=f"The prompts of 'hu': .*{message}"):
+    with pytest.raises(DataError, match=rf"(The prompts of 'hu'|prompts\['hu'\]): .*{message}"):
         evaluate_languages({"nobody": "/nowhere"}, {"hu": ["x"]}, prompts={"hu": texts})

@@ -74,7 +74,7 @@ def test_routing_by_language_takes_language_ids(family):
         torch.testing.assert_close(
             logits(exported, TOKENS, language_ids=ids), logits(model, TOKENS, language_ids=ids), atol=5e-5, rtol=0
         )
-    with pytest.raises(ValueError, match=r"Pass language_ids.*\['hu', 'en', 'fi', 'az'\]"):
+    with pytest.raises(ValueError, match=r"Pass language, .*\['hu', 'en', 'fi', 'az'\]"):
         exported(TOKENS)
 
 
@@ -235,3 +235,28 @@ def test_it_generates_and_trains_with_plain_transformers(reloaded, name):
     assert torch.equal(proof["router"], moe_layers(model)[0].moe_delta_router["default"].weight), "fp32 throughout"
     assert (folder / "modeling_moe_delta.py").is_file()
     assert (folder / "again" / "modeling_moe_delta.py").is_file()
+
+
+def test_by_language_it_takes_a_code_as_the_adapter_does():
+    model = adapter(routing="language")
+    exported = to_stock(model, remote_code=True)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(TOKENS)}
+    for index, code in enumerate(LANGUAGES):
+        torch.testing.assert_close(
+            logits(exported, TOKENS, language=code), logits(model, TOKENS, language=code), atol=5e-5, rtol=0
+        )
+        for way in ({}, {"num_beams": 2}, {"use_cache": False}):
+            by_code = exported.generate(TOKENS, language=code, **options, **way)
+            assert torch.equal(
+                by_code, exported.generate(TOKENS, language_ids=torch.full((3,), index), **options, **way)
+            )
+    for arguments in ({"language": "sw"}, {"language": "hu", "language_ids": torch.zeros(3, dtype=torch.int64)}):
+        with pytest.raises(ValueError, match=r"one of \['hu', 'en'.*Got language='(sw|hu)'"):
+            exported(TOKENS, **arguments)
+    with pytest.raises(ValueError, match="Pass language, one of"):
+        exported(TOKENS)
+
+
+def test_where_experts_are_not_chosen_by_language_a_code_changes_nothing():
+    exported = to_stock(adapter(), remote_code=True)
+    assert torch.equal(logits(exported, TOKENS, language="hu"), logits(exported, TOKENS))

@@ -140,7 +140,10 @@ def _damaged(random: Random, path: Path, scratch: Path) -> str:
     copy = scratch / path.name
     if copy != path:
         shutil.copytree(path, copy, dirs_exist_ok=True)
-    file = random.choice(sorted(f for f in copy.rglob("*") if f.is_file()))
+    files = sorted(f for f in copy.rglob("*") if f.is_file())
+    if not files:  # its last one is missing already
+        return str(copy)
+    file = random.choice(files)
     if random.random() < 0.2:
         file.unlink()
     else:

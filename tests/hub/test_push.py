@@ -209,6 +209,32 @@ def test_only_safetensors_are_published(call, hub: LoopbackHub, models, tmp_path
     assert f"{USER}/bad" not in hub.repositories
 
 
+def test_a_link_out_of_the_folder_is_not_followed(call, hub: LoopbackHub, models, tmp_path):
+    """What it points at may be anybody's; a Hub cache's links to its own files are how that cache works."""
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    folder = shutil.copytree(models["adapter"], tmp_path / "adapter")
+    (folder / "notes.json").symlink_to(secret)
+    with pytest.raises(
+        CheckpointError, match=r"notes\.json is a link that points outside its folder, to .*secret\.json"
+    ):
+        call(client.push, str(folder), f"{USER}/linked")
+    (folder / "notes.json").unlink()
+    (folder / "secret.txt").symlink_to(secret)  # not published by any name
+    call(client.push, str(folder), f"{USER}/linked")
+    assert "secret.txt" not in hub.files(f"{USER}/linked")
+
+    snapshot, blobs = tmp_path / "cache" / "snapshots" / "c0ffee", tmp_path / "cache" / "blobs"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for path in models["adapter"].iterdir():
+        shutil.copy(path, blobs / path.name)
+        (snapshot / path.name).symlink_to(blobs / path.name)
+    call(client.push, str(snapshot), f"{USER}/cached")
+    weights = "adapter_model.safetensors"
+    assert hub.files(f"{USER}/cached")[weights] == (models["adapter"] / weights).read_bytes()
+
+
 def test_an_adapter_over_a_local_folder_says_that_nobody_has_it(models):
     from peft_moe_delta.hub.push import _with_base
 

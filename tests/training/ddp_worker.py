@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import Trainer
 
-from peft_moe_delta import AuxiliaryLossMixin, LanguageCollator
+from peft_moe_delta import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
 from training.common import (
     GradientRecorder,
     checkpoint,
@@ -104,14 +104,15 @@ class MixedTrainer(AuxiliaryLossMixin, Trainer):
 TRAINERS = {"Trainer": Trainer, "Trainer with the mixin": MixedTrainer}
 
 
-def with_trainer(name: str, folder: Path, size: int) -> dict[str, Tensor]:
-    """The gradients of one step of a Trainer on four documents, of which a process sees `size` at a time."""
+def with_trainer(name: str, folder: Path, size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """One step of a Trainer on four documents, of which a process sees `size` at a time: gradients, and the log."""
     recorder = GradientRecorder()
     model = expert_model(routing="language", stage="review", language_prior_coef=5.0)
     data = documents((5, 5, 5, 5), ["en", "hu", "en", "az"])  # as many targets to a token in every pass
     arguments = {"per_device_train_batch_size": size, "max_grad_norm": 0.0, "ddp_find_unused_parameters": False}
-    train(model, data, folder, trainer_class=TRAINERS[name], callbacks=[recorder], **arguments)
-    return recorder.steps[0]
+    callbacks = [recorder, RoutingCallback()]
+    trainer = train(model, data, folder, trainer_class=TRAINERS[name], callbacks=callbacks, **arguments)
+    return recorder.steps[0], trainer.state.log_history[0]
 
 
 def main(rank: int, world: int, folder: Path) -> None:

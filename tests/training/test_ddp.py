@@ -9,6 +9,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
+import pytest
 import torch
 
 from training.common import assert_equal
@@ -69,6 +70,11 @@ def test_two_processes(tmp_path, subtests):
                 assert_equal(first[0], expected, 1e-6)
     for name in TRAINERS:
         with subtests.test(name):
-            expected = with_trainer("Trainer", tmp_path, size=4)
+            expected, log = with_trainer("Trainer", tmp_path, size=4)
+            figures = {
+                key: value for key, value in log.items() if key.startswith(("expert_0_share/", "language_prior"))
+            }
+            assert {key.rpartition("/")[2] for key in figures} >= {"original", "uralic", "turkic"}
             for each in found:
-                assert_equal(each[name], expected, 1e-6)
+                assert_equal(each[name][0], expected, 1e-6)
+                assert {key: each[name][1][key] for key in figures} == pytest.approx(figures, abs=1e-6)

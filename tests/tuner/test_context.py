@@ -9,7 +9,7 @@ import torch
 from builders import HIDDEN, LANGUAGES, logits, pico, token_batch, upcycle
 from peft_moe_delta.errors import LanguageError, PeftMoeDeltaError
 from peft_moe_delta.languages import LanguageTable
-from peft_moe_delta.tuner.context import ForwardContext
+from peft_moe_delta.tuner.context import LOOK_EVERY, ForwardContext
 from peft_moe_delta.tuner.passes import ForwardState
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
@@ -109,3 +109,47 @@ def test_compiled_code_refuses_a_second_thread_inside_a_pass(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     with pytest.raises(PeftMoeDeltaError, match="take turns"):
         assert context.current
+
+
+class OnAccelerator:
+    """Whether a loss was finite, on a device that has to be waited for; counts how often somebody does."""
+
+    device = OTHER
+
+    def __init__(self, value):
+        self.value, self.waits = value, 0
+
+    def __bool__(self):
+        self.waits += 1
+        return self.value
+
+
+def test_a_training_step_does_not_wait_for_its_device():
+    """A device is played by an object, as in the tests above."""
+    context, model = ForwardContext(), pico()
+    found = []
+    for step in range(3 * LOOK_EVERY):
+        if context._suspect is None:
+            context._suspect = OnAccelerator(False)
+        context._unseen += 1
+        found.append(context._suspect)
+        context._refuse_diverged(model)
+        assert (context._suspect is None) == ((step + 1) % LOOK_EVERY == 0)
+    assert sum(flag.waits for flag in set(found)) == 3
+
+
+@pytest.mark.parametrize("finite", [0, 3])
+def test_a_loss_that_was_not_finite_is_remembered_until_somebody_looks(finite):
+    model = upcycle(pico(), trained=True).train()
+    context, tokens = ForwardContext.of(model.get_base_model()), token_batch()
+    router = next(p for name, p in model.named_parameters() if "moe_delta_router" in name)
+    context._refuse_diverged, look = lambda model: None, context._refuse_diverged
+    value, router.data[0, 0] = router.data[0, 0].clone(), torch.nan
+    model(tokens, labels=tokens)
+    router.data[0, 0] = value
+    for _ in range(finite):
+        model(tokens, labels=tokens)
+    assert bool(context._suspect) and context._unseen == 1 + finite
+    router.data[0, 0] = torch.nan
+    with pytest.raises(PeftMoeDeltaError, match=r"Training has diverged: .*moe_delta_router.* is not finite"):
+        look(model)

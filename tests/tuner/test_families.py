@@ -7,8 +7,8 @@ import torch
 from peft import PeftModel
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
-from builders import FAMILIES, GATED, SIZES, logits, moe_layers, pico, token_batch, upcycle
-from peft_moe_delta.errors import ArchitectureError
+from builders import FAMILIES, GATED, SIZES, logits, moe_layers, perturbed, pico, token_batch, upcycle
+from peft_moe_delta.errors import ArchitectureError, GraftError
 
 RANKS = pytest.mark.parametrize("rank", [None, 2], ids=["full", "low-rank"])
 IDS = torch.tensor([0, 1, 3])  # one row of each group
@@ -46,10 +46,18 @@ def test_only_the_text_decoder_of_a_multimodal_model_is_upcycled():
         )
     ).eval()
     expected = logits(base, token_batch())
+    post_trained = perturbed(base, scale=0.05)
     model = upcycle(base)
     changed = [name for name, module in base.named_modules() if module in moe_layers(model)]
     assert changed == ["model.language_model.layers.0.mlp", "model.language_model.layers.1.mlp"]
     torch.testing.assert_close(logits(model, token_batch()), expected, atol=5e-5, rtol=0)
+    after = logits(post_trained, token_batch())
+    torch.testing.assert_close(
+        logits(model.graft(copy.deepcopy(post_trained)), token_batch()), after, atol=5e-5, rtol=0
+    )
+    for options in ({}, {"remote_code": True}):
+        with pytest.raises(GraftError, match="'gemma3' is a multimodal model.*with `graft`"):
+            model.merge_and_graft(post_trained, **options)
 
 
 @pytest.mark.parametrize(

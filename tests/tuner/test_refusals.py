@@ -78,6 +78,13 @@ def refused(model, error, words):
         ({"record": {"format": 2, "steps": 1}}, PlanError, ["`record` has unknown fields ['steps']", "open_steps"]),
         ({"record": 2}, PlanError, ["`record` is filled in", "2", "Leave it out"]),
         ({"layers_to_transform": [1, 0]}, PlanError, ["`layers_to_transform`", "ascending", "[1, 0]"]),
+        (
+            {"target_modules": "*mlp"},
+            PlanError,
+            ["`target_modules`", "'*mlp'", "a regular expression: nothing to repeat"],
+        ),
+        ({"exclude_modules": "["}, PlanError, ["`exclude_modules`", "'['", "unterminated"]),
+        ({"layers_pattern": ["h", "("]}, PlanError, ["`layers_pattern`", "'('", "missing )"]),
         ({"target_modules": ".*mlp", "layers_to_transform": [0]}, PlanError, ["`layers_to_transform`", "no effect"]),
     ],
     ids=str,
