@@ -43,8 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
         subparser.set_defaults(run=command.run)
     arguments = sys.argv[1:] if arguments is None else arguments
     for argument in arguments:
-        if argument != _printable(argument):  # no file of ours could hold it
-            parser.error(f"{argument!r} is not valid Unicode")
+        if argument != _printable(argument) or "\0" in argument:  # no file of ours could hold it, or be called that
+            parser.error(f"{argument!r} is not valid Unicode, or has a null character")
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("peft_moe_delta").setLevel(logging.INFO)  # our progress alone: other libraries log every request

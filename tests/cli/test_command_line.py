@@ -75,8 +75,9 @@ def test_two_numbers_for_all_groups_are_refused():
     [
         [], ["nothing"], ["graft"], ["graft", "a", "b", "c", "d", "--scale", "x"], ["measure", "--tokens", "many"],
         ["delta", "compute"], ["group", "--source", "guess"], ["train", "a", "b"],
+        ["card", "\0"], ["card", "\ud800"],
     ],
-    ids=" ".join,
+    ids=lambda line: ascii(" ".join(line)),
 )  # fmt: skip
 def test_a_command_line_that_cannot_be_read_ends_in_one_line_and_status_2(line, capsys):
     with pytest.raises(SystemExit) as stopped:
