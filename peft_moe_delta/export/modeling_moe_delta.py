@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -129,10 +132,13 @@ class MoeDeltaForCausalLM(HostModel):
         tokens = kwargs.get("input_ids", args[0] if args else None)
         tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
         if self.config.moe_delta["languages"] is not None and tokens is not None:
-            groups_T = self._groups(language, language_ids, tokens)
-            for module in self.modules():
-                if isinstance(module, Mixture):
-                    module.groups_T = groups_T
+            self._tell(groups_T := self._groups(language, language_ids, tokens))
+            for module in self.modules() if self.training else ():
+                if (function := module.__dict__.get("_gradient_checkpointing_func")) is not None:
+                    # What is recomputed has the languages of its own pass, whichever ran since; torch says where
+                    # use_reentrant=True cannot.
+                    contexts = partial(self._contexts, groups_T)
+                    module.__dict__["_gradient_checkpointing_func"] = partial(function, context_fn=contexts)
         return super().forward(*args, **kwargs)
 
     # Trainer and `generate` read the names of the arguments.
@@ -143,6 +149,25 @@ class MoeDeltaForCausalLM(HostModel):
             inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
         ]
     )
+
+    def _tell(self, groups_T: Tensor | None) -> None:
+        for module in self.modules():
+            if isinstance(module, Mixture):
+                module.groups_T = groups_T
+
+    def _contexts(self, groups_T: Tensor) -> tuple[Any, Any]:
+        """Of a checkpointed layer's forward pass and of its recomputation."""
+
+        @contextmanager
+        def replayed() -> Iterator[None]:
+            before = next(module.groups_T for module in self.modules() if isinstance(module, Mixture))
+            self._tell(groups_T)
+            try:
+                yield
+            finally:
+                self._tell(before)
+
+        return nullcontext(), replayed()
 
     def _groups(self, language: str | None, language_ids: Tensor | None, tokens: Tensor) -> Tensor:
         """The group of every token, (T,)."""

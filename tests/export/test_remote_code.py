@@ -30,6 +30,7 @@ from peft_moe_delta.export.remote_code import modelling_source
 from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.routing import Routes, choose_experts, classifier_logits, router_logits
 from peft_moe_delta.tuner import route_agreement
+from training.common import checkpoint
 
 TOKENS = token_batch()
 UNEQUAL = {"uralic": [2, 1], "turkic": [1, 0]}
@@ -153,7 +154,7 @@ def test_a_wrong_expert_is_caught_by_the_gate():
 
 @pytest.mark.parametrize(
     ("attention", "parts", "lines"),
-    [(None, (), 230), ("shared_kv", (Borrowed, SharedKeyValues), 340), ("full", (OwnSlot,), 340)],
+    [(None, (), 260), ("shared_kv", (Borrowed, SharedKeyValues), 370), ("full", (OwnSlot,), 370)],
 )
 def test_the_file_has_this_packages_own_source_and_imports_nothing_of_it(attention, parts, lines):
     source = modelling_source("Gemma2Config", "Gemma2ForCausalLM", attention)
@@ -166,7 +167,8 @@ def test_the_file_has_this_packages_own_source_and_imports_nothing_of_it(attenti
         for alias in node.names
     }
     assert {name.split(".")[0] for name in imported} <= {
-        "__future__", "collections", "copy", "inspect", "dataclasses", "typing", "torch", "transformers",
+        "__future__", "collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "typing", "torch",
+        "transformers",
     }  # fmt: skip
     assert "Gemma2Config as HostConfig" in source
     defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
@@ -255,6 +257,24 @@ def test_by_language_it_takes_a_code_as_the_adapter_does():
             exported(TOKENS, **arguments)
     with pytest.raises(ValueError, match="Pass language, one of"):
         exported(TOKENS)
+
+
+def test_by_language_checkpointing_recomputes_each_pass_in_its_own():
+    """Two passes before one backward pass."""
+    exported = to_stock(adapter(routing="language"), remote_code=True).train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            checkpoint(exported, use_reentrant=False)
+        exported.zero_grad()
+        sum(exported(TOKENS, labels=TOKENS, language=code).loss for code in ("hu", "az")).backward()
+        found.append({name: p.grad.clone() for name, p in exported.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, atol=1e-6, rtol=1e-4)
+    checkpoint(exported, use_reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        exported(TOKENS, labels=TOKENS, language="hu")
 
 
 def test_where_experts_are_not_chosen_by_language_a_code_changes_nothing():
