@@ -40,6 +40,7 @@ def run(
             (folder / "cwd").mkdir()
 
         for name in subjects:
+            restore()  # what an earlier subject has left behind is none of this one's files
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what a bad value is warned of is not what is looked for
                 found = itertools.islice(SUBJECTS[name](seed, folder), number)
