@@ -8,6 +8,7 @@ from .errors import PeftMoeDeltaError
 from .evaluation import EvalReport, TaskSet, evaluate_languages
 from .graft.delta import PostTrainingDelta
 from .graft.files import graft_checkpoint
+from .identifier import IdentifierReport, fit_identifier, recognised_languages
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
 from .model import MoeDeltaModel
@@ -25,6 +26,7 @@ __all__ = [
     "AuxiliaryLossMixin",
     "EvalReport",
     "ExpertPlan",
+    "IdentifierReport",
     "LanguageCollator",
     "LanguageTable",
     "MoeDeltaConfig",
@@ -38,9 +40,11 @@ __all__ = [
     "allocate_experts",
     "evaluate_languages",
     "extend_vocabulary",
+    "fit_identifier",
     "fit_routers",
     "group_languages",
     "mix",
-    "propose_tokens",
     "graft_checkpoint",
+    "propose_tokens",
+    "recognised_languages",
 ]

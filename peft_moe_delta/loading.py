@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .errors import CheckpointError, PeftMoeDeltaError
+from .errors import CheckpointError, DataError, PeftMoeDeltaError
 
 Loaded = TypeVar("Loaded")
 
@@ -42,6 +42,18 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         CheckpointError: there is none, or it is damaged.
     """
     return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+
+
+def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a base model.
+
+    Raises:
+        DataError: there is none.
+    """
+    try:
+        return load_tokenizer(model.name_or_path)
+    except CheckpointError as error:
+        raise DataError(f"No tokenizer beside the base model {model.name_or_path!r}: {error} Pass one.") from error
 
 
 def load_causal_lm(name: str | Path, **options: Any) -> PreTrainedModel:

@@ -31,6 +31,7 @@ from peft_moe_delta.architectures import ATTENTION_MODULES
 from peft_moe_delta.errors import PeftMoeDeltaError
 
 TIED = ("gpt2", "bloom", "mpt", "falcon", "gemma", "gemma2", "gemma3_text", "cohere", "smollm3")
+ROUTINGS = ("learned", "language", "context", "classifier", "context")
 LEAKING = ("falcon", "bloom", "mpt")
 """Families whose positions do not keep packed documents apart; the collator refuses to pack for them."""
 SEVERAL, UNEQUAL = {"uralic": 2, "turkic": 1}, {"uralic": [2, 1], "turkic": [1, 0]}
@@ -94,7 +95,7 @@ def every_case() -> list[Case]:
         Case(family, rank, routing, target, extra)
         for family in FAMILIES
         for rank, routing, target, extra in itertools.product(
-            (None, 4), ("learned", "language", "classifier"), ("stock", "remote_code", "adapter"),
+            (None, 4), ("learned", "language", "context", "classifier"), ("stock", "remote_code", "adapter"),
             ("", "tokens", "lm_head"),
         )
     ]  # fmt: skip
@@ -111,10 +112,10 @@ def every_case() -> list[Case]:
 
 def covering_cases() -> list[Case]:
     """One case of each family, in which every kind occurs."""
-    ranks, routings = itertools.cycle((None, 4)), itertools.cycle(("learned", "language", "classifier"))
+    ranks, routings = itertools.cycle((None, 4)), itertools.cycle(ROUTINGS)
     targets = itertools.cycle(("stock", "remote_code", "adapter", "remote_code"))
-    extras = itertools.cycle(("", "tokens", "lm_head", "tokens", ""))
-    kinds = itertools.cycle((None, None, "shared_kv", None, "full"))
+    extras = itertools.cycle(("", "tokens", "lm_head", "tokens", "", ""))
+    kinds = itertools.cycle((None, None, "shared_kv", None, "full", None, "full"))
     cases = []
     for family in FAMILIES:
         extra, kind = next(extras), next(kinds)
@@ -126,7 +127,7 @@ def covering_cases() -> list[Case]:
 def compare(case: Case, folder: Path) -> Row:
     """Go all roads of a case."""
     trio = case.trio(folder)
-    language = "hu" if case.routing == "language" else None
+    language = "hu" if case.routing == "language" or (case.routing, case.target) == ("context", "stock") else None
     options: dict[str, Any] = {"expert_scale": {"uralic": 0.5}}
     if case.target == "stock" and language:
         options["language"] = language

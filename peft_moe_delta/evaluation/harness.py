@@ -23,6 +23,7 @@ from ..errors import DataError
 from ..languages import LanguageTable, closest_code, closest_code_in_name
 from ..padding import beginning_of_prompt
 from ..tuner import MoeDeltaConfig, MoeDeltaTuner
+from ..tuner.identifier import AUTO
 from .loading import with_learnt_tokens, with_tokenizer
 
 
@@ -68,9 +69,10 @@ class MoeDeltaLM(HFLM):
         self._task_languages = _read_map(task_languages)
         if self._tuner is not None:
             table = self._tuner.active_config.language_table
-            for code in [*self._task_languages.values(), *([language] if language else [])]:
+            for code in [*self._task_languages.values(), *([language] if language not in (None, AUTO) else [])]:
                 table.id_of(closest_code(code, table.codes) or code)
-            self._language = language and closest_code(language, table.codes)
+            if language not in (None, AUTO):
+                self._language = closest_code(language, table.codes)
 
     def _create_tokenizer(self, pretrained: Any, tokenizer: Any, **kwargs: Any) -> None:
         """The adapter's own tokenizer before its base model's."""
@@ -107,9 +109,11 @@ class MoeDeltaLM(HFLM):
         """
         if self._tuner is None:
             return None
+        if self._language == AUTO:
+            return AUTO
         config = self._tuner.active_config
         language = language_of_task(task, config.language_table, self._task_languages) or self._language
-        if language is None and config.routing_rule.needs_language:
+        if language is None and config.must_be_told:
             raise DataError(
                 f"The task {task!r} names none of the adapter's languages ({', '.join(config.language_table.codes)}), "
                 "and this adapter routes by language. Pass task_languages=PATTERN:CODE;... or language=CODE among the "

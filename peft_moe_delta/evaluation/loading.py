@@ -47,10 +47,10 @@ class Measured:
         return {} if table is None else {c: table.groups[g] for c, g in zip(table.codes, table.group_of, strict=True)}
 
     def spoken(self, language: str) -> str | None:
-        """The language to name in a call, as the adapter writes it, where the routing needs one; an original one
-        (expert 0) where the adapter does not know the language; None where the routing needs none."""
+        """The language to name in a call, as the adapter writes it, where it must be told one; an original one
+        (expert 0) where the adapter does not know the language; None where the routing needs none, or reads it."""
         table = self._table()
-        if table is None or not _settings(self.model).config.routing_rule.needs_language:
+        if table is None or not _settings(self.model).config.must_be_told:
             return None
         return closest_code(language, table.codes) or next(iter(table.members(ORIGINAL_GROUP)), table.codes[0])
 

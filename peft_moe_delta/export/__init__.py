@@ -5,11 +5,12 @@ from .choice import Fit, choose, choose_layout, every_fit, explain_choice, stock
 from .gate import check_equal_logits
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .remote_code import RemoteCodeLayout
-from .weights import AttentionWeights, LazyTensors, UpcycledWeights
+from .weights import AttentionWeights, IdentifierWeights, LazyTensors, UpcycledWeights
 
 __all__ = [
     "AttentionWeights",
     "Fit",
+    "IdentifierWeights",
     "Layout",
     "LazyTensors",
     "MoeLayout",

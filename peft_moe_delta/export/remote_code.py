@@ -29,12 +29,15 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrain
 from ..architectures import attention_module_name, mlp_module_name
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from ..routing import LanguageRouting, Routes, choose_experts, classifier_logits, recognised, router_logits
+from ..routing.context import PassTokens, TokenMemory, recognise
 from .layout import Layout, add_legacy_rope
 from .weights import UpcycledWeights
 
 MODULE = "modeling_moe_delta"
 _TEMPLATE = Path(__file__).with_name(f"{MODULE}.py")
 _ATTENTION_TEMPLATE = Path(__file__).with_name("modeling_attention.py")
+_CONTEXT_TEMPLATE = Path(__file__).with_name("modeling_context.py")
+_CONTEXT = (recognise, TokenMemory, PassTokens)
 _IMPORT = re.compile(r"from \.\.routing import .*\n")
 _IMPORTED = {
     "import inspect\n": "from dataclasses import dataclass\n",
@@ -47,6 +50,7 @@ _ATTENTION: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "full": ((OwnSlot, cache_slots), "OwnAttention"),
 }
 """Kind of attention experts -> what they use of `attention`, and their class in the template."""
+_FOR_OUR_LINTERS = re.compile(r"  # (?:noqa|type): .*")
 _HOST = re.compile(r"from transformers import (\w+) as (HostConfig|HostModel)")
 
 
@@ -76,23 +80,36 @@ class RemoteCodeLayout(Layout):
             moe_delta["allowed"] = {
                 str(layer): LanguageRouting().allowed_experts(counts[layer]) for layer in weights.moe_layers
             }
-        module = modelling_module(weights)
+        if weights.identifier is not None:
+            found = weights.identifier
+            moe_delta["identifier"] = {
+                "shape": [found.vocabulary, len(found.group_of) - 1],
+                "memory": found.memory,
+                "threshold": found.threshold,
+                "group_of": list(found.group_of),
+            }
+        module, name = modelling_module(weights), _class_name(weights)
         config: PretrainedConfig = module.MoeDeltaConfig(
             **fields,
             moe_delta=moe_delta,
             dtype=weights.dtype,
-            architectures=["MoeDeltaForCausalLM"],
+            architectures=[name],
             auto_map={
                 "AutoConfig": f"{MODULE}.MoeDeltaConfig",
-                "AutoModelForCausalLM": f"{MODULE}.MoeDeltaForCausalLM",
+                "AutoModelForCausalLM": f"{MODULE}.{name}",
             },
         )
         add_legacy_rope(config)
         return config
 
     def model_class(self, weights: UpcycledWeights) -> type[PreTrainedModel]:
-        model_class: type[PreTrainedModel] = modelling_module(weights).MoeDeltaForCausalLM
+        model_class: type[PreTrainedModel] = getattr(modelling_module(weights), _class_name(weights))
         return model_class
+
+    def tensors(self, weights: UpcycledWeights) -> Iterator[tuple[str, Tensor]]:
+        yield from super().tensors(weights)
+        if weights.identifier is not None:
+            yield "identifier_scores", weights.identifier.scores()
 
     def files(self, weights: UpcycledWeights) -> Mapping[str, str]:
         return {f"{MODULE}.py": modelling_source(*_names(weights))}
@@ -130,25 +147,28 @@ class RemoteCodeLayout(Layout):
                     yield f"{prefix}experts.{position}.{key}", tensor
 
 
-def modelling_source(config_class: str, model_class: str, attention: str | None = None) -> str:
+def modelling_source(config_class: str, model_class: str, attention: str | None = None, context: bool = False) -> str:
     """The modelling file for a host.
 
     Args:
         config_class, model_class: names of its config and model class in transformers.
         attention: kind of attention experts; None without.
+        context: whether languages are read from the text.
     """
     hosts = {"HostConfig": config_class, "HostModel": model_class}
     source = _HOST.sub(
         lambda match: f"from transformers import {hosts[match[2]]} as {match[2]}", _TEMPLATE.read_text(encoding="utf-8")
     )
-    source = re.sub(r"  # noqa: .*", "", source)
+    source = _FOR_OUR_LINTERS.sub("", source)
     source = _IMPORT.sub(lambda _: f"\n{_sources(_ROUTING)}\n", source, count=1)
     for line, also in _IMPORTED.items():
         source = source.replace(line, line + also, 1)
+    if context:
+        source = _with_context(source)
     if attention is None:
         return source
     used, name = _ATTENTION[attention]
-    parts = [_sources(used), *(_definition(part) for part in ("AttentionMixture", name))]
+    parts = [_sources(used), *(_definition(_ATTENTION_TEMPLATE, part) for part in ("AttentionMixture", name))]
     # Errors of this package are ValueErrors, which is what they are where it is not installed.
     text = re.sub(r"\b(Language|Architecture)Error\b", "ValueError", "\n\n\n".join(parts))
     source = source.replace("import inspect\n", "import inspect\nfrom collections.abc import Iterator\n", 1)
@@ -160,13 +180,32 @@ def _sources(parts: Iterable[Any]) -> str:
     return "\n\n\n".join(inspect.getsource(part).rstrip() for part in parts)
 
 
-def _definition(name: str) -> str:
-    """A class of the template for attention, which is read without importing a host's modelling code."""
-    source = _ATTENTION_TEMPLATE.read_text(encoding="utf-8")
+def _with_context(source: str) -> str:
+    """The modelling file with the part that reads languages from the text."""
+    source = source.replace("abc import Iterator\n", "abc import Iterator, Mapping\n", 1)
+    cache = "from transformers.cache_utils import Cache, DynamicLayer\n"
+    source = source.replace(
+        "from torch.nn import functional as F\n", f"from torch.nn import functional as F\n{cache}", 1
+    )
+    before, config, after = source.partition("class MoeDeltaConfig")
+    name = "MoeDeltaContextForCausalLM"
+    return (
+        f"{before}{_sources(_CONTEXT)}\n\n\n{config}{after}\n\n{_definition(_CONTEXT_TEMPLATE, name)}\n\n\n"
+        f'{name}.register_for_auto_class("AutoModelForCausalLM")\n'
+    )
+
+
+def _class_name(weights: UpcycledWeights) -> str:
+    return "MoeDeltaForCausalLM" if weights.identifier is None else "MoeDeltaContextForCausalLM"
+
+
+def _definition(template: Path, name: str) -> str:
+    """A class of a template, which is read without importing a host's modelling code."""
+    source = template.read_text(encoding="utf-8")
     node = next(node for node in ast.parse(source).body if getattr(node, "name", None) == name)
     definition = ast.get_source_segment(source, node)
     assert definition is not None
-    return definition
+    return _FOR_OUR_LINTERS.sub("", definition)
 
 
 def modelling_module(weights: UpcycledWeights) -> ModuleType:
@@ -174,20 +213,21 @@ def modelling_module(weights: UpcycledWeights) -> ModuleType:
     return _load(*_names(weights))
 
 
-def _names(weights: UpcycledWeights) -> tuple[str, str, str | None]:
+def _names(weights: UpcycledWeights) -> tuple[str, str, str | None, bool]:
     """What `modelling_source` takes."""
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(weights.config)]
     attention = None if weights.attention is None else weights.attention.kind
-    return type(weights.config).__name__, model_class.__name__, attention
+    return type(weights.config).__name__, model_class.__name__, attention, weights.identifier is not None
 
 
 @lru_cache
-def _load(config_class: str, model_class: str, attention: str | None) -> ModuleType:
+def _load(config_class: str, model_class: str, attention: str | None, context: bool) -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="moe_delta_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{MODULE}.py"
-    path.write_text(modelling_source(config_class, model_class, attention), encoding="utf-8")
-    name = f"moe_delta_{config_class}_{attention}.{MODULE}"  # transformers takes the last part as the file's name
+    path.write_text(modelling_source(config_class, model_class, attention, context), encoding="utf-8")
+    # transformers takes the last part as the file's name
+    name = f"moe_delta_{config_class}_{attention}_{context}.{MODULE}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

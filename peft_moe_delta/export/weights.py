@@ -68,6 +68,25 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
+class IdentifierWeights:
+    """What reads the languages from the text (`routing.context`).
+
+    Attributes:
+        scores: gives `score_l` of every token, (V, C) int8.
+        vocabulary: V.
+        memory: tokens that are remembered.
+        threshold: evidence that a language needs.
+        group_of: groups by what `recognise` says, (1 + C,).
+    """
+
+    scores: Callable[[], Tensor]
+    vocabulary: int
+    memory: int
+    threshold: int
+    group_of: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class UpcycledWeights:
     """An upcycled model as tensors; every token may use every expert that is exported, unless `languages` are given.
 
@@ -83,6 +102,7 @@ class UpcycledWeights:
         attention: the attention experts; None where there are none.
         group: None for the whole model under learned routing; else the one group that is exported (`for_group`).
         languages: for the whole model under routing by language, its languages and groups; None otherwise.
+        identifier: what reads the languages from the text where none are named; None where nothing does.
         replicated: whether a layer with one expert is exported as equal copies of it (`with_dense_layers_replicated`).
     """
 
@@ -97,6 +117,7 @@ class UpcycledWeights:
     attention: AttentionWeights | None = None
     group: str | None = None
     languages: LanguageTable | None = None
+    identifier: IdentifierWeights | None = None
     replicated: bool = False
 
     def for_group(self, group: str) -> UpcycledWeights:
@@ -109,7 +130,7 @@ class UpcycledWeights:
         """
         if group not in self.plan.groups:
             raise GraftError(f"Cannot export group {group!r}: the plan has {', '.join(self.plan.groups)}. Choose one.")
-        share = dataclasses.replace(self, group=group, languages=None)
+        share = dataclasses.replace(self, group=group, languages=None, identifier=None)
         if self.attention is None:
             return share
         # Where one expert is left there is no mixture: its attention is the layer's own.

@@ -25,6 +25,7 @@ WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _EXPERT = re.compile(r"(.+)\.moe_delta_experts\.(\d+)\.(.+)")
 _ROWS = re.compile(r"(.+)\.moe_delta_(router|classifier)\.(?:weight|grown_(\d+))")
+_IDENTIFIER = "moe_delta_identifiers.counts"
 _NEW_TOKENS = re.compile(r"(.+)\.moe_delta_rows\.weight")
 
 
@@ -53,6 +54,7 @@ class Adapter:
         source: what errors call it.
         mlps, attentions: layer -> the MLP that became experts, the attention module that did.
         saved: name in the dense model -> name here, of `modules_to_save`.
+        identifier: name of the token counts by which languages are told apart; None where there are none.
         new_rows: name of an embedding in the dense model -> name here, of the rows of new tokens.
         changed: name in the dense model -> name here, of base weights that PEFT saves along: embeddings that were
             resized.
@@ -66,6 +68,7 @@ class Adapter:
         self.mlps: dict[int, Block] = {}
         self.attentions: dict[int, Block] = {}
         self.saved: dict[str, str] = {}
+        self.identifier: str | None = None
         self.new_rows: dict[str, str] = {}
         self.changed: dict[str, str] = {}
         for key in tensors:
@@ -98,9 +101,11 @@ class Adapter:
         elif match := _ROWS.fullmatch(name):
             block = self._block(match[1])
             (block.router if match[2] == "router" else block.classifier).append(key)
+        elif name == _IDENTIFIER:
+            self.identifier = key
         elif match := _NEW_TOKENS.fullmatch(name):
             self.new_rows[f"{match[1]}.weight"] = key
-        elif ".moe_delta_" in name:
+        elif "moe_delta_" in name:
             raise CheckpointError(f"{self.source} holds {key}, which this version of the package does not know.")
         elif self._is_saved(name):
             self.saved[name] = key
@@ -162,6 +167,8 @@ class Adapter:
             raise CheckpointError(f"{self.source} lacks classifiers of the layers {sorted(gates)}. Fetch it again.")
         if bool(self.config.record.new_tokens) != bool(self.new_rows):
             raise CheckpointError(f"{self.source} lacks the rows of its config's new tokens. Fetch it again.")
+        if (self.config.record.identifier is None) != (self.identifier is None):
+            raise CheckpointError(f"{self.source} lacks the token counts of its config's identifier. Fetch it again.")
         rows = tuple(plan.counts[plan.layers.index(layer)] for layer in plan.moe_layers)
         return ExpertPlan(plan.moe_layers, plan.groups, rows)
 

@@ -51,7 +51,7 @@ class Dense:
         """
         state: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
-            if ".moe_delta_" not in name and ".modules_to_save." not in name:
+            if "moe_delta_" not in name and ".modules_to_save." not in name:
                 state[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
         tied = {
             target: source

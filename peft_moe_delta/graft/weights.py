@@ -8,6 +8,7 @@ device) come tensors without content: shapes and dtypes are known before anythin
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -18,12 +19,13 @@ from transformers import PretrainedConfig
 from ..architectures import TRANSPOSED_MLP, mlp_module_name
 from ..attention import Borrowed
 from ..errors import CheckpointError, GraftError
-from ..export import AttentionWeights, LazyTensors, UpcycledWeights
+from ..export import AttentionWeights, IdentifierWeights, LazyTensors, UpcycledWeights
 from ..plan import ExpertPlan
 from ..routing import ClassifierRouting
 from ..tensors import Tensors, all_finite, is_embedding, low_rank_weight, rounded, with_new_rows
 from ..tuner.config import MoeDeltaConfig
 from ..tuner.fingerprint import check_fingerprint, fingerprint
+from ..tuner.identifier import groups_of, scores_of
 from .adapter import Adapter, Block
 from .arithmetic import graft_tensor
 from .delta import PostTrainingDelta
@@ -70,6 +72,9 @@ class GraftedWeights:
         self.names = tuple(name for name in post_trained.tensors if name not in self.tied)
         self.adapter_config = copy.deepcopy(adapter.config)
         self.adapter_config.change(first_new_token_id=first_new_id(adapter.config, vocabulary))
+        if (fitted := adapter.config.record.identifier) is not None and (moves := self._identifier_moves()) is not None:
+            wider = dataclasses.replace(fitted, vocabulary=fitted.vocabulary + moves[1] - moves[0])
+            self.adapter_config.change(identifier=wider)
         self.config = self._config()
 
     def _stays_tied(self, target: str, source: str, *, tied_in_base: bool) -> bool:
@@ -142,8 +147,29 @@ class GraftedWeights:
                 yield key, self._of_expert(key, *of_expert[key])
             elif key in saved:
                 yield key, self._saved(saved[key])
+            elif key == self.adapter.identifier:
+                yield key, self._counts(key)
             elif key not in changed:  # embeddings of a resized base: the grafted model has its own
                 yield key, self.stored(key)
+
+    def _counts(self, key: str) -> Tensor:
+        """The identifier's token counts, with those of new tokens where these have gone to."""
+        counts, moves = self.adapter.tensors[key], self._identifier_moves()
+        if moves is None:
+            return counts
+        (before, now), number = moves, self._num_new()
+        moved = counts.new_zeros(len(counts), counts.shape[1] + now - before)
+        moved[:, :before] = counts[:, :before]
+        moved[:, now : now + number] = counts[:, before : before + number]
+        return moved
+
+    def _identifier_moves(self) -> tuple[int, int] | None:
+        """The id of the first new token before and after the graft, where the identifier has counted such tokens."""
+        fitted = self.adapter.config.record.identifier
+        before, now = (c.record.first_new_token_id for c in (self.adapter.config, self.adapter_config))
+        if fitted is None or before is None or now is None or before == now or fitted.vocabulary <= before:
+            return None
+        return before, now
 
     def stored(self, key: str) -> Tensor:
         """A tensor of the adapter as it is."""
@@ -211,6 +237,21 @@ class GraftedWeights:
             classifiers={n: partial(self._rows, mlp.classifier) for n, mlp in mlps.items() if mlp.classifier},
             attention_experts=lambda layer, e: self.expert(layer, e, attentions[layer]),
             attention_routers=lambda layer: self._rows(attentions[layer].router),
+            identifier=self._identifier(),
+        )
+
+    def _identifier(self) -> IdentifierWeights | None:
+        """What reads the language from the text, for export."""
+        config, key = self.adapter_config, self.adapter.identifier
+        if config.must_be_told or config.record.identifier is None or key is None:
+            return None
+        fitted = config.record.identifier
+        return IdentifierWeights(
+            scores=lambda: scores_of(config, self._counts(key)),
+            vocabulary=fitted.vocabulary,
+            memory=fitted.memory,
+            threshold=fitted.threshold,
+            group_of=groups_of(config),
         )
 
     def report(
@@ -274,6 +315,7 @@ def upcycled_weights(
     classifiers: Mapping[int, Callable[[], Tensor]],
     attention_experts: Callable[[int, int], Mapping[str, Tensor]],
     attention_routers: Callable[[int], Tensor],
+    identifier: IdentifierWeights | None = None,
 ) -> UpcycledWeights:
     """The weights of an upcycled model for export: what its adapter's config says is said here, and nowhere else."""
     kind, by_language = adapter.attention_experts, adapter.routing_rule.needs_language
@@ -288,6 +330,7 @@ def upcycled_weights(
         classifiers=classifiers if isinstance(adapter.routing_rule, ClassifierRouting) else {},
         attention=None if kind is None else AttentionWeights(kind, attention_experts, attention_routers),
         languages=adapter.language_table if by_language else None,
+        identifier=identifier,
     )
 
 

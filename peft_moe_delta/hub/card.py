@@ -245,7 +245,7 @@ def kept_languages(facts: CardFacts, report: EvalReport | None) -> list[str]:
     skills = [d for d in differences if d.task != TEXT and d.status != "expanded"]
     if not skills or any(verdict(d) == "loss" for d in skills):
         return []
-    fixed = facts.adapter.get("routing") == "language"
+    fixed = facts.adapter.get("routing") in ("language", "context")  # neither reads what a graft changes
     routed = {row.language for row in report.agreement if row.model == ours}
     text = {d.language: verdict(d) for d in differences if d.task == TEXT}
     return [

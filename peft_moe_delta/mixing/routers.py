@@ -33,12 +33,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ..documents import check_languages, each_document
 from ..errors import DataError, LanguageError
 from ..export.gate import evaluating
 from ..languages import ORIGINAL_GROUP
+from ..loading import tokenizer_of
 from ..padding import padded
 from ..routing import routing_named
 from ..tuner import MoeDeltaLayer, MoeDeltaTuner
@@ -109,7 +110,7 @@ def fit_routers(
     beside = only == "newest" and newest > 0
     offsets: dict[str, Tensor] = {}
     device = next(tuner.model.parameters()).device
-    tokenizer = tokenizer or _tokenizer_of(tuner.model)
+    tokenizer = tokenizer or tokenizer_of(tuner.model)
     with _routed_by_language(tuner, zeroed=not beside and only != "gates"):
         for code, texts in texts_by_language.items():
             with _sums(tuner, beside) as sums:
@@ -159,14 +160,6 @@ def _check(
             f"No text stands for the groups {list(missing)}, so no token would ever be sent to their experts. Add text "
             f"of one of their languages: {'; '.join(', '.join(codes) for codes in missing.values())}."
         )
-
-
-def _tokenizer_of(model: Any) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model.name_or_path)
-        return tokenizer
-    except (OSError, ValueError) as error:
-        raise DataError(f"No tokenizer beside the base model {model.name_or_path!r}: {error}. Pass one.") from error
 
 
 @contextmanager

@@ -82,7 +82,19 @@ class Run:
         )
 
     def adapter(self) -> Step:
-        """The adapter after all its training: reviewed, where the recipe has a review."""
+        """The adapter after all its training: reviewed, where the recipe has a review; and under routing by context,
+        with what it knows of its languages."""
+        recipe, trained = self.recipe, self._trained()
+        if not checks.reads_languages(recipe):
+            return trained
+        return self._step(
+            "identified",
+            lambda: {"adapter": trained, **self._read("train", recipe.languages)},
+            lambda folder: stages.identify(recipe, self.base_model, trained.folder, folder),
+        )
+
+    def _trained(self) -> Step:
+        """The adapter after expansion and review."""
         recipe, fields = self.recipe, self.recipe.review
         if fields is None:
             return self.expanded()
@@ -178,7 +190,7 @@ class Run:
             stages={
                 "post-training": self.post_trained(),
                 "expansion": self.expanded(),
-                "review": self.adapter(),
+                "review": self._trained(),
             },
             report=replace(report, routing=[], tokens=[], generations=[]),  # what a card has no room for
         )

@@ -19,6 +19,7 @@ from ..graft.kinship import check_same_kind
 from ..graft.scale import scale_of_groups
 from ..graft.weights import exported_share
 from ..loading import load_config, load_tokenizer
+from ..routing import ContextRouting, routing_named
 from ..tuner import MoeDeltaConfig
 from .fields import AUTO, Recipe
 from .stages import adapter_config, blocks
@@ -61,11 +62,12 @@ def check_graft(recipe: Recipe) -> None:
             cut = " `num_hidden_layers` cuts the base model alone." if name == "num_hidden_layers" else ""
             raise RecipeError(f"post_trained: its {name} is {theirs}, that of the base model {ours}.{cut}")
     fields, config = recipe.graft, _at_the_end(recipe, base)
-    if config.routing_rule.needs_language and fields.language is None:
+    if config.routing_rule.needs_language and not reads_languages(recipe) and fields.language is None:
         raise RecipeError(
             f"graft: after training, routing is {config.routing!r}, and neither a stand-alone model nor its scores "
             f"name a language. Say what to ship: `graft: {{language: ...}}` (one of {', '.join(config.languages)}), or "
-            "let a `review` with `routing: learned` teach the routers. `peft-moe-delta train` stops at the adapter."
+            "let a `review` with `routing: learned` teach the routers, or `adapter: {routing: context}` read it from "
+            "the text. `peft-moe-delta train` stops at the adapter."
         )
     try:
         check_same_kind(base.model_type, other.model_type)
@@ -84,6 +86,12 @@ def check_graft(recipe: Recipe) -> None:
             f"graft: {error} In a recipe: `graft: {{remote_code: true}}`, `{{replicate_dense_layers: true}}` or "
             "`{language: ...}`; `peft-moe-delta train` stops at the adapter."
         ) from error
+
+
+def reads_languages(recipe: Recipe) -> bool:
+    """Whether the adapter that is shipped reads the language of a text by itself."""
+    routing = recipe.adapter.routing if recipe.review is None else recipe.review.routing or recipe.adapter.routing
+    return isinstance(routing_named(routing), ContextRouting)
 
 
 def check_text(recipe: Recipe) -> None:

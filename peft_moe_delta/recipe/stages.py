@@ -9,6 +9,7 @@ import json
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,7 @@ from ..errors import DataError
 from ..evaluation import encode_task
 from ..files import read_tasks, read_texts
 from ..hub.card import PLAN_FILE
+from ..identifier import fit_identifier
 from ..loading import load_adapter, load_causal_lm, load_tokenizer
 from ..monitor import TrainingMonitor
 from ..training import LanguageCollator, RoutingCallback
@@ -35,7 +37,7 @@ from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary
 from .fields import Recipe, Review, Training, Tuning
 
-LOG_FILE = "log.json"
+LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
 
 Features = list[dict[str, Any]]
 
@@ -116,6 +118,16 @@ def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, fol
     features = blocks(recipe, tokenizer, list(recipe.languages), fields)
     train(recipe, model, features, fields, tokenizer, folder)
     save_adapter(model, folder)
+
+
+def identify(recipe: Recipe, base: Path | str, adapter: Path, folder: Path) -> None:
+    """What routing by context knows of each language, counted from the text that the adapter was trained on."""
+    model, tokenizer = load_adapter(load_model(base), adapter, is_trainable=True), load_tokenizer(base)
+    texts = {code: read_texts(language.train) for code, language in recipe.languages.items()}
+    report = fit_identifier(model, texts, tokenizer)
+    model.active_peft_config.change(doubts=(*model.active_peft_config.record.doubts, *report.doubts))
+    save_adapter(model, folder)
+    (folder / IDENTIFIER_FILE).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
 
 
 def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:

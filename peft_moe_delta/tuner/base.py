@@ -25,6 +25,7 @@ from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .fingerprint import base_weights, check_fingerprint, fingerprint
+from .identifier import AUTO, Identifiers
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete, check_keys
 from .optimizers import note_what_trains
@@ -36,7 +37,7 @@ class MoeDeltaTuner(BaseTuner):
     """An upcycled model as PEFT makes, saves, loads and switches it; `MoeDeltaModel` is what a user gets."""
 
     prefix: str = "moe_delta_"
-    tuner_layer_cls = (MoeDeltaLayer, GrownLayer)  # type: ignore[assignment]  # PEFT asks isinstance of it
+    tuner_layer_cls = (MoeDeltaLayer, GrownLayer, Identifiers)  # type: ignore[assignment]  # PEFT asks isinstance of it
     peft_config: dict[str, MoeDeltaConfig]  # type: ignore[assignment]  # where the base class says PeftConfig
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]  # PEFT's lacks the ClassVar
 
@@ -45,10 +46,12 @@ class MoeDeltaTuner(BaseTuner):
     def set_language(self, code: str | None) -> None:
         """Set the language of calls that name none; None forgets it. An adapter that does not know it ignores it.
 
+        `"auto"` has it read from the text, whatever the routing, by an adapter that has learnt to (`fit_identifier`).
+
         Raises:
             LanguageError: the active adapter does not know the language.
         """
-        if code is not None:
+        if code not in (None, AUTO):
             self.active_config.language_table.id_of(code)
         ForwardContext.of(self.model).language = code
 
@@ -127,6 +130,8 @@ class MoeDeltaTuner(BaseTuner):
             undo.callback(self.peft_config.pop, adapter_name)  # transformers would leave a refused adapter listed
             self._state_dict_under_way = state_dict  # of which PEFT would only read where to go: the configuration says
             super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if self.peft_config[adapter_name].record.identifier is not None:
+                Identifiers.enter(self.model, adapter_name, self.peft_config[adapter_name], self.active_adapters)
             if was_saved:  # its tensors are yet to come
                 AdapterLoad.expect(self.model, adapter_name, self.peft_config[adapter_name].inference_mode)
             undo.pop_all()
@@ -139,6 +144,7 @@ class MoeDeltaTuner(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         was_active = adapter_name in self.active_adapters
         super().delete_adapter(adapter_name)
+        Identifiers.leave(self.model, adapter_name)
         if was_active and self.peft_config:
             # Each layer has chosen a successor among its own adapters, which need not be the same everywhere.
             self.set_adapter(min(self.peft_config))
@@ -240,6 +246,7 @@ class MoeDeltaTuner(BaseTuner):
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         super()._unload_and_optionally_merge(merge, *args, **kwargs)
         AdapterLoad.forget(self.model)
+        Identifiers.leave(self.model)
         ForwardContext.of(self.model).detach(self.model)
         ungrow(self.model)
         return self.model

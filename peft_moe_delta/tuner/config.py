@@ -15,7 +15,7 @@ from ..errors import LanguageError, PlanError
 from ..kinds import Count, Index, NotNegative
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
-from ..routing import ClassifierRouting, Routing, routing_named
+from ..routing import ClassifierRouting, ContextRouting, Routing, routing_named
 from .record import RECORDED, STAGES, AdapterRecord, checked, warn_of_flat_name, with_flat_names
 
 
@@ -46,8 +46,9 @@ class MoeDeltaConfig(PeftConfig):
             An `ExpertPlan` says the same, and sets `layers_to_transform` where it is for some layers only.
         top_k: experts a token uses; a token that may use fewer uses all of those. None for 2.
         routing: `"learned"`, every token may use every expert (MoE-LPR); `"language"`, the experts of its language's
-            group, from `language_ids` (X-MOD, DMoE); `"classifier"`, as learned, but on `classifier_layers` a gate
-            sends original-language tokens to expert 0 alone (LayerMoE).
+            group, from `language_ids` (X-MOD, DMoE); `"context"`, the same, where calls that name no language have
+            it read from the text so far (`fit_identifier`); `"classifier"`, as learned, but on `classifier_layers` a
+            gate sends original-language tokens to expert 0 alone (LayerMoE).
         classifier_layers: decoder layers that get such a gate, of use under that routing; see `most_similar_layers`.
         expert_rank: None for full copies of the MLP; a rank r for `W_e = W_0 + B_e A_e` over the frozen MLP.
         attention_experts: None for MLP experts alone; `"full"` or `"shared_kv"` grow as many experts beside each
@@ -193,6 +194,12 @@ class MoeDeltaConfig(PeftConfig):
     def routing_rule(self) -> Routing:
         """The routing, by name."""
         return routing_named(self.routing)
+
+    @property
+    def must_be_told(self) -> bool:
+        """Whether a call has to name a language: the routing needs it, and nothing reads it from the text."""
+        reads = isinstance(self.routing_rule, ContextRouting) and self.record.identifier is not None
+        return self.routing_rule.needs_language and not reads
 
     @property
     def experts_per_token(self) -> int:

@@ -26,6 +26,7 @@ from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID
 from ..losses import share_of_step
 from . import generation
+from .identifier import AUTO, Identifiers
 from .passes import ForwardState
 
 Sums = dict[str, tuple[float, float]]
@@ -196,20 +197,22 @@ class ForwardContext:
             )
         language = kwargs.pop("language", None)
         language_ids = kwargs.pop("language_ids", None)
+        auto = language == AUTO or (language is None and language_ids is None and self.language == AUTO)
         if language is not None and language_ids is not None:
             raise LanguageError(
                 f"Both `language` ({language!r}) and `language_ids` were given, and one of them would be ignored. Pass "
                 "one; LanguageCollator's batches hold `language_ids`."
             )
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        ids_BS = kwargs.get("input_ids", args[0] if args else None)
+        tokens = kwargs.get("inputs_embeds") if ids_BS is None else ids_BS
         if tokens is None:
             return args, kwargs  # the model will say what it misses
         shape = (tokens.shape[0], tokens.shape[1])
         check_length(model, shape[1])
         language_ids = _ids_for(shape, language_ids)
         mask = kwargs.get("attention_mask")
-        if mask is None and language_ids is not None and kwargs.get("position_ids") is not None:
+        reads = language_ids is not None or Identifiers.of(model) is not None
+        if mask is None and reads and kwargs.get("position_ids") is not None and kwargs.get("past_key_values") is None:
             # Packed documents, for all we know: transformers keeps them apart only where it makes no cache.
             kwargs.setdefault("use_cache", False)
         mask_T = mask[:, -shape[1] :].reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
@@ -219,13 +222,15 @@ class ForwardContext:
         self.auxiliary = None
         self.current = ForwardState(
             shape,
-            language=language,
-            default=self.language,
+            language=None if auto else language,
+            default=None if auto else self.language,
             language_ids=language_ids,
             mask_T=mask_T,
             share=share_of_step(kwargs, kwargs.get("num_items_in_batch")) if self._share is None else self._share,
             recording=model.training and torch.is_grad_enabled(),
         )
+        if (identifiers := Identifiers.of(model)) is not None:
+            identifiers.read(self.current, ids_BS, kwargs, auto=auto)
         if self.current.recording:
             self._refuse_diverged(model)
             self._keep_through_checkpointing(model)
@@ -233,6 +238,8 @@ class ForwardContext:
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         state, self.current = self.current, None
+        if output is not None and state is not None and state.remember is not None:
+            state.remember(output)
         if self.tokens is not None and state is not None and state.seen is not None:
             groups, seen = state.seen
             self.tokens[groups] = seen + self.tokens[groups].to(seen.device) if groups in self.tokens else seen

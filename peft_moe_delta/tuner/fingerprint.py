@@ -57,7 +57,7 @@ def _walk(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield prefix + name, tensor
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and not name.startswith("moe_delta_"):
             yield from _walk(child, f"{prefix}{name}.")
 
 

@@ -25,6 +25,7 @@ from .blocks import hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .experts import Experts
+from .identifier import Identifiers
 from .layer import MoeDeltaLayer
 from .record import GrowthStep
 from .settings import LayerSettings
@@ -77,6 +78,7 @@ def remove_group(tuner: MoeDeltaTuner, group: str) -> None:
         context.language = None
     kept = _shrunk_config(config, group, members)
     _take_over(config, kept)
+    Identifiers.forget(tuner.model, name, config, members)
     for path, layer in [(p, m) for p, m in tuner.model.named_modules() if isinstance(m, MoeDeltaLayer)]:
         if name not in layer.settings:
             continue

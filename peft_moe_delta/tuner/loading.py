@@ -33,7 +33,7 @@ def check_complete(model: Any, adapter_name: str, missing: Collection[str]) -> N
     Raises:
         CheckpointError: any of the adapter's tensors is missing.
     """
-    ours = re.compile(rf"\.(moe_delta_[^.]+|modules_to_save)\.{re.escape(adapter_name)}\.")
+    ours = re.compile(rf"(?:^|\.)(moe_delta_[^.]+|modules_to_save)\.{re.escape(adapter_name)}\.")
     lacking = sorted(key for key in missing if ours.search(key))
     if not lacking:
         return

@@ -9,7 +9,7 @@ sets of experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -87,9 +87,12 @@ class ForwardState:
         language: a code for the whole batch, or one a row; None where the call named none.
         default: the code of calls that name none, for an adapter that knows it.
         language_ids: int64, (B, S); -100 for padding; None where nothing is known.
+        groups_read: int64, (B, S), the groups that were read from the text; -1 for padding. None where languages are
+            named, or nobody reads them.
         mask_T: bool, False for padding; None where no token is known to be padding.
         share: how much of its optimizer step the pass is (`losses.share_of_step`).
         recording: whether the layers must deposit auxiliary losses.
+        remember: to be told of the pass's output, for a cache that remembers its tokens; None where nobody does.
         seen: the groups and how many tokens there are of each, where something is recorded.
         layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
     """
@@ -98,9 +101,11 @@ class ForwardState:
     language: str | list[str] | None = None
     default: str | None = None
     language_ids: Tensor | None = None
+    groups_read: Tensor | None = None
     mask_T: Tensor | None = None
     share: Tensor | float = 1.0
     recording: bool = False
+    remember: Callable[[Any], None] | None = None
     seen: tuple[tuple[str, ...], Tensor] | None = None
     layers: dict[str, int] = field(default_factory=dict)
     losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
@@ -147,7 +152,8 @@ class ForwardState:
             raise LanguageError(
                 f"Routing {tables.routing!r} needs the language of every token, and none was given. Known "
                 f"languages: {', '.join(tables.languages.codes)}. Pass `language_ids` (LanguageCollator adds them) or "
-                '`language="..."` with the call; a PeftModel also takes a default, model.set_language("...").'
+                '`language="..."` with the call; a PeftModel also takes a default, model.set_language("..."). To have '
+                "it read from the text, call fit_identifier(model, texts_by_language) once."
             )
         present = (0,) if groups is None else groups.present
         usable, allowed_SE = tables.usable(present), tables.tensor("allowed", device)
@@ -166,10 +172,9 @@ class ForwardState:
         if self.language_ids is not None:
             ids_T = self.language_ids.reshape(-1).to(device)
             groups = frozenset(table.group_of[i] for i in _present(self.language_ids.reshape(-1), table))
-            group_T = constant(table.group_of, device)[ids_T.clamp(min=0)]
-            # What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0.
-            padding_group = next(iter(groups)) if len(groups) == 1 else 0
-            return TokenGroups(group_T.masked_fill(ids_T < 0, padding_group), groups or frozenset({0}))
+            return _with_padding(constant(table.group_of, device)[ids_T.clamp(min=0)], ids_T < 0, groups)
+        if self.groups_read is not None:
+            return _present_groups(self.groups_read.reshape(-1).to(device), len(table.groups))
         language = self.language
         if language is None:  # the default was set under another adapter, perhaps
             language = self.default if self.default in table.codes else None
@@ -209,6 +214,19 @@ class ForwardState:
         tokens = torch.stack([tokens.to(device) for _, _, tokens in self.losses])
         mean = (total / tokens.clamp(min=1)).sum()
         return mean * (self.share.to(device) if isinstance(self.share, Tensor) else self.share)
+
+
+def _with_padding(group_T: Tensor, padding_T: Tensor, groups: frozenset[int]) -> TokenGroups:
+    """What padding computes reaches nobody, so it follows the crowd where there is one, else expert 0."""
+    padding_group = next(iter(groups)) if len(groups) == 1 else 0
+    return TokenGroups(group_T.masked_fill(padding_T, padding_group), groups or frozenset({0}))
+
+
+def _present_groups(group_T: Tensor, number: int) -> TokenGroups:
+    """Groups with -1 for padding, and which of them occur, for which the host waits once."""
+    seen = torch.zeros(number + 1, dtype=torch.bool, device=group_T.device).index_fill(0, group_T % (number + 1), True)
+    found = seen.tolist()
+    return _with_padding(group_T, group_T < 0, frozenset(group for group in range(number) if found[group]))
 
 
 def _present(ids_T: Tensor, table: LanguageTable) -> list[int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, PlanError, RecipeError
-from ..kinds import Index, read_fields
+from ..kinds import Count, Finite, Index, read_fields
 
 FORMAT = 2
 """The record's own. Format 1 had no section: the same names stood flat among the fields."""
@@ -40,6 +40,25 @@ class GrowthStep:
 
 
 @dataclass(frozen=True)
+class FittedIdentifier:
+    """What `fit_identifier` fitted, beside the token counts themselves; `routing.context` has the formula.
+
+    Attributes:
+        languages: codes in the order of the counts.
+        vocabulary: tokens that are counted.
+        memory: tokens that are remembered.
+        margin: nats a token.
+        threshold: evidence that a language needs, in 1/16 nat.
+    """
+
+    languages: tuple[str, ...]
+    vocabulary: Count
+    memory: Count
+    margin: Finite
+    threshold: int
+
+
+@dataclass(frozen=True)
 class AdapterRecord:
     """What is filled in as an adapter is made, trained and grafted; saved as one section of its config.
 
@@ -57,6 +76,7 @@ class AdapterRecord:
         base_fingerprint: shapes and sampled weights of the base model, checked when the adapter is loaded.
         graft: what the adapter was grafted onto and how; None for one that was not grafted.
         mixed: seed, branches and rule of a model that `mix` made; None for any other.
+        identifier: how languages are read from the text; None where they are not.
         doubts: what went wrong in training, for the card and for the report of a graft.
 
     Raises:
@@ -77,6 +97,7 @@ class AdapterRecord:
     base_fingerprint: dict[str, Any] | None = field(default=None, repr=False)
     graft: dict[str, Any] | None = None
     mixed: dict[str, Any] | None = None
+    identifier: FittedIdentifier | None = None
     doubts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

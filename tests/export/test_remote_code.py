@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import DynamicCache
 
 from builders import (
     FAMILIES,
@@ -29,7 +30,9 @@ from peft_moe_delta.errors import GraftError
 from peft_moe_delta.export.remote_code import modelling_source
 from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.routing import Routes, choose_experts, classifier_logits, router_logits
+from peft_moe_delta.routing.context import PassTokens, TokenMemory, recognise
 from peft_moe_delta.tuner import route_agreement
+from reading import mixed, reader
 from training.common import checkpoint
 
 TOKENS = token_batch()
@@ -77,6 +80,29 @@ def test_routing_by_language_takes_language_ids(family):
         )
     with pytest.raises(ValueError, match=r"Pass language, .*\['hu', 'en', 'fi', 'az'\]"):
         exported(TOKENS)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_routing_by_context_reads_as_the_adapter_does(family):
+    """Told, read in one pass, and read token by token."""
+    model, ids = reader(family, experts=UNEQUAL), mixed()
+    exported = to_stock(model, remote_code=True)
+    told = {"language_ids": torch.tensor([0, 1, 3])}
+    for arguments in ({}, told):
+        torch.testing.assert_close(
+            logits(exported, ids, **arguments), logits(model, ids, **arguments), atol=5e-5, rtol=0
+        )
+    cache = DynamicCache()
+    parts = [
+        logits(exported, part, past_key_values=cache, attention_mask=None) for part in ids.split([9, 1, 1, 25], dim=1)
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), atol=5e-5, rtol=0)
+    with pytest.raises(ValueError, match="pass input_ids"):
+        exported(inputs_embeds=exported.get_input_embeddings()(ids))
+    with pytest.raises(GraftError, match=r"language=.*remote_code=True"):
+        to_stock(model)
+    spoken = to_stock(model, language="az")
+    torch.testing.assert_close(logits(spoken, ids), logits(model, ids, language="az"), atol=5e-5, rtol=0)
 
 
 def test_grafting_and_remote_code_go_together():
@@ -154,10 +180,14 @@ def test_a_wrong_expert_is_caught_by_the_gate():
 
 @pytest.mark.parametrize(
     ("attention", "parts", "lines"),
-    [(None, (), 260), ("shared_kv", (Borrowed, SharedKeyValues), 370), ("full", (OwnSlot,), 370)],
-)
+    [
+        (None, (), 260), ("shared_kv", (Borrowed, SharedKeyValues), 370), ("full", (OwnSlot,), 370),
+        ("context", (recognise, TokenMemory, PassTokens), 420),
+    ],
+)  # fmt: skip
 def test_the_file_has_this_packages_own_source_and_imports_nothing_of_it(attention, parts, lines):
-    source = modelling_source("Gemma2Config", "Gemma2ForCausalLM", attention)
+    context, attention = attention == "context", None if attention == "context" else attention
+    source = modelling_source("Gemma2Config", "Gemma2ForCausalLM", attention, context)
     for part in (Routes, choose_experts, classifier_logits, router_logits, *parts):
         assert inspect.getsource(part) in source
     imported = {
@@ -173,7 +203,7 @@ def test_the_file_has_this_packages_own_source_and_imports_nothing_of_it(attenti
     assert "Gemma2Config as HostConfig" in source
     defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert ("AttentionMixture" in defined) == (attention is not None)
-    assert "noqa" not in source and "LanguageError" not in source
+    assert "noqa" not in source and "type: ignore" not in source and "LanguageError" not in source
     assert len(source.splitlines()) < lines
 
 
@@ -186,6 +216,7 @@ def reloaded(tmp_path_factory):
         "gemma3_text": (adapter("gemma3_text"), {}),
         "gpt2": (adapter("gpt2"), {}),
         "by language": (adapter(routing="language"), {"language_ids": torch.tensor([0, 1, 3])}),
+        "by context": (reader(experts=UNEQUAL), {"input_ids": mixed()[:, -TOKENS.shape[1] :].contiguous()}),
         "classifier": (adapter(routing="classifier", classifier_layers=[1]), {}),
         "shared_kv": (adapter("qwen3", attention_experts="shared_kv"), {}),
         "full": (adapter("qwen3", attention_experts="full"), {}),
@@ -215,8 +246,8 @@ def reloaded(tmp_path_factory):
 @pytest.mark.parametrize(
     "name",
     [
-        "llama", "llama tied, bf16", "gemma3_text", "gpt2", "by language", "classifier", "shared_kv", "full",
-        "full by language", "shared_kv, bf16",
+        "llama", "llama tied, bf16", "gemma3_text", "gpt2", "by language", "by context", "classifier", "shared_kv",
+        "full", "full by language", "shared_kv, bf16",
     ],
 )  # fmt: skip
 def test_it_generates_and_trains_with_plain_transformers(reloaded, name):

@@ -14,6 +14,7 @@ from builders import moe_layers, perturbed, pico, randomise, upcycle
 from greek import GREEK, make_tokenizer
 from peft_moe_delta import extend_vocabulary, propose_tokens
 from peft_moe_delta.tuner.vocabulary import grown_layers
+from reading import give_counts
 
 
 @dataclass
@@ -45,6 +46,8 @@ def trio_in(folder, family="llama", dtypes=(torch.float32,) * 3, tied=False, **o
     for name, parameter in model.named_parameters():
         if "moe_delta_experts" in name:
             parameter.data = parameter.data.to(dtypes[2])
+    if model.peft_config["default"].routing == "context":
+        give_counts(model)
     model.save_pretrained(folder / "adapter")
     return Trio(folder, model)
 
@@ -66,5 +69,7 @@ def trio_with_tokens_in(folder, family="llama", dtype=torch.float32, tied=False,
         extend_vocabulary(model, tokenizer, propose_tokens(GREEK, tokenizer, 20))
         for layer in grown_layers(model.base_model.model):
             randomise(layer.moe_delta_rows, 3, 0.5)
+    if model.peft_config["default"].routing == "context":
+        give_counts(model)
     model.save_pretrained(folder / "adapter")
     return Trio(folder, model)

@@ -147,5 +147,5 @@ def test_the_closest_group_writes_the_text_in_the_fewest_bits(recipe_fields, hol
     holds(scores["uralic"] - scores["original"], below=0)
     assert scores["original"] == scores["greek"], "an untrained expert is expert 0"
     assert model.active_peft_config.routing == "learned"
-    with pytest.raises(DataError, match="empty list"):
+    with pytest.raises(DataError, match="got nothing"):
         closest_group(model, tokenizer, [])

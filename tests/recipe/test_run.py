@@ -72,6 +72,29 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert printed == capsys.readouterr().out
 
 
+def test_routing_by_context_is_fitted_and_shipped_as_remote_code(recipe_fields, write_recipe, capsys):
+    """Nothing names a language after the training, neither in scoring nor in the checkpoint."""
+    recipe_fields["adapter"]["routing"] = "context"
+    del recipe_fields["review"], recipe_fields["dense"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", write_recipe(recipe_fields)])
+    assert "remote_code: true" in str(stopped.value)
+    recipe_fields["graft"] = {"remote_code": True}
+    with pytest.warns(UserWarning, match="'hu'.*are recognised"):  # the tokens are bytes, and both use the same
+        main(["run", write_recipe(recipe_fields)])
+    output = Path(recipe_fields["output"])
+    fitted = json.loads((output / "identified/identifier.json").read_text())
+    assert set(fitted["recognised"]) == {"en", "hu", "el"} and fitted["recognised"]["el"] > 0.5
+    saved = json.loads((output / "identified/adapter_config.json").read_text())["record"]["identifier"]
+    assert saved["languages"] == ["en", "hu", "el"] and saved["memory"] == fitted["memory"]
+    shipped = json.loads((output / "grafted/config.json").read_text())
+    assert shipped["architectures"] == ["MoeDeltaContextForCausalLM"]
+    report = EvalReport.load(output / "report")
+    greek = next(row for row in report.routing if row.language == "el")
+    assert greek.shares[0][2] > 0.3  # the Greek expert's, found without being told
+    assert "context" in (output / "cards/pico-adapter/README.md").read_text()
+
+
 def test_held_out_documents_are_drawn_at_random_and_cut(tmp_path):
     path = write_lines(tmp_path / "text.jsonl", [{"text": f"{index:02}" + "é" * 30} for index in range(50)])
     limits = Limits(document_bytes=11)
