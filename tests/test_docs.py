@@ -18,6 +18,7 @@ import greek
 import peft_moe_delta
 from builders import logits, perturbed, pico, token_batch, upcycle
 from peft_moe_delta.recipe import read_recipe
+from reading import texts
 from training.common import make_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +31,10 @@ def snippets(page: str, kind: str = "python") -> list[str]:
 
 def test_a_test_below_runs_every_snippet():
     found = {str(page.relative_to(ROOT)): len(snippets(page)) for page in PAGES if snippets(page)}
-    run = ["README.md", *(f"docs/{page}.md" for page in ("quickstart", "training", "new-tokens", "growing", "mixing"))]
+    run = [
+        "README.md",
+        *(f"docs/{page}.md" for page in ("concepts", "growing", "mixing", "new-tokens", "quickstart", "training")),
+    ]
     assert found == dict.fromkeys(run, 1)
 
 
@@ -90,6 +94,16 @@ def test_the_snippets_of_readme_and_quickstart_run(tmp_path):
     assert names["model"].active_peft_config.languages["hu"] == "expanded"
 
 
+def test_the_snippet_on_routing_by_context_runs(capsys):
+    words = {"english": "en", "hungarian": "hu", "greek": "az"}
+    documents = {name: texts((code,))[code] for name, code in words.items()}
+    languages = {"en": "original", "hu": "hungarian", "el": "greek"}
+    model = upcycle(pico(), routing="context", languages=languages, experts={"hungarian": 1, "greek": 1})
+    exec(snippets("docs/concepts.md")[0], {"model": model, "tokenizer": make_tokenizer(), **documents})
+    assert "'hu': " in capsys.readouterr().out
+    assert model(token_batch()).logits.isfinite().all()
+
+
 def test_the_snippet_on_other_losses_runs():
     names: dict[str, Any] = {}
     exec(snippets("docs/training.md")[0], names)
@@ -119,10 +133,10 @@ def test_the_snippet_on_new_tokens_runs(tmp_path, monkeypatch):
 def test_the_snippet_on_growing_runs():
     model = upcycle(pico(), trained=True)
     before = logits(model, token_batch(), language="hu")
-    texts = {code: [f"w{n} w{n + 1}" for n in range(3, 9)] for code in ("en", "hu", "fi", "az", "bn")}
+    documents = {code: [f"w{n} w{n + 1}" for n in range(3, 9)] for code in ("en", "hu", "fi", "az", "bn")}
     names = {
         "model": model, "tokenizer": make_tokenizer(), "fit_routers": peft_moe_delta.fit_routers,
-        "bengali_texts": texts["bn"], "texts_of_all_groups": texts,
+        "bengali_texts": documents["bn"], "texts_of_all_groups": documents,
     }  # fmt: skip
     exec(snippets("docs/growing.md")[0], names)
     assert torch.equal(logits(model, token_batch(), language="hu"), before)
@@ -135,6 +149,6 @@ def test_the_snippet_on_mixing_runs(tmp_path, monkeypatch):
         perturbed(base, seed=number, scale=0.0 if name == "base" else 0.1).save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    texts = {"english_texts": ["w3 w4"], "hungarian_texts": ["w5 w6"], "greek_texts": ["w7 w8"]}
-    exec(snippets("docs/mixing.md")[0], texts)
-    assert texts["chat"].config.model_type == "qwen3_moe"
+    documents = {"english_texts": ["w3 w4"], "hungarian_texts": ["w5 w6"], "greek_texts": ["w7 w8"]}
+    exec(snippets("docs/mixing.md")[0], documents)
+    assert documents["chat"].config.model_type == "qwen3_moe"
