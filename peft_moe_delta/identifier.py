@@ -89,10 +89,12 @@ def fit_identifier(
         texts_by_language: language code -> documents, streamed, of the kind that the model will see. Every language
             with experts needs some, here or in an earlier fit; and one of the original languages, if there are any.
         tokenizer: None loads the one beside the base model.
-        memory: tokens to remember; None for the one of 16, 32 and 64 that errs least on every tenth document, held out.
+        memory: tokens to remember; None for the one of 16, 32 and 64 that errs least on every tenth document, held out,
+            and for the one in force where some languages keep their counts.
 
     Returns:
-        What is recognised of the held-out documents.
+        What is recognised of the held-out documents. Its doubts go into the adapter's record, and so into the report of
+        a graft and the card.
 
     Raises:
         LanguageError: an unknown language, or one without text.
@@ -113,13 +115,18 @@ def fit_identifier(
     known = {code: _wide(found.counted, vocabulary) for code, found in counted.items()}
     original = {code: config.languages[code] == ORIGINAL_GROUP for code in {**rows, **known}}
     held_out = {code: found.held_out for code, found in counted.items() if found.held_out}
+    fitted = config.record.identifier
+    if memory is None and fitted is not None and not set(fitted.languages) <= set(texts_by_language):
+        memory = fitted.memory  # what the others' text is read as must not change
     tried = (memory,) if memory is not None else MEMORIES if held_out else (USUAL_MEMORY,)
     errors, recognised = _try(tried, {**rows, **known}, original, held_out)
     best = min(tried, key=lambda m: (errors.get(m, 0.0), abs(m - USUAL_MEMORY)))
     everything = {code: _wide(found.everything, vocabulary) for code, found in counted.items()}
     Identifiers.fill(tuner.model, tuner.active_adapters[0], config, {**rows, **everything}, best)
     tokens = {code: int(row.clamp(min=0).sum()) for code, row in everything.items()}
-    return IdentifierReport(best, recognised.get(best, {}), tokens, errors)
+    report = IdentifierReport(best, recognised.get(best, {}), tokens, errors)
+    config.change(doubts=tuple(dict.fromkeys([*config.record.doubts, *report.doubts])))
+    return report
 
 
 def _check_languages(groups: Mapping[str, str], given: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
 from ..files import read_texts
+from ..identifier import fit_identifier
 from ..kinds import read_fields
 from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
@@ -129,6 +130,8 @@ def grow(growth: Growth) -> Path:
             if growth.experts:
                 fit_routers(model, _fitted(growth), tokenizer, only="newest", max_length=review.sequence_length)
             train(growth, model, reviewed, review, tokenizer, folder)
+        if tuner.active_config.record.identifier is not None:
+            fit_identifier(model, {code: read_texts(growth.languages[code].train) for code in new}, tokenizer)
         save_adapter(model, folder)
     return Path(growth.output)
 

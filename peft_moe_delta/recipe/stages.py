@@ -125,7 +125,6 @@ def identify(recipe: Recipe, base: Path | str, adapter: Path, folder: Path) -> N
     model, tokenizer = load_adapter(load_model(base), adapter, is_trainable=True), load_tokenizer(base)
     texts = {code: read_texts(language.train) for code, language in recipe.languages.items()}
     report = fit_identifier(model, texts, tokenizer)
-    model.active_peft_config.change(doubts=(*model.active_peft_config.record.doubts, *report.doubts))
     save_adapter(model, folder)
     (folder / IDENTIFIER_FILE).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
 

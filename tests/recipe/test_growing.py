@@ -12,11 +12,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from builders import logits, token_batch, upcycle
-from peft_moe_delta import fit_routers
+from peft_moe_delta import fit_identifier, fit_routers, recognised_languages
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import closest_group, score_groups
 from peft_moe_delta.files import read_texts
+from peft_moe_delta.tuner.identifier import Identifiers
 from recipe.pico_recipe import SENTENCES
 
 TRAINING = {"steps": 2, "batch_size": 3, "learning_rate": 1.0e-2, "sequence_length": 16}
@@ -60,6 +61,31 @@ def test_an_adapter_grows_untrained(files, recipe_fields, tmp_path, capsys):
         assert torch.equal(logits(after, token_batch(), language=code), logits(before, token_batch(), language=code))
     assert after.active_peft_config.record.language_ids == ("hu", "en", "el")
     assert json.loads((Path(files["adapter"]) / "adapter_config.json").read_text())["record"]["growth"] == []
+
+
+@pytest.mark.filterwarnings("ignore:An expert has seen:UserWarning")
+def test_an_adapter_that_reads_its_text_learns_to_read_the_new_language(files, recipe_fields, tmp_path):
+    """What it knows of the others' tokens stays as it was."""
+    model = upcycle(
+        AutoModelForCausalLM.from_pretrained(recipe_fields["model"]),
+        trained=True,
+        languages={"hu": "uralic", "en": "original"},
+        experts={"uralic": 1},
+        routing="context",
+    )
+    tokenizer = AutoTokenizer.from_pretrained(recipe_fields["model"])
+    fit_identifier(model, {code: [SENTENCES[code]] * 5 for code in ("en", "hu")}, tokenizer, memory=20)
+    model.save_pretrained(files["adapter"])
+    run(files, tmp_path)
+    before, after = (
+        Identifiers.counts_of(load(recipe_fields, files[name]).get_base_model(), "default")
+        for name in ("adapter", "output")
+    )
+    assert list(after) == ["en", "hu", "el"] and all(torch.equal(after[code], before[code]) for code in before)
+    grown = load(recipe_fields, files["output"])
+    assert grown.active_peft_config.record.identifier.memory == 20
+    ids = tokenizer(SENTENCES["el"], return_tensors="pt")["input_ids"]
+    assert recognised_languages(grown, ids)[0][-1] == "el"
 
 
 def test_an_adapter_grows_trained_and_reviewed(files, recipe_fields, tmp_path):

@@ -190,7 +190,9 @@ def test_a_language_joins_and_leaves():
         assert torch.equal(model(ids).logits, before)
     with pytest.raises(LanguageError, match="az"):
         fit_identifier(model, texts(("hu",)), make_tokenizer())
-    fit_identifier(model, texts(("az",)), make_tokenizer(), memory=MEMORY)
+    assert (
+        fit_identifier(model, texts(("az",)), make_tokenizer()).memory == MEMORY
+    )  # the others' text is read as before
     grown = Identifiers.counts_of(model.get_base_model(), "default")
     assert list(grown) == ["en", "hu", "fi", "az"] and all(torch.equal(grown[c], counts[c]) for c in counts)
     assert "az" in recognised_languages(model, ids)[0]
@@ -211,6 +213,7 @@ def test_what_the_fit_reports(holds):
         model, {code: [" ".join(f"w{i}" for i in range(3, 99))] * 10 for code in WORDS}, make_tokenizer()
     )
     assert any("'hu'" in doubt and "held-out" in doubt for doubt in few.doubts)
+    assert set(few.doubts) <= set(model.peft_config["default"].record.doubts)
 
 
 def test_what_is_refused():
