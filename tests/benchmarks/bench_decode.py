@@ -1,7 +1,8 @@
 """Greedy decoding, one sequence with a cache: the adapter and the exported stock model beside the dense model.
 
-SmolLM2-135M's shape with random weights in bf16. The adapter decodes under learned routing, top-2 of 3, and under
-routing by language with one expert; the exported Mixtral is the former, grafted onto a perturbed copy of the dense one.
+SmolLM2-135M's shape with random weights in bf16. The adapter decodes under learned routing, top-2 of 3, and with one
+expert under routing by language, told and read from the text; the exported Mixtral is the first, grafted onto a
+perturbed copy of the dense one.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from models import SMOLLM2, dense, perturb, upcycled
 from peft import PeftModel
 from torch import nn
 
+from peft_moe_delta.tuner.identifier import Identifiers
+
 PROMPT, NEW = 16, 64
-DENSE = "dense"
+DENSE, TOLD = "dense", "adapter, routing by language, 1 expert"
 
 
 def models() -> dict[str, nn.Module]:
@@ -30,12 +33,17 @@ def models() -> dict[str, nn.Module]:
     learned = trained(upcycled(copy.deepcopy(base), 2, top_k=2))
     hard = trained(upcycled(copy.deepcopy(base), 1, routing="language"))
     hard.set_language("hu")
+    reading = trained(upcycled(copy.deepcopy(base), 1, routing="context"))
+    everything = torch.ones(SMOLLM2["vocab_size"], dtype=torch.int64)
+    counts = {"en": torch.where(torch.arange(len(everything)) == 0, everything, 0), "hu": everything}
+    Identifiers.fill(reading.get_base_model(), "default", reading.active_peft_config, counts, 32)
     exported = learned.merge_and_graft(post_trained)
     return {
         DENSE: base.eval(),
         "adapter, learned routing, top-2 of 3": learned,
         f"exported {type(exported).__name__}, top-2 of 3": exported,
-        "adapter, routing by language, 1 expert": hard,
+        TOLD: hard,
+        "adapter, routing by context, 1 expert": reading,
     }
 
 
@@ -61,6 +69,8 @@ def main() -> None:
     cast = models()
     prompt = torch.randint(SMOLLM2["vocab_size"], (1, PROMPT))
     seconds = take_turns({name: partial(generate, m, prompt) for name, m in cast.items()}, rounds, warm_up=1)
+    (name,) = [name for name in cast if "by context" in name]
+    print(f"{name}: {Ratio.of(seconds, name, TOLD)} times {TOLD}")
     print_table(
         f"Greedy decoding on SmolLM2-135M's shape, batch 1, {NEW} new tokens after {PROMPT}, bfloat16",
         ("", "parameters, M", "tokens/s", f"time, times the dense model: median of {rounds} rounds (quartiles)"),
