@@ -4,10 +4,12 @@ Importing this package registers its tuner with PEFT: `get_peft_model(model, Moe
 """
 
 from .allocation import allocate_experts, group_languages
+from .calibration import Calibration, calibrate_routers, made_up_conversations
 from .errors import PeftMoeDeltaError
 from .evaluation import EvalReport, TaskSet, evaluate_languages
 from .graft.delta import PostTrainingDelta
 from .graft.files import graft_checkpoint
+from .graft.memory import to_stock
 from .identifier import IdentifierReport, fit_identifier, recognised_languages
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
@@ -23,6 +25,7 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
+    "Calibration",
     "AuxiliaryLossMixin",
     "EvalReport",
     "ExpertPlan",
@@ -38,13 +41,16 @@ __all__ = [
     "TaskSet",
     "TrainingMonitor",
     "allocate_experts",
+    "calibrate_routers",
     "evaluate_languages",
     "extend_vocabulary",
     "fit_identifier",
     "fit_routers",
     "group_languages",
+    "made_up_conversations",
     "mix",
     "graft_checkpoint",
     "propose_tokens",
     "recognised_languages",
+    "to_stock",
 ]

@@ -42,10 +42,11 @@ LEVELS = {
     "graft": 6,
     "hub": 6,
     "model": 7,
+    "calibration": 8,
     "registration": 8,
-    "recipe": 8,
-    "cli": 9,
-    "__init__": 10,
+    "recipe": 9,
+    "cli": 10,
+    "__init__": 11,
 }
 # Arrows within a level: everyone raises the package's errors, new tokens are measured, trainers are watched, training
 # text is identified.

@@ -76,7 +76,7 @@ def _continue(
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     device = next(model.parameters()).device
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=_ends(model, tokenizer), pad_token_id=padding
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends_of(model, tokenizer), pad_token_id=padding
     )
     options = {} if language is None else {"language": language}
     output = model.generate(
@@ -85,7 +85,7 @@ def _continue(
     return [text.strip() for text in tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)]
 
 
-def _ends(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end a text: the model's own, as chat models have several, and the tokenizer's."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     listed = own if isinstance(own, list) else [own]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 DOUBTFUL_RATIO = 0.5
 """From here on `||Delta|| / ||W||` is called doubtful: two unrelated models of equal norm are at sqrt(2)."""
@@ -105,6 +106,7 @@ class GraftReport:
         new_tokens: tokens learnt in expansion, which stand behind the post-trained tokenizer's own.
         first_new_token_id: id of the first of them; None without any.
         warnings: what makes the result doubtful; empty where nothing does.
+        calibration: what `calibrate_routers` found, where the grafted adapter went through it.
     """
 
     post_trained: str
@@ -120,3 +122,4 @@ class GraftReport:
     new_tokens: tuple[str, ...] = ()
     first_new_token_id: int | None = None
     warnings: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] | None = None

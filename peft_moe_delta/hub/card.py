@@ -137,7 +137,7 @@ class CardFacts:
                 adapter={key: settings[key] for key in _ADAPTER_FIELDS if key in settings},
                 plan=_read(folder / PLAN_FILE) or (_read(Path(adapter) / PLAN_FILE) if adapter else None),
                 graft=graft,
-                doubts=list(dict.fromkeys([*record.doubts, *((graft or {}).get("warnings") or ())])),
+                doubts=list(dict.fromkeys([*record.doubts, *doubts_of(graft or {})])),
                 **further,
             )
         except (AttributeError, IndexError, KeyError, TypeError, PlanError) as error:
@@ -201,7 +201,7 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
         tables=tables(report, measured_as) if report else [],
         definitions=report.definitions() if report else [],
         kept=kept_languages(facts, report),
-        warnings=report.warnings if report else [],
+        warnings=[warning for warning in report.warnings if warning not in facts.doubts] if report else [],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
@@ -255,6 +255,11 @@ def kept_languages(facts: CardFacts, report: EvalReport | None) -> list[str]:
         and text.get(closest_code(code, filter(None, text))) in ("gain", "unsure")
         and (fixed or closest_code(code, routed))
     ]
+
+
+def doubts_of(graft: Mapping[str, Any]) -> list[str]:
+    """What a graft's report says against it, and its calibration's."""
+    return [*(graft.get("warnings") or ()), *((graft.get("calibration") or {}).get("doubts") or ())]
 
 
 def public_name(model: str) -> str:

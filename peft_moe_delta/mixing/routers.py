@@ -26,8 +26,9 @@ Shape legend: T tokens, D hidden size, G language groups, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -109,19 +110,11 @@ def fit_routers(
     newest = tuner.active_config.newest_step
     beside = only == "newest" and newest > 0
     offsets: dict[str, Tensor] = {}
-    device = next(tuner.model.parameters()).device
     tokenizer = tokenizer or tokenizer_of(tuner.model)
     with _routed_by_language(tuner, zeroed=not beside and only != "gates"):
         for code, texts in texts_by_language.items():
-            with _sums(tuner, beside) as sums:
-                tokens = 0
-                documents = each_document(progress(texts) if progress else texts, f"texts_by_language[{code!r}]")
-                for ids, mask in _batches(documents, tokenizer, max_length, batch_size):
-                    tokens += int(mask.sum())
-                    ids, mask = ids.to(device), mask.to(device)
-                    tuner.model(input_ids=ids, attention_mask=mask, language=code, use_cache=False)
-            if not tokens:
-                raise DataError(f"There is no text of {code!r}. Give at least one document with one token.")
+            documents = each_document(progress(texts) if progress else texts, f"texts_by_language[{code!r}]")
+            sums, tokens = _sums_of(tuner, code, _encoded(documents, tokenizer, max_length), batch_size, beside)
             group = table.group_of[table.id_of(code)]
             moments = {name: found[:2] for name, found in sums.items()}
             fitted.add(code, table.groups[group], moments, tokens)
@@ -140,12 +133,50 @@ def fit_routers(
     return fitted
 
 
+def statistics_of(
+    model: PeftModel, rows_by_source: Iterable[tuple[str, Sequence[Sequence[int]]]], batch_size: int = 8
+) -> RouterStatistics:
+    """The statistics of rows of token ids, each source of them with its language and of the same weight."""
+    tuner: Any = model.base_model
+    table, found = tuner.active_config.language_table, RouterStatistics()
+    with _routed_by_language(tuner, zeroed=True):
+        for code, rows in rows_by_source:
+            sums, tokens = _sums_of(tuner, code, rows, batch_size)
+            moments = {name: parts[:2] for name, parts in sums.items()}
+            found.add(code, table.groups[table.group_of[table.id_of(code)]], moments, tokens)
+    return found
+
+
+def set_routers(
+    model: PeftModel,
+    original: RouterStatistics,
+    others: RouterStatistics,
+    weight: float,
+    *,
+    ridge: float = 1e-2,
+    temperature: float = 0.1,
+) -> None:
+    """Set every router and gate where an error on a token of an original language weighs so much beside another's.
+
+    Rows keep their sizes beside one another, other than in `fit_routers`: scaled to one norm each, they would lose most
+    of what the weight gives.
+    """
+    tuner: Any = model.base_model
+    _set_routers(tuner, others.joined(original, weight), ridge, temperature, together=True)
+    _set_gates(tuner, others.joined(original), False, ridge, weight)
+
+
 def _check(
     tuner: MoeDeltaTuner, texts: Mapping[str, Iterable[str]], fitted: RouterStatistics, numbers: Mapping[str, float]
 ) -> None:
-    """Refuse what would end in a router that knows nothing of some group."""
+    """Refuse numbers that cannot be, and what `check_groups` does."""
     if not min(numbers.values()) > 0:
         raise DataError(f"{', '.join(numbers)} must be positive; got {', '.join(map(str, numbers.values()))}.")
+    check_groups(tuner, texts, fitted)
+
+
+def check_groups(tuner: MoeDeltaTuner, texts: Mapping[str, Iterable[str]], fitted: RouterStatistics) -> None:
+    """Refuse what would end in a router that knows nothing of some group."""
     table = tuner.active_config.language_table
     check_languages(texts, "texts_by_language")
     for code in (*fitted.languages, *texts):
@@ -223,26 +254,40 @@ def _sums(tuner: MoeDeltaTuner, beside: bool) -> Iterator[dict[str, tuple[Tensor
             handle.remove()
 
 
-def _batches(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Ids and masks of right-padded batches; documents without a token are left out."""
-    rows: list[list[int]] = []
+def _sums_of(
+    tuner: MoeDeltaTuner, code: str, rows: Iterable[Sequence[int]], batch_size: int, beside: bool = False
+) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], int]:
+    """Every router's sums over rows of token ids in one language, and how many tokens they are.
+
+    Raises:
+        DataError: there is none.
+    """
+    model, device, tokens = tuner.model, next(tuner.model.parameters()).device, 0
+    waiting = iter(rows)
+    with _sums(tuner, beside) as sums:
+        while batch := list(islice(waiting, batch_size)):
+            ids, mask = padded(batch)
+            tokens += int(mask.sum())
+            model(input_ids=ids.to(device), attention_mask=mask.to(device), language=code, use_cache=False)
+    if not tokens:
+        raise DataError(f"There is no text of {code!r}. Give at least one document with one token.")
+    return sums, tokens
+
+
+def _encoded(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Iterator[list[int]]:
+    """The documents' ids; those without a token are left out."""
     for text in texts:
         if ids := list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"]):
-            rows.append(ids)
-        if len(rows) == batch_size:
-            yield padded(rows)
-            rows = []
-    if rows:
-        yield padded(rows)
+            yield ids
 
 
 @torch.no_grad()
-def _set_routers(tuner: MoeDeltaTuner, fitted: RouterStatistics, ridge: float, temperature: float) -> None:
+def _set_routers(
+    tuner: MoeDeltaTuner, fitted: RouterStatistics, ridge: float, temperature: float, together: bool = False
+) -> None:
     """Every expert gets the column of the groups that routing by language sends to it."""
     for name, rows, users in _rows_and_users(tuner):
-        columns = fitted.solve(name, {str(groups): groups for groups in users.values()}, ridge)
+        columns = fitted.solve(name, {str(groups): groups for groups in users.values()}, ridge, together)
         for expert, groups in users.items():
             rows[expert].copy_(columns[str(groups)] / temperature)
 
@@ -260,11 +305,11 @@ def _set_newest_rows(
 
 
 @torch.no_grad()
-def _set_gates(tuner: MoeDeltaTuner, fitted: RouterStatistics, newest: bool, ridge: float) -> None:
+def _set_gates(tuner: MoeDeltaTuner, fitted: RouterStatistics, newest: bool, ridge: float, odds: float = 1.0) -> None:
     """The row of every growth step that has experts in the layer tells its languages from the original ones."""
     adapter, config = tuner.active_adapters[0], tuner.active_config
     table = config.language_table
-    known = {g: sum(code in fitted.languages for code in table.members(g)) for g in table.groups}
+    known = {g: sum(code in table.members(g) for code in fitted.languages) for g in table.groups}
     for _, name, module in tuner.expert_layers():
         gate = module.classifier(adapter)
         if gate is None or not known[ORIGINAL_GROUP]:
@@ -274,7 +319,7 @@ def _set_gates(tuner: MoeDeltaTuner, fitted: RouterStatistics, newest: bool, rid
             own = [g for g, s, n in zip(table.groups, config.steps, counts, strict=True) if s == step and n]
             others = {g: known[g] for g in own if g != ORIGINAL_GROUP and known[g]}
             if others and (step == config.newest_step or not newest):
-                rows[0].copy_(fitted.discriminant(name, {ORIGINAL_GROUP: known[ORIGINAL_GROUP]}, others, ridge))
+                rows[0].copy_(fitted.discriminant(name, {ORIGINAL_GROUP: known[ORIGINAL_GROUP]}, others, ridge, odds))
 
 
 def _rows_and_users(tuner: MoeDeltaTuner) -> Iterator[tuple[str, list[Tensor], dict[int, tuple[str, ...]]]]:

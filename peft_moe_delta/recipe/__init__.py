@@ -142,6 +142,7 @@ class Run:
                 "post_trained": self.post_trained(),
                 "graft": fields,
                 **self._validated(fields),
+                **self._calibrated,
             },
             lambda folder: grafting.graft(
                 recipe, self.base_model, self.adapter().folder, self.post_trained_model, fields, folder
@@ -216,6 +217,14 @@ class Run:
             **self._read("validation", recipe.tasks),
             **self._arithmetic,
         }
+
+    @property
+    def _calibrated(self) -> dict[str, Any]:
+        """What routers are calibrated on, where they are."""
+        fields = self.recipe.calibration
+        if fields is None:
+            return {}
+        return {"calibrate": {**asdict(fields), **self._read("train", self.recipe.languages)}, **self._arithmetic}
 
     def _scores(self, row: str, name: str, checkpoint: Path | str, step: Step) -> Step:
         return self._step(

@@ -109,7 +109,7 @@ def check_text(recipe: Recipe) -> None:
 
 
 def check_held_out(recipe: Recipe) -> None:
-    """Refuse files that could not be scored on.
+    """Refuse files that could not be scored on, or calibrated with.
 
     Raises:
         DataError: a file is missing, or is not what it should be.
@@ -117,6 +117,8 @@ def check_held_out(recipe: Recipe) -> None:
     for language in recipe.languages.values():
         for file in filter(None, (language.test, language.validation)):
             read_texts(file)
+        if recipe.calibration is not None:
+            read_texts(language.train)
     for tasks in recipe.tasks.values():
         for file in filter(None, (tasks.test, tasks.validation)):
             read_tasks(file)

@@ -17,6 +17,7 @@ import torch
 from ..errors import RecipeError
 from ..kinds import Count, Finite, Index, NotNegative, Within, read_fields
 from ..plan import ExpertPlan
+from ..routing import routing_named
 from .reader import read_yaml
 
 AUTO = "auto"
@@ -95,6 +96,23 @@ class Graft:
 
 
 @dataclass(frozen=True)
+class Calibrate:
+    """How routers are calibrated on the grafted model, as in `calibrate_routers`; routing by language needs none.
+
+    Attributes:
+        documents: of each language's training text, drawn at random.
+        conversations: that the post-trained model makes up itself; none where its tokenizer has no chat template.
+        steps: of the review behind the closed form; 0 to leave it out.
+        sequence_length: tokens of a document that are used.
+    """
+
+    documents: Annotated[int, Within(2)] = 100
+    conversations: Annotated[int, Within(0)] = 100
+    steps: Annotated[int, Within(0)] = 60
+    sequence_length: Annotated[int, Within(2)] = 128
+
+
+@dataclass(frozen=True)
 class Limits:
     """How much held-out material is scored; None for all of it.
 
@@ -148,6 +166,7 @@ class Recipe:
         tune: supervised tuning that makes the post-trained model.
         dense: continual pre-training of the dense base on the very tokens of `expand`, plus the delta, to compare with.
         graft: how the delta is applied.
+        calibrate: what is done for the routers after the graft, where the model ships any; false to leave it out.
         tasks: name -> tasks with exact answers, scored beside the text.
         limits: how much is scored.
         card: what the model cards say; None for no cards.
@@ -168,6 +187,7 @@ class Recipe:
     tune: Tuning | None = None
     dense: Training | None = None
     graft: Graft = field(default_factory=Graft)
+    calibrate: Calibrate | None = field(default_factory=Calibrate)
     tasks: dict[str, Tasks] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     card: Card | None = None
@@ -181,6 +201,12 @@ class Recipe:
         """The languages that are to be learnt, in order."""
         return [code for code, language in self.languages.items() if language.group != "original"]
 
+    @property
+    def calibration(self) -> Calibrate | None:
+        """What is done for the routers after the graft; None where none is asked, as under routing by language."""
+        routing = (self.review.routing if self.review is not None else None) or self.adapter.routing
+        return None if routing_named(routing).needs_language else self.calibrate
+
 
 def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
     """Read a recipe; with `quick`, its section `quick` is laid over the rest.
@@ -192,7 +218,10 @@ def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
     changes = data.pop("quick", None)
     if quick and changes is None:
         raise RecipeError(f"{path} has no section `quick`, so --quick has nothing to change. Add one, or run without.")
-    recipe: Recipe = read_fields(Recipe, _laid_over(data, changes) if quick else data, str(path))
+    data = _laid_over(data, changes) if quick else data
+    if isinstance(chosen := data.get("calibrate"), bool):
+        data["calibrate"] = {} if chosen else None
+    recipe: Recipe = read_fields(Recipe, data, str(path))
     if (recipe.post_trained is None) == (recipe.tune is None):
         raise RecipeError(f"{path} must have either `post_trained` (a model) or `tune` (how to make one), not both.")
     precision = settled_precision(recipe.precision, str(path))

@@ -7,49 +7,99 @@ process without this package loads it and computes the same.
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..calibration import calibrate_routers, made_up_conversations
 from ..checkpoint import CheckpointReader
 from ..errors import GraftError
 from ..evaluation import TaskSet
+from ..evaluation.loading import with_learnt_tokens
 from ..evaluation.scoring import Material
-from ..files import read_tasks
+from ..files import read_tasks, read_texts
 from ..graft.arithmetic import graft_tensor
 from ..graft.delta import PostTrainingDelta
-from ..graft.memory import EXPERT_SCALES
+from ..graft.memory import EXPERT_SCALES, grafted_adapter, to_stock, tuner_of
+from ..graft.scale import Scale
 from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
 from .data import held_out
 from .fields import AUTO, Graft, Recipe
-from .scoring import scores_of
+from .scoring import CHAT_FILE, arithmetic, scores_of
 from .stages import load_model, save_with_tokenizer
 
 _RELOAD = Path(__file__).with_name("reload.py")
 _RELOAD_TOLERANCE = 1e-3
+_SHOWN = 16  # conversations to measure routes on
 
 
 def graft(
     recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | str, fields: Graft, folder: Path
 ) -> None:
-    """`merge_and_graft`, saved with the post-trained model's tokenizer, reloaded by plain transformers."""
+    """Graft, calibrate, export; saved with the post-trained model's tokenizer, reloaded by plain transformers.
+
+    Beside the checkpoint lie some conversations that the post-trained model made up, which no router was shown: what
+    chat is, for whoever measures its routes.
+    """
     model = load_adapter(load_model(base), adapter)
     validation = _Validation(recipe, base) if fields.expert_scale == AUTO else None
-    chat = model.merge_and_graft(post_trained, validation=validation, **vars(fields))
-    del model, validation  # memory that saving and reloading need
+    tuner = tuner_of(model)
+    grafted = grafted_adapter(tuner, post_trained, Scale(fields.scale), fields.expert_scale, validation)
+    del model, tuner, validation  # memory that what follows needs
+    shown = _calibrate(recipe, grafted, load_tokenizer(post_trained))
+    chat = to_stock(
+        grafted,
+        language=fields.language,
+        replicate_dense_layers=fields.replicate_dense_layers,
+        remote_code=fields.remote_code,
+    )
+    del grafted
     save_with_tokenizer(chat, post_trained, folder)
-    report = asdict(chat.graft_report) | {
+    (folder / CHAT_FILE).write_text(json.dumps(shown, indent=1, ensure_ascii=False), encoding="utf-8")
+    found: Any = chat.graft_report
+    report = asdict(found) | {
         "post_trained": str(post_trained),
         "reload": _reload(chat, folder, own_code=fields.remote_code),
     }
     (folder / GRAFT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def _calibrate(recipe: Recipe, grafted: PeftModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Calibrate the routers, where they have a say and the recipe wants it. Returns conversations not shown to them."""
+    if grafted.active_peft_config.routing_rule.needs_language:
+        return []
+    tokenizer, fields = with_learnt_tokens(tokenizer, grafted), recipe.calibration
+    made: list[str] = []
+    with arithmetic(recipe):
+        if tokenizer.chat_template is not None and (fields is None or fields.conversations):
+            number = 0 if fields is None else fields.conversations
+            made = made_up_conversations(grafted, tokenizer, _SHOWN + number, seed=recipe.seed)
+        shown, made = made[:_SHOWN], made[_SHOWN:]
+        if fields is not None:
+            texts = {}
+            for code, language in recipe.languages.items():
+                documents = read_texts(language.train)
+                drawn = random.Random(recipe.seed).sample(range(len(documents)), min(fields.documents, len(documents)))
+                texts[code] = [documents[index] for index in drawn]
+            calibrate_routers(
+                grafted,
+                texts,
+                tokenizer,
+                conversations=made,
+                steps=fields.steps,
+                max_length=fields.sequence_length,
+                seed=recipe.seed,
+            )
+    return shown
 
 
 def graft_dense(recipe: Recipe, base: Path | str, tuned: Path, post_trained: Path | str, folder: Path) -> None:

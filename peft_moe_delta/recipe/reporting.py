@@ -36,7 +36,7 @@ def report(recipe: Recipe, scores: Mapping[str, Path], drift: Path) -> EvalRepor
         references=references,
         pairs=pairs,
         agreement=[Agreement(**row) for row in kept["agreement"]],
-        warnings=doubts(material),
+        warnings=[*kept["doubts"], *doubts(material)],
     )
 
 

@@ -22,7 +22,8 @@ from ..evaluation.measure import measure
 from ..evaluation.routes import expert_names, route_drift
 from ..evaluation.scoring import Material, Scores, score_material
 from ..files import read_tasks
-from ..languages import closest_code
+from ..hub.card import GRAFT_FILE, doubts_of
+from ..languages import ORIGINAL_GROUP, closest_code
 from ..loading import load_adapter, load_tokenizer
 from ..tuner import MoeDeltaTuner
 from .data import held_out
@@ -30,6 +31,8 @@ from .fields import Recipe
 from .stages import load_made, load_model
 
 FINDINGS, DRIFT = "findings.json", "drift.json"
+CHAT_FILE = "conversations.json"
+"""Beside a grafted checkpoint: conversations that the post-trained model made up."""
 _BATCH = 4  # texts a pass: more leave the processor's caches
 _PROMPTS = 2  # of each set of tasks
 _BEGINNING = 60  # characters of a document that models continue
@@ -70,7 +73,7 @@ def score(recipe: Recipe, name: str, checkpoint: Path | str, folder: Path) -> No
 
 
 def drift(recipe: Recipe, name: str, base: Path | str, adapter: Path, grafted: Path, folder: Path) -> None:
-    """Where the grafted model sends tokens, against its adapter before the graft: held-out text, and tasks."""
+    """Where the grafted model sends tokens, against its adapter before the graft: held-out text, tasks, and chat."""
     before = load_adapter(load_model(base), adapter)
     after = Measured(ready(load_made(grafted, recipe), recipe), load_tokenizer(grafted), None)
     material = material_of(recipe)
@@ -82,18 +85,22 @@ def drift(recipe: Recipe, name: str, base: Path | str, adapter: Path, grafted: P
     for tasks in material.tasks.values():
         if tasks.language is not None:
             asked.setdefault(tasks.language, []).extend(t["prompt"] + t["answer"] for t in tasks.tasks[:_DRIFT_TEXTS])
+    originals = [code for code, language in recipe.languages.items() if language.group == ORIGINAL_GROUP]
+    chat = json.loads((grafted / CHAT_FILE).read_text(encoding="utf-8"))
+    spoken = {originals[0]: chat} if originals and chat else {}
     names = (name, "its adapter before the graft")
     with arithmetic(recipe):
         rows = [
             row
-            for kind, listed in (("text", texts), ("tasks", asked))
+            for kind, listed in (("text", texts), ("tasks", asked), ("chat", spoken))
             for row in route_drift(Measured(before, after.tokenizer, None), after, listed, names=names, kind=kind)
         ]
     tuner: Any = before.base_model
     assert isinstance(tuner, MoeDeltaTuner)
     plan = tuner.plan()
     experts = expert_names(plan.groups, [max(counts) for counts in zip(*plan.counts, strict=True)])
-    kept = {"agreement": [asdict(row) for row in rows], "experts": experts}
+    graft = json.loads((grafted / GRAFT_FILE).read_text(encoding="utf-8"))
+    kept = {"agreement": [asdict(row) for row in rows], "experts": experts, "doubts": doubts_of(graft)}
     (folder / DRIFT).write_text(json.dumps(kept), encoding="utf-8")
 
 

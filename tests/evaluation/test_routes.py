@@ -112,7 +112,7 @@ def test_a_graft_that_drifts_says_so_in_report_page_and_card(byte_tokenizer):
     assert all(min(row.shares) > 0.9 for row in small.agreement)
     assert not any("drift" in warning for warning in small.warnings)
     first = large.warnings[0]
-    assert first.startswith("Routes drift: ") and "'en' tokens (text)" in first and "start_review" in first
+    assert first.startswith("Routes drift: ") and "'en' tokens (text)" in first and "calibrate_routers" in first
     assert any("(chat)" in warning for warning in large.warnings)
 
     assert render(large).split('class="doubt">')[1].startswith("Routes drift: ")

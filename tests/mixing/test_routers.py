@@ -10,6 +10,7 @@ from builders import alike, moe_layers, pico, upcycle
 from chance import shifted
 from peft_moe_delta import RouterStatistics, fit_routers
 from peft_moe_delta.errors import CheckpointError, DataError, LanguageError
+from peft_moe_delta.mixing.routers import set_routers, statistics_of
 from training.common import make_tokenizer
 
 RIDGE, TEMPERATURE = 1e-2, 0.1
@@ -62,24 +63,57 @@ def inputs_of(model, code, text):
     return seen
 
 
+def least_squares(model, layer, weights):
+    """Columns by the definition, at once: every language weighs as much as it is said to."""
+    groups = {"en": 0, "hu": 1, "fi": 1, "az": 2}
+    rows, targets = [], []
+    for code, texts in TEXTS.items():
+        x = torch.cat([inputs_of(model, code, text)[layer] for text in texts]).double()
+        y = torch.zeros(len(x), 3, dtype=torch.float64)
+        y[:, groups[code]] = 1
+        rows.append(x * (weights[code] / len(x)) ** 0.5)
+        targets.append(y * (weights[code] / len(x)) ** 0.5)
+    x, y = torch.cat(rows), torch.cat(targets)
+    damping = (RIDGE * (x.T @ x).trace() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 3)])).solution
+
+
 def test_the_streamed_fit_is_the_direct_least_squares_solution():
     fitted = model()
     fit(fitted, batch_size=4)
-    groups = {"en": 0, "hu": 1, "fi": 1, "az": 2}
     for layer, found in enumerate(router_weights(fitted)):
-        rows, targets = [], []
-        for code, texts in TEXTS.items():
-            x = torch.cat([inputs_of(fitted, code, text)[layer] for text in texts]).double()
-            y = torch.zeros(len(x), 3, dtype=torch.float64)
-            y[:, groups[code]] = 1
-            rows.append(x / len(x) ** 0.5)  # every language weighs the same
-            targets.append(y / len(x) ** 0.5)
-        x, y = torch.cat(rows), torch.cat(targets)
-        damping = (RIDGE * (x.T @ x).trace() / x.shape[1]).sqrt() * torch.eye(x.shape[1], dtype=x.dtype)
-        W = torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 3)])).solution
+        W = least_squares(fitted, layer, dict.fromkeys(TEXTS, 1.0))
         expected = (W / W.norm(dim=0))[:, [0, 1, 1, 2]].T / TEMPERATURE
         torch.testing.assert_close(found.double(), expected, atol=5e-5, rtol=0)
         torch.testing.assert_close(found.norm(dim=1), torch.full((4,), 1 / TEMPERATURE))
+
+
+@pytest.mark.parametrize("weight", [0.5, 8.0])
+def test_a_weight_on_original_tokens_is_that_of_their_errors_in_the_least_squares(weight):
+    fitted, tokenizer = model(), make_tokenizer()
+    rows = {code: [tokenizer(text)["input_ids"] for text in texts] for code, texts in TEXTS.items()}
+    others = statistics_of(fitted, [(code, rows[code]) for code in ("hu", "fi", "az")])
+    set_routers(fitted, statistics_of(fitted, [("en", rows["en"])], batch_size=2), others, weight)
+    for layer, found in enumerate(router_weights(fitted)):
+        W = least_squares(fitted, layer, {**dict.fromkeys(TEXTS, 1.0), "en": weight})
+        expected = (W / W.norm(dim=0).mean())[:, [0, 1, 1, 2]].T / TEMPERATURE
+        torch.testing.assert_close(found.double(), expected, atol=5e-5, rtol=0)
+
+
+def test_the_odds_of_a_gate_are_the_prior_of_linear_discriminant_analysis():
+    generator = torch.Generator().manual_seed(shifted(4))
+    samples = {code: torch.randn(400, 6, generator=generator, dtype=torch.float64) for code in ("en", "hu")}
+    samples["en"] += torch.randn(6, generator=generator, dtype=torch.float64)
+    statistics = RouterStatistics()
+    for code, group in (("en", "original"), ("hu", "uralic")):
+        x = samples[code]
+        statistics.add(code, group, {"gate": (x.T @ x, x.sum(0))}, len(x))
+    found = statistics.discriminant("gate", {"original": 1}, {"uralic": 1}, ridge=1e-12, odds=5.0)
+    u, v = samples["en"].mean(0), samples["hu"].mean(0)
+    within = sum((x - x.mean(0)).T @ (x - x.mean(0)) / len(x) for x in samples.values()) / 2
+    w = torch.linalg.solve(within, u - v)
+    expected = torch.cat([w, (np.log(5.0) - w @ (u + v) / 2)[None]])
+    torch.testing.assert_close(found / found.norm(), expected / expected.norm())
 
 
 def test_the_order_of_documents_and_languages_and_the_batch_size_do_not_matter():

@@ -66,6 +66,7 @@ def pico_recipe(folder: Path) -> dict[str, Any]:
         "review": {"routing": "learned", **training},
         "dense": training,
         "graft": {"expert_scale": "auto"},
+        "calibrate": {"documents": 6, "conversations": 4, "steps": 1},
         "tasks": {"saying": {"validation": tasks, "test": tasks}},
         "limits": {"validation_tasks": 4},
         "card": {"name": "pico", "base_model": "org/base", "parents": {"org/base": "mit"}},

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from builders import perturbed
@@ -99,6 +101,28 @@ def test_the_adapter_can_be_trained_where_nothing_stock_holds_it(fields, write_r
     fields["adapter"] = LANGUAGE_ROUTING
     del fields["review"]
     assert (Run(read_recipe(write_recipe(fields))).adapter().folder / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("calibrate", [{"documents": 6, "conversations": 3, "steps": 1}, False], ids=str)
+def test_a_graft_is_calibrated_where_the_recipe_wants_it(fields, write_recipe, calibrate):
+    """With `false` its routers are the reviewed adapter's own, and its routes are measured on chat all the same."""
+    run = Run(read_recipe(write_recipe(fields | {"calibrate": calibrate})))
+    graft = json.loads((run.grafted().folder / "graft.json").read_text())
+    routers = [read_routers(folder) for folder in (run.adapter().folder, run.grafted().folder)]
+    same = all(torch.equal(adapter, stock) for adapter, stock in zip(*routers, strict=True))
+    assert routers[0] and len(json.loads((run.grafted().folder / "conversations.json").read_text())) == 16
+    if calibrate is False:
+        assert graft["calibration"] is None and same
+    else:
+        assert graft["calibration"]["conversations"] == 3
+        assert same == (graft["calibration"]["kept"] == "before")
+
+
+def read_routers(folder):
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    named = (name for name in sorted(weights) if "moe_delta_router" in name or name.endswith(".gate.weight"))
+    return [weights[name] for name in named]
 
 
 @pytest.mark.slow

@@ -20,6 +20,16 @@ def test_a_recipe_is_read_in_the_order_it_was_written(recipe_fields, write_recip
     assert recipe.graft.expert_scale == "auto"
 
 
+def test_routers_are_calibrated_unless_the_recipe_says_not_to_or_nobody_asks_them(recipe_fields, write_recipe):
+    def calibration(**change):
+        return read_recipe(write_recipe(recipe_fields | change)).calibration
+
+    assert (calibration().documents, calibration(calibrate=True).documents) == (6, 100)
+    assert calibration(calibrate=False) is calibration(calibrate=None) is None
+    del recipe_fields["review"]
+    assert calibration() is None, "routing by language"
+
+
 def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe):
     recipe = read_recipe(write_recipe(recipe_fields), quick=True)
     assert (recipe.expand.steps, recipe.expand.batch_size) == (1, 4)
@@ -59,6 +69,8 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
         ),
         ({"languages": ["en"]}, "languages must be"),
         ({"post_trained": "x"}, "either `post_trained`.*or `tune`"),
+        ({"calibrate": {"documents": 1}}, "documents must be a whole number of at least 2; got 1"),
+        ({"calibrate": "no"}, "calibrate must be a section"),
         ({"precision": "fp8"}, "precision.*bf16.*fp8"),
     ],
 )

@@ -40,6 +40,7 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert report.routing[0].experts == ["expert 0", "hu_group", "el_group"]
     assert [(row.language, row.kind) for row in report.agreement][:3] == [(code, "text") for code in ("en", "hu", "el")]
     assert {row.reference for row in report.agreement} == {"its adapter before the graft"}
+    assert [row.language for row in report.agreement if row.kind == "chat"] == ["en"]
     assert all(list(row.answers) == [model.name for model in report.models] for row in report.generations)
     assert (output / "report/report.html").is_file()
     assert (output / "report/figures/retention_against_expansion.png").is_file()
@@ -49,6 +50,10 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert AutoTokenizer.from_pretrained(output / "grafted").chat_template == "{{ messages }}"
     graft = json.loads((output / "grafted/graft.json").read_text())
     assert graft["reload"]["architecture"] == "MixtralForCausalLM"
+    assert graft["calibration"]["conversations"] == 4
+    assert {row["kind"] for row in graft["calibration"]["after"]} == {"text", "chat"}
+    assert set(graft["calibration"]["doubts"]) <= set(report.warnings)
+    assert len(json.loads((output / "grafted/conversations.json").read_text())) == 16
     dense = json.loads((output / "dense_grafted/graft.json").read_text())
     for chosen in (graft, dense):  # the baseline's share is chosen as ours is
         assert [share for share, _ in chosen["trials"]] == [0.25, 0.5, 0.75, 1.0]
@@ -56,6 +61,7 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
 
     card = output / "cards/pico/README.md"
     assert f"A model card: {card}" in printed
+    assert all(card.read_text().count(doubt) == 1 for doubt in graft["calibration"]["doubts"])
     metadata = ModelCard.load(card).data
     assert (metadata.license, metadata.base_model, metadata.language) == ("mit", ["org/base"], ["en", "hu", "el"])
     rows = {row.dataset_config or row.dataset_name: row.metric_value for row in metadata.eval_results}
