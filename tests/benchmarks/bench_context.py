@@ -5,9 +5,10 @@
 For each random seed, from nothing: a small model is pre-trained on English with a little Hungarian and Greek, and
 tuned on conversations until its embeddings have moved by more than half. The base learns Hungarian and Greek, an expert
 each; its routers are fitted as `fit_routers` does it before a graft. Then the tuned model's delta is grafted on, and
-routed in turn by language (told, which is what can be had), by those routers, and by routers that were calibrated on
-the grafted model. Printed for each: tuned tasks answered exactly, bits per byte of held-out text, and the share of
-tokens that leave for the right experts. The text is that of ../shared; without it there is nothing to do.
+routed in turn by language (told, which is what can be had), by context (read from the text), by those routers, and by
+routers that were calibrated on the grafted model. Printed for each: tuned tasks answered exactly, bits per byte of
+held-out text, German included, which nobody named, and the share of tokens that leave for the right experts. The text
+is that of ../shared; without it there is nothing to do.
 """
 
 from __future__ import annotations
@@ -30,13 +31,20 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from peft_moe_delta import Calibration, MoeDeltaConfig, PostTrainingDelta, calibrate_routers, fit_routers
+from peft_moe_delta import (
+    Calibration,
+    MoeDeltaConfig,
+    PostTrainingDelta,
+    calibrate_routers,
+    fit_identifier,
+    fit_routers,
+)
 from peft_moe_delta.evaluation import bits_per_byte, exact_match
 from peft_moe_delta.evaluation.generation import in_chat
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "libreoffice_help"
 ENGLISH, NEW = "en", ("hu", "el")
-LANGUAGES = (ENGLISH, *NEW)
+LANGUAGES, UNNAMED = (ENGLISH, *NEW), "de"
 VOCABULARY, ROWS, LENGTH = 2048, 8, 96
 STEPS = {"base": 240, "tuned": 300, "expanded": 160}
 SHAPE: dict[str, Any] = {
@@ -85,14 +93,9 @@ class Pair:
 
 def large_delta_pair(seed: int, family: str = "qwen3") -> Pair:
     """Train both models from nothing, on one core in about two minutes."""
-    documents = {part: {code: read(code, part) for code in LANGUAGES} for part in ("train", "test")}
-    texts, held_out = (
-        documents["train"],
-        {
-            code: [d[:CHARACTERS] for d in random.Random(0).sample(found, DOCUMENTS)]
-            for code, found in documents["test"].items()
-        },
-    )
+    texts = {code: read(code, "train") for code in LANGUAGES}
+    drawn = {code: random.Random(0).sample(read(code, "test"), DOCUMENTS) for code in (*LANGUAGES, UNNAMED)}
+    held_out = {code: [document[:CHARACTERS] for document in documents] for code, documents in drawn.items()}
     tokenizer = make_tokenizer(texts)
     torch.manual_seed(seed)
     base = AutoModelForCausalLM.from_config(
@@ -214,10 +217,10 @@ class Figures:
 
 
 def figures(model: Any, pair: Pair, *, told: bool = False, right: float | None = None) -> Figures:
-    """Score a model; `told`: tell it each text's language."""
+    """Score a model; `told`: tell it each text's language, English of what it does not know."""
 
     def named(code: str) -> dict[str, str]:
-        return {"language": code} if told else {}
+        return {"language": ENGLISH if code == UNNAMED else code} if told else {}
 
     bits = {
         code: bits_per_byte(model, pair.tokenizer, documents, max_length=LENGTH, **named(code)).value
@@ -236,6 +239,9 @@ def run(seed: int, family: str) -> tuple[Pair, dict[str, Figures], Calibration]:
         found["by language, told"] = figures(grafted, pair, told=True, right=1.0)
     today = figures(grafted, pair)
     texts = {code: documents[:FITTED] for code, documents in pair.texts.items()}
+    recognised = fit_identifier(grafted, texts, pair.tokenizer).recognised
+    with grafted.base_model.in_routing("context"):
+        found["by context, read"] = figures(grafted, pair, right=min(recognised.values()))
     calibration = calibrate_routers(grafted, texts, pair.tokenizer, max_length=LENGTH, seed=seed)
     found["learned, as before the graft"] = replace(today, right=min(row.right for row in calibration.before))
     found["learned, calibrated"] = figures(grafted, pair, right=min(row.right for row in calibration.after))
@@ -264,11 +270,11 @@ def main() -> None:
         for name in runs[0][1]:
             each = [found[name] for _, found, _ in runs]
             right = [one.right for one in each if one.right is not None]
-            bits = [shown([one.bits[code] for one in each]) for code in LANGUAGES]
+            bits = [shown([one.bits[code] for one in each], 3) for code in (*LANGUAGES, UNNAMED)]
             rows.append((name, shown([one.skill for one in each]), *bits, shown(right) if right else ""))
         print_table(
             f"{family}, embeddings moved by {moved}: skill, bits per byte, share of tokens on the right experts",
-            ("", "skill", *LANGUAGES, "right, worst source"),
+            ("", "skill", *LANGUAGES, f"{UNNAMED}, unnamed", "right, worst source"),
             rows,
         )
         for seed, (_, _, calibration) in enumerate(runs, arguments.first):
