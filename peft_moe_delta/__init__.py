@@ -4,13 +4,13 @@ Importing this package registers its tuner with PEFT: `get_peft_model(model, Moe
 """
 
 from .allocation import allocate_experts, group_languages
-from .calibration import Calibration, calibrate_routers, made_up_conversations
+from .calibration import calibrate_routers, made_up_conversations
 from .errors import PeftMoeDeltaError
 from .evaluation import EvalReport, TaskSet, evaluate_languages
 from .graft.delta import PostTrainingDelta
 from .graft.files import graft_checkpoint
 from .graft.memory import to_stock
-from .identifier import IdentifierReport, fit_identifier, recognised_languages
+from .identifier import fit_identifier
 from .languages import LanguageTable
 from .mixing import RouterStatistics, fit_routers, mix
 from .model import MoeDeltaModel
@@ -25,11 +25,9 @@ register()
 
 __version__ = "0.1.0"
 __all__ = [
-    "Calibration",
     "AuxiliaryLossMixin",
     "EvalReport",
     "ExpertPlan",
-    "IdentifierReport",
     "LanguageCollator",
     "LanguageTable",
     "MoeDeltaConfig",
@@ -46,11 +44,10 @@ __all__ = [
     "extend_vocabulary",
     "fit_identifier",
     "fit_routers",
+    "graft_checkpoint",
     "group_languages",
     "made_up_conversations",
     "mix",
-    "graft_checkpoint",
     "propose_tokens",
-    "recognised_languages",
     "to_stock",
 ]

@@ -32,13 +32,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_moe_delta import (
-    Calibration,
     MoeDeltaConfig,
     PostTrainingDelta,
     calibrate_routers,
     fit_identifier,
     fit_routers,
 )
+from peft_moe_delta.calibration import Calibration
 from peft_moe_delta.evaluation import bits_per_byte, exact_match
 from peft_moe_delta.evaluation.generation import in_chat
 

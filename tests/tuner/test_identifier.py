@@ -7,8 +7,9 @@ from transformers import DynamicCache
 
 from builders import LANGUAGES, moe_layers, pico, upcycle
 from chance import shifted
-from peft_moe_delta import fit_identifier, recognised_languages
+from peft_moe_delta import fit_identifier
 from peft_moe_delta.errors import DataError, LanguageError
+from peft_moe_delta.identifier import recognised_languages
 from peft_moe_delta.tuner.identifier import Identifiers
 from reading import MEMORY, WORDS, mixed, reader, text_of, texts
 from training.common import make_tokenizer
