@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from builders import logits, pico, token_batch, upcycle
+from reading import mixed, reader
 
 
 @pytest.mark.slow
@@ -38,3 +39,16 @@ def test_layers_compiled_one_by_one_see_the_pass_they_are_in():
         layer.compile(backend="aot_eager")
     for language, each in expected.items():
         torch.testing.assert_close(logits(model, token_batch(), language=language), each, atol=5e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_languages_are_read_in_compiled_passes_and_remembered_between_them():
+    torch.compiler.reset()
+    model, ids = reader(), mixed()
+    compiled = torch.compile(model, backend="aot_eager")
+    expected = logits(model, ids)
+    torch.testing.assert_close(logits(compiled, ids), expected, atol=5e-5, rtol=0)
+    with torch.no_grad():
+        first = compiled(ids[:, :20], use_cache=True)
+        second = compiled(ids[:, 20:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(second.logits, expected[:, 20:], atol=5e-5, rtol=0)
