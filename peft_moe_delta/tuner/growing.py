@@ -76,9 +76,9 @@ def remove_group(tuner: MoeDeltaTuner, group: str) -> None:
     context = ForwardContext.of(tuner.model)
     if context.language in members:
         context.language = None
+    Identifiers.forget(tuner.model, name, config, members)
     kept = _shrunk_config(config, group, members)
     _take_over(config, kept)
-    Identifiers.forget(tuner.model, name, config, members)
     for path, layer in [(p, m) for p, m in tuner.model.named_modules() if isinstance(m, MoeDeltaLayer)]:
         if name not in layer.settings:
             continue

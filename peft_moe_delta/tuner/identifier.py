@@ -41,7 +41,7 @@ def columns_of(config: MoeDeltaConfig) -> tuple[str, ...]:
     return tuple(code for code in fitted_of(config).languages if config.languages[code] != ORIGINAL_GROUP)
 
 
-def groups_of(config: MoeDeltaConfig) -> tuple[int, ...]:
+def groups_of(config: MoeDeltaConfig, _: None = None) -> tuple[int, ...]:
     """Groups by what `recognise` says: that of the original languages, then one a column of the scores."""
     table = config.language_table
     return (0, *(table.group_of[table.id_of(code)] for code in columns_of(config)))
@@ -103,7 +103,7 @@ class Identifier(nn.Module):
         """The group of every token, (B, S) int64; -1 for padding."""
         scores_VC = self.scores(tokens.ids_BS.device)
         language_BS = tokens.languages(scores_VC, self.fitted.memory, self.fitted.threshold)
-        group_BS = constant(groups_of(self.config), scores_VC.device)[language_BS]
+        group_BS = constant(self.config.derived(groups_of, None), scores_VC.device)[language_BS]
         return group_BS if tokens.mask_BS is None else group_BS.masked_fill(~tokens.mask_BS, -1)
 
 
