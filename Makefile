@@ -26,11 +26,11 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED)  ## the whole job on a real model: prints the table (about 20 minutes on 2 cores)
-	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also de
 	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml
 
 demo-quick: $(INSTALLED)  ## the same with fewer steps and layers (3 minutes)
-	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also de
 	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml --quick
 
 figures: $(INSTALLED)  ## the README's picture: nine languages measured on the demo's model

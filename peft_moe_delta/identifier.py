@@ -23,7 +23,7 @@ from .languages import ORIGINAL_GROUP
 from .loading import tokenizer_of
 from .routing.context import THRESHOLD, recognise, token_scores
 from .tuner import MoeDeltaTuner
-from .tuner.identifier import Identifiers, columns_of
+from .tuner.identifier import Identifiers, columns_of, fitted_of
 
 MEMORIES = (16, 32, 64)
 """Tokens. In 16 to 64 tokens a language is plain, and text that changes its language is followed soon."""
@@ -226,6 +226,6 @@ def recognised_languages(model: PeftModel, input_ids: Tensor) -> list[list[str |
     assert isinstance(tuner, MoeDeltaTuner)
     identifier = Identifiers.required(tuner.model)
     names: list[str | None] = [None, *columns_of(tuner.active_config)]
-    memory, threshold = identifier.fitted.memory, identifier.fitted.threshold
-    found = recognise(input_ids, identifier.scores(input_ids.device), memory, threshold)
+    fitted = fitted_of(tuner.active_config)
+    found = recognise(input_ids, identifier.scores(input_ids.device), fitted.memory, fitted.threshold)
     return [[names[i] for i in row] for row in found.tolist()]

@@ -29,6 +29,8 @@ def _run(arguments: Namespace) -> str:
         lines.append(f"The stock checkpoint went to {address}.")
     lines += [f"A model card: {folder / CARD_FILE}" for folder in cards]
     lines.append(f"The report with its pictures: {run.page}")
+    if run.recipe.graft.by_context:
+        lines.append(f"Routed by context, with a modelling file of its own: {run.by_context().folder}.")
     lines.append(f"Everything is in {run.recipe.output}; the stock checkpoint is {run.grafted().folder}.")
     return "\n".join(lines)
 

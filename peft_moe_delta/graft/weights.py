@@ -10,10 +10,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 from ..architectures import TRANSPOSED_MLP, mlp_module_name
@@ -72,9 +73,8 @@ class GraftedWeights:
         self.names = tuple(name for name in post_trained.tensors if name not in self.tied)
         self.adapter_config = copy.deepcopy(adapter.config)
         self.adapter_config.change(first_new_token_id=first_new_id(adapter.config, vocabulary))
-        if (fitted := adapter.config.record.identifier) is not None and (moves := self._identifier_moves()) is not None:
-            wider = dataclasses.replace(fitted, vocabulary=fitted.vocabulary + moves[1] - moves[0])
-            self.adapter_config.change(identifier=wider)
+        if (fitted := adapter.config.record.identifier) is not None and (counted := self._counted_ids) is not None:
+            self.adapter_config.change(identifier=dataclasses.replace(fitted, vocabulary=len(counted)))
         self.config = self._config()
 
     def _stays_tied(self, target: str, source: str, *, tied_in_base: bool) -> bool:
@@ -153,23 +153,29 @@ class GraftedWeights:
                 yield key, self.stored(key)
 
     def _counts(self, key: str) -> Tensor:
-        """The identifier's token counts, with those of new tokens where these have gone to."""
-        counts, moves = self.adapter.tensors[key], self._identifier_moves()
-        if moves is None:
+        """The identifier's token counts, by the grafted model's ids."""
+        counts, ids = self.adapter.tensors[key], self._counted_ids
+        if ids is None:
             return counts
-        (before, now), number = moves, self._num_new()
-        moved = counts.new_zeros(len(counts), counts.shape[1] + now - before)
-        moved[:, :before] = counts[:, :before]
-        moved[:, now : now + number] = counts[:, before : before + number]
-        return moved
+        unknown = counts.new_full((len(counts), 1), -1)  # which `ids` finds as the last column
+        return torch.cat([counts, unknown], dim=1)[:, ids.to(counts.device)]
 
-    def _identifier_moves(self) -> tuple[int, int] | None:
-        """The id of the first new token before and after the graft, where the identifier has counted such tokens."""
+    @cached_property
+    def _counted_ids(self) -> Tensor | None:
+        """Id in the grafted model -> the one that the identifier has counted it under, int64; -1 for a token that the
+        base does not know, which says nothing of any language. None where every id stays what it is."""
         fitted = self.adapter.config.record.identifier
-        before, now = (c.record.first_new_token_id for c in (self.adapter.config, self.adapter_config))
-        if fitted is None or before is None or now is None or before == now or fitted.vocabulary <= before:
+        if fitted is None:
             return None
-        return before, now
+        first, now = (c.record.first_new_token_id for c in (self.adapter.config, self.adapter_config))
+        own = fitted.vocabulary if first is None else min(first, fitted.vocabulary)
+        ids = torch.arange(own)
+        if self.vocabulary is not None and not self.vocabulary.is_same:
+            ids = self.vocabulary.base_row.masked_fill(self.vocabulary.base_row >= own, -1)
+        if now is not None and fitted.vocabulary > own:
+            ids = F.pad(ids[:now], (0, max(0, now - len(ids))), value=-1)
+            ids = torch.cat([ids, torch.arange(own, fitted.vocabulary)])
+        return None if torch.equal(ids, torch.arange(fitted.vocabulary)) else ids
 
     def stored(self, key: str) -> Tensor:
         """A tensor of the adapter as it is."""

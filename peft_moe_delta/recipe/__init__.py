@@ -18,7 +18,7 @@ from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
 from . import cards, checks, grafting, reporting, scoring, stages
 from .fields import AUTO, Graft, Recipe, read_recipe
-from .reporting import BASE, DENSE, OURS, OURS_WHOLE, POST_TRAINED
+from .reporting import BASE, DENSE, OURS, OURS_BY_CONTEXT, OURS_WHOLE, POST_TRAINED
 from .workspace import Step, Workspace, file_hash, model_files
 
 __all__ = ["OURS", "Recipe", "Run", "read_recipe"]
@@ -82,10 +82,10 @@ class Run:
         )
 
     def adapter(self) -> Step:
-        """The adapter after all its training: reviewed, where the recipe has a review; and under routing by context,
-        with what it knows of its languages."""
+        """The adapter after all its training: reviewed, where the recipe has a review; and with what it knows of its
+        languages, where it is to read them from the text."""
         recipe, trained = self.recipe, self._trained()
-        if not checks.reads_languages(recipe):
+        if not (checks.reads_languages(recipe) or recipe.graft.by_context):
             return trained
         return self._step(
             "identified",
@@ -140,12 +140,23 @@ class Run:
             lambda: {
                 "adapter": self.adapter(),
                 "post_trained": self.post_trained(),
-                "graft": fields,
+                "graft": replace(fields, by_context=False),  # a second form, which changes nothing here
                 **self._validated(fields),
                 **self._calibrated,
             },
             lambda folder: grafting.graft(
                 recipe, self.base_model, self.adapter().folder, self.post_trained_model, fields, folder
+            ),
+        )
+
+    def by_context(self) -> Step:
+        """The same model, routed by context, as remote code."""
+        recipe, stock = self.recipe, self.grafted()
+        return self._step(
+            stages.BY_CONTEXT,
+            lambda: {"adapter": self.adapter(), "post_trained": self.post_trained(), "shares as in": stock},
+            lambda folder: grafting.graft_by_context(
+                recipe, self.base_model, self.adapter().folder, self.post_trained_model, stock.folder, folder
             ),
         )
 
@@ -168,6 +179,9 @@ class Run:
             whole = self.grafted("grafted_whole", replace(self.recipe.graft, expert_scale=1.0))
             models[OURS_WHOLE] = ("grafted_whole", whole.folder, whole)
         models[OURS] = ("grafted", ours.folder, ours)
+        if self.recipe.graft.by_context:
+            read = self.by_context()
+            models[OURS_BY_CONTEXT] = (stages.BY_CONTEXT, read.folder, read)
         scores = {row: self._scores(row, *model).folder for row, model in models.items()}
         report = reporting.report(self.recipe, scores, self._drift(OURS, ours).folder)
         write_report(report, self.page.parent)
@@ -250,6 +264,7 @@ class Run:
         """What models are scored on, and how."""
         languages, limits = {n: tasks.language for n, tasks in self.recipe.tasks.items()}, self.recipe.limits
         read = {**self._read("test", self.recipe.languages), **self._read("test", self.recipe.tasks)}
+        read |= {"unseen": {code: file_hash(file) for code, file in self.recipe.unseen.items()}}
         limited = (limits.test_documents, limits.document_bytes, limits.test_tasks)
         return {**read, "task_languages": languages, "limits": limited, **self._arithmetic}
 

@@ -18,6 +18,7 @@ from ..graft.explain import weights_of
 from ..graft.kinship import check_same_kind
 from ..graft.scale import scale_of_groups
 from ..graft.weights import exported_share
+from ..languages import closest_code
 from ..loading import load_config, load_tokenizer
 from ..routing import ContextRouting, routing_named
 from ..tuner import MoeDeltaConfig
@@ -69,6 +70,11 @@ def check_graft(recipe: Recipe) -> None:
             "let a `review` with `routing: learned` teach the routers, or `adapter: {routing: context}` read it from "
             "the text. `peft-moe-delta train` stops at the adapter."
         )
+    if fields.by_context and isinstance(config.routing_rule, ContextRouting):
+        raise RecipeError(
+            f"graft: by_context ships a second form, and routing {config.routing!r} makes the first one that already. "
+            "Remove it."
+        )
     try:
         check_same_kind(base.model_type, other.model_type)
         weights = weights_of(config, other)
@@ -112,8 +118,15 @@ def check_held_out(recipe: Recipe) -> None:
     """Refuse files that could not be scored on, or calibrated with.
 
     Raises:
+        RecipeError: a language that nobody is to name has a group.
         DataError: a file is missing, or is not what it should be.
     """
+    if known := [code for code in recipe.unseen if closest_code(code, recipe.languages)]:
+        raise RecipeError(
+            f"unseen: {', '.join(known)} is among the languages, so it is scored already. Remove it here."
+        )
+    for file in recipe.unseen.values():
+        read_texts(file)
     for language in recipe.languages.values():
         for file in filter(None, (language.test, language.validation)):
             read_texts(file)

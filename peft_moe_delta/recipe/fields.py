@@ -86,13 +86,19 @@ class Review(Training):
 
 @dataclass(frozen=True)
 class Graft:
-    """How the post-training delta is applied, and as what the model is shipped, as in `merge_and_graft`."""
+    """How the post-training delta is applied, and as what the model is shipped; most fields as in `merge_and_graft`.
+
+    Attributes:
+        by_context: ship it once more, routed by context, as remote code in the folder `by_context`; the adapter then
+            can tell its languages apart as well.
+    """
 
     expert_scale: Finite | dict[str, Finite] | str = 1.0
     scale: Finite = 1.0
     language: str | None = None
     replicate_dense_layers: bool = False
     remote_code: bool = False
+    by_context: bool = False
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,7 @@ class Recipe:
         graft: how the delta is applied.
         calibrate: what is done for the routers after the graft, where the model ships any; false to leave it out.
         tasks: name -> tasks with exact answers, scored beside the text.
+        unseen: code -> held-out text (jsonl with a `text` column) of languages that nobody names: what becomes of them.
         limits: how much is scored.
         card: what the model cards say; None for no cards.
         push: Hub repository that the stock checkpoint goes to when everything is done; None to keep it here.
@@ -189,6 +196,7 @@ class Recipe:
     graft: Graft = field(default_factory=Graft)
     calibrate: Calibrate | None = field(default_factory=Calibrate)
     tasks: dict[str, Tasks] = field(default_factory=dict)
+    unseen: dict[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     card: Card | None = None
     push: str | None = None

@@ -63,13 +63,28 @@ def graft(
         remote_code=fields.remote_code,
     )
     del grafted
-    save_with_tokenizer(chat, post_trained, folder)
+    _ship(chat, post_trained, folder, own_code=fields.remote_code)
     (folder / CHAT_FILE).write_text(json.dumps(shown, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def graft_by_context(
+    recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | str, stock: Path, folder: Path
+) -> None:
+    """The graft once more, as it reads languages from the text: the same shares as in the folder of `stock`."""
+    model = load_adapter(load_model(base), adapter)
+    shares = json.loads((stock / GRAFT_FILE).read_text(encoding="utf-8"))["expert_scale"]
+    tuner = tuner_of(model)
+    with tuner.in_routing("context"):
+        grafted = grafted_adapter(tuner, post_trained, Scale(recipe.graft.scale), shares)
+    del model, tuner  # memory that what follows needs
+    _ship(to_stock(grafted, remote_code=True), post_trained, folder, own_code=True)
+
+
+def _ship(chat: PreTrainedModel, post_trained: Path | str, folder: Path, *, own_code: bool) -> None:
+    """Save a stand-alone model with its tokenizer and `graft.json`, once another process has loaded it."""
+    save_with_tokenizer(chat, post_trained, folder)
     found: Any = chat.graft_report
-    report = asdict(found) | {
-        "post_trained": str(post_trained),
-        "reload": _reload(chat, folder, own_code=fields.remote_code),
-    }
+    report = asdict(found) | {"post_trained": str(post_trained), "reload": _reload(chat, folder, own_code=own_code)}
     (folder / GRAFT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
 
 

@@ -41,10 +41,15 @@ _DRIFT_TEXTS, _DRIFT_CHARACTERS = 8, 1500  # of each language
 
 
 def material_of(recipe: Recipe) -> Material:
-    """The held-out text and tasks; and prompts by language: a beginning of a document, and prompts of tasks in it."""
+    """The held-out text and tasks; and prompts by language that has a group: a beginning of a document, and prompts of
+    tasks in it."""
     texts = {
         code: held_out(language.test, recipe.limits, recipe.limits.test_documents, recipe.seed)
         for code, language in recipe.languages.items()
+    }
+    unseen = {
+        code: held_out(file, recipe.limits, recipe.limits.test_documents, recipe.seed)
+        for code, file in recipe.unseen.items()
     }
     tasks = {
         name: TaskSet(read_tasks(tasks.test, recipe.limits.test_tasks), tasks.language)
@@ -54,7 +59,7 @@ def material_of(recipe: Recipe) -> Material:
     for listed in tasks.values():
         if listed.language and (code := closest_code(listed.language, prompts)):
             prompts[code] += [task["prompt"] for task in listed.tasks[:_PROMPTS]]
-    return Material(texts=texts, tasks=tasks, prompts=prompts)
+    return Material(texts=texts | unseen, tasks=tasks, prompts=prompts)
 
 
 def score(recipe: Recipe, name: str, checkpoint: Path | str, folder: Path) -> None:

@@ -38,6 +38,8 @@ from ..vocabulary import extend_vocabulary
 from .fields import Recipe, Review, Training, Tuning
 
 LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
+BY_CONTEXT = "by_context"
+"""The step, and so the folder, of the model that reads languages from the text."""
 
 Features = list[dict[str, Any]]
 
@@ -69,7 +71,8 @@ def load_model(model: str | Path, **options: Any) -> PreTrainedModel:
 
 def load_made(checkpoint: Path | str, recipe: Recipe) -> PreTrainedModel:
     """A checkpoint to look at, with its own modelling file where the recipe has just written one."""
-    own = recipe.graft.remote_code and Path(checkpoint).parent == Path(recipe.output)
+    written = Path(checkpoint).parent == Path(recipe.output)
+    own = written and (recipe.graft.remote_code or Path(checkpoint).name == BY_CONTEXT)
     return load_model(checkpoint, trust_remote_code=own)
 
 

@@ -60,7 +60,7 @@ class Identifier(nn.Module):
     """What one adapter knows of its languages' tokens.
 
     Attributes:
-        counts: (L, V) int32, in the order of `languages`. Whole numbers, so no change of dtype touches them.
+        counts: (L, V) int32, languages as in `fitted_of(config)`. Whole numbers, so no change of dtype touches them.
     """
 
     counts: Tensor
@@ -68,14 +68,9 @@ class Identifier(nn.Module):
     def __init__(self, config: MoeDeltaConfig, device: torch.device) -> None:
         super().__init__()
         self.config = config
-        languages, vocabulary = self.fitted.languages, self.fitted.vocabulary
-        self.register_buffer("counts", torch.zeros(len(languages), vocabulary, dtype=torch.int32, device=device))
+        shape = (len(fitted_of(config).languages), fitted_of(config).vocabulary)
+        self.register_buffer("counts", torch.zeros(shape, dtype=torch.int32, device=device))
         self._scores: dict[torch.device, Tensor] = {}
-
-    @property
-    def fitted(self) -> FittedIdentifier:
-        """`fitted_of` the adapter."""
-        return fitted_of(self.config)
 
     def scores(self, device: torch.device) -> Tensor:
         """`score_l` of every token, (V, C) int8: computed when there are new counts, and kept on each device."""
@@ -84,7 +79,7 @@ class Identifier(nn.Module):
         return self._scores[device]
 
     def set_counts(self, counts_LV: Tensor) -> None:
-        """Take other counts, of the languages that `fitted` names by now."""
+        """Take other counts, of the languages that the config names by now."""
         self.counts = counts_LV.to(self.counts.device, torch.int32)
         self._scores = {}
 
@@ -102,7 +97,8 @@ class Identifier(nn.Module):
     def groups(self, tokens: PassTokens) -> Tensor:
         """The group of every token, (B, S) int64; -1 for padding."""
         scores_VC = self.scores(tokens.ids_BS.device)
-        language_BS = tokens.languages(scores_VC, self.fitted.memory, self.fitted.threshold)
+        fitted = fitted_of(self.config)
+        language_BS = tokens.languages(scores_VC, fitted.memory, fitted.threshold)
         group_BS = constant(self.config.derived(groups_of, None), scores_VC.device)[language_BS]
         return group_BS if tokens.mask_BS is None else group_BS.masked_fill(~tokens.mask_BS, -1)
 
@@ -162,7 +158,7 @@ class Identifiers(nn.ModuleDict, BaseTunerLayer):
         identifier = None if found is None else found.own(adapter_name)
         if identifier is None:
             return {}
-        return dict(zip(identifier.fitted.languages, identifier.counts, strict=True))
+        return dict(zip(fitted_of(identifier.config).languages, identifier.counts, strict=True))
 
     @classmethod
     def required(cls, model: nn.Module) -> Identifier:

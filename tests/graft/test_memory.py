@@ -14,9 +14,11 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from builders import in_bf16, logits, moe_layers, perturbed, pico, token_batch, upcycle
+from peft_moe_delta import fit_identifier
 from peft_moe_delta.errors import CheckpointError, GraftError
 from peft_moe_delta.graft.memory import to_stock
 from peft_moe_delta.hub import CardFacts, render_card
+from peft_moe_delta.tuner.identifier import Identifiers
 
 STOCK = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "granite", "gemma", "phi3")
 OTHERS = ("gpt2", "gemma2", "bloom", "gpt_neox")
@@ -376,6 +378,23 @@ def test_another_tokenizer_is_refused(saved):
         load_adapter(saved).graft(saved / "post")
     word_tokenizer("b", "a", "c", "new").save_pretrained(saved / "post")  # renumbered and added tokens are fine
     load_adapter(saved).graft(saved / "post")
+
+
+def test_the_identifier_follows_renumbered_tokens_and_learns_nothing_of_unknown_ones(saved):
+    """Counts go by token string; what the post-trained tokenizer alone has speaks for no language, nor against one."""
+    before, after = word_tokenizer("a", "b", "c"), word_tokenizer("b", "new", "a", "c")
+    before.save_pretrained(saved / "base")
+    after.save_pretrained(saved / "post")
+    model = load_adapter(saved)
+    words = {"hu": "abb", "en": "acc", "fi": "b", "az": "cab"}  # a document each
+    fit_identifier(model, {code: list(documents) for code, documents in words.items()}, before, memory=4)
+    counted = Identifiers.counts_of(model.base_model.model, "default")
+    grafted = model.graft(saved / "post")
+    kept = Identifiers.counts_of(grafted.base_model.model, "default")
+    for code, counts in counted.items():
+        found = {token: kept[code][row].item() for token, row in after.get_vocab().items()}
+        assert found == {"new": -1} | {token: counts[row].item() for token, row in before.get_vocab().items()}
+    assert grafted.active_peft_config.record.identifier.vocabulary == len(kept["hu"])
 
 
 def damage_shard(folder):

@@ -14,11 +14,13 @@ from builders import perturbed
 from peft_moe_delta.cli import main
 from peft_moe_delta.evaluation import EvalReport
 from peft_moe_delta.recipe import OURS, Run, read_recipe
-from recipe.pico_recipe import pico_tokenizer
+from peft_moe_delta.recipe.reporting import OURS_BY_CONTEXT, POST_TRAINED
+from recipe.pico_recipe import pico_tokenizer, write_lines
 
 TRAINING = {"steps": 2, "batch_size": 4, "learning_rate": 1.0e-3, "sequence_length": 16}
 EXPERTS = {"hu_group": 1, "el_group": 1}
 LANGUAGE_ROUTING = {"experts": EXPERTS, "routing": "language"}
+CONTEXT = {"experts": EXPERTS, "routing": "context"}
 CLASSIFIER = {"experts": EXPERTS, "routing": "classifier"}
 LAX = {"name": "a", "parents": {"org/base": "cc-by-nc-4.0"}, "base_model": "org/base", "licence": "mit"}
 
@@ -73,6 +75,12 @@ def fields(recipe_fields):
         ({"model": "/nowhere"}, "Cannot load a config of a model from '/nowhere'"),
         ({"post_trained": "/nowhere"}, "Cannot load a config of a model from '/nowhere'"),
         ({"card": LAX}, "licence"),
+        (
+            {"adapter": CONTEXT, "review": None, "graft": {"by_context": True, "remote_code": True}},
+            "that already. Remove",
+        ),
+        ({"unseen": {"hun": "de.jsonl"}}, "unseen: hun is among the languages"),
+        ({"unseen": {"de": "nowhere.jsonl"}}, "nowhere.jsonl"),
     ],
     ids=str,
 )
@@ -116,6 +124,28 @@ def test_a_graft_is_calibrated_where_the_recipe_wants_it(fields, write_recipe, c
     else:
         assert graft["calibration"]["conversations"] == 3
         assert same == (graft["calibration"]["kept"] == "before")
+
+
+def test_by_context_is_a_second_form_of_the_same_graft(fields, write_recipe, tmp_path):
+    """It has the same experts, reads the language by itself, and is scored beside the stock form, as are languages that
+    nobody named."""
+    unseen = write_lines(
+        tmp_path / "de.jsonl", [{"text": f"zwei boxkaempfer jagen eva quer durch sylt {n}"} for n in range(3)]
+    )
+    fields |= {"graft": {"expert_scale": "auto", "by_context": True}, "unseen": {"de": unseen}}
+    with pytest.warns(UserWarning, match="'hu'.*are recognised"):  # the tokens are bytes, and both use the same
+        main(["run", write_recipe(fields)])
+    output = Path(fields["output"])
+    stock, own = (json.loads((output / name / "graft.json").read_text()) for name in ("grafted", "by_context"))
+    assert own["expert_scale"] == stock["expert_scale"] and own["calibration"] is None
+    assert own["reload"]["architecture"] == "MoeDeltaContextForCausalLM"
+    report = EvalReport.load(output / "report")
+    assert report.languages["de"] == "unseen"
+    bits = {c.language: c for c in report.columns() if c.metric == "bits_per_byte"}
+    assert set(bits) == {"en", "hu", "el", "de"}
+    assert report.difference(OURS, OURS_BY_CONTEXT, bits["hu"]) is not None
+    english = report.difference(OURS_BY_CONTEXT, POST_TRAINED, bits["en"])
+    assert english.value == 0, "recognised text of an original language runs on the post-trained model"
 
 
 def read_routers(folder):
