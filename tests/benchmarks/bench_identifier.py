@@ -6,7 +6,10 @@
 2. tokens that are taken for their own language, or left on expert 0, by an adapter for Hungarian and Greek that was
    fitted on the demo's text and reads another domain's: what it knows, and languages that nobody named;
 3. tokens after a change of language until the text is followed;
-4. the same figures without memory, with other memories and margins, and for a rule with an exponential memory.
+4. the same figures without memory, with other memories and margins, and for a rule with an exponential memory;
+5. the same figures for what a model's states say in place of token counts: the mean over as many tokens of the
+   embeddings, or of what the first layer's MLP reads, by least squares. It has no answer for a language that nobody
+   named.
 
 It needs the help pages in `../shared/data` and the demo's inputs (`make demo-quick` fetches them), and skips without.
 """
@@ -16,12 +19,14 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from torch.nn import functional as F
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from peft_moe_delta.routing.context import MARGIN, THRESHOLD, recognise, token_scores
 
@@ -30,6 +35,7 @@ PAGES = ROOT.parent / "shared" / "data" / "libreoffice_help"
 INPUTS = ROOT / "build" / "demo" / "inputs"
 TEN = ("en", "de", "fr", "es", "hu", "tr", "el", "ru", "ja", "zh")
 BYTES, DOCUMENTS, LONGEST, MEMORY = 300_000, 80, 400, 32
+FITTED = 100  # documents of a language whose states are looked at
 Ids = list[list[int]]
 
 
@@ -94,6 +100,36 @@ def shares(test: dict[str, Ids], known: list[str], rule: object) -> dict[str, fl
     }
 
 
+def read_from_states(model: LlamaForCausalLM, weights: Tensor, first_layer: bool, ids: list[int]) -> Tensor:
+    """The most likely language of each token, original first."""
+    return (states(model, ids, first_layer) @ weights).argmax(-1)
+
+
+@torch.inference_mode()
+def states(model: LlamaForCausalLM, ids: list[int], first_layer: bool) -> Tensor:
+    """(S, D + 1) mean over the last tokens of the embeddings, or of the first MLP's inputs; and a column of ones."""
+    found: list[Tensor] = []
+    part = model.model.layers[0].mlp if first_layer else model.model.layers[0]
+    hook = part.register_forward_pre_hook(lambda _, given: found.append(given[0][0]))
+    model(torch.tensor([ids[:LONGEST]]), logits_to_keep=1)
+    hook.remove()
+    total = F.pad(found[0].double().cumsum(0), (0, 0, 1, 0))
+    first = (torch.arange(len(total) - 1) + 1 - MEMORY).clamp(min=0)
+    last = torch.arange(1, len(total))
+    return F.pad((total[1:] - total[first]) / (last - first)[:, None], (0, 1), value=1.0)
+
+
+def fitted_to_states(model: LlamaForCausalLM, train: dict[str, Ids], first_layer: bool) -> Tensor:
+    """(D + 1, L) least squares of the language, each language with the same weight."""
+    size = model.config.hidden_size + 1
+    square, target = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, len(train), dtype=torch.float64)
+    for column, documents in enumerate(train.values()):
+        rows = torch.cat([states(model, ids, first_layer) for ids in documents[:FITTED]])
+        square += rows.T @ rows / len(rows)
+        target[:, column] += rows.mean(0)
+    return torch.linalg.solve(square + 1e-6 * square.diagonal().mean() * torch.eye(size), target)
+
+
 def delays(test: dict[str, Ids], known: list[str], scores: Tensor) -> list[int]:
     """Tokens after a change of language, from 64 of one to 64 of the other, until one in the other is read."""
     found = []
@@ -150,6 +186,11 @@ def main() -> None:
     for margin in (1.0, 2.0, 3.0, 4.0, 99.0):
         other = scores_for(demo, ("en",), vocabulary, margin)
         line(f"   margin {margin:g}", shares(test, known, lambda ids, other=other: read(ids, other)))
+    model = LlamaForCausalLM.from_pretrained(INPUTS / "model", num_hidden_layers=1)
+    for name, first_layer in (("embeddings", False), ("states of the first layer", True)):
+        weights = fitted_to_states(model, demo, first_layer)
+        rule = partial(read_from_states, model, weights, first_layer)
+        line(f"5. {name}", shares(test, known, rule))
 
 
 if __name__ == "__main__":
