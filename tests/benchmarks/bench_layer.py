@@ -2,7 +2,8 @@
 
 In one run, taking turns: a trainable dense MLP; our layer under learned routing, top-2 of 4, expert 0 frozen;
 transformers' Mixtral block of the same sizes and weights, with `eager` and with `grouped_mm` experts; our layer under
-routing by language, where a batch of one language runs on one expert.
+routing by language, where a batch of one language runs on one expert; and under routing by context, where the same text
+is read first. A model reads it once a pass, for all layers; here one layer pays for it.
 
 Two experts a token cost twice the dense MLP. A third of that is weight gradients, which the frozen expert does not
 need: with f0 the share of choices that fall on it, the limit is 2 - (2/3) f0.
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from peft_moe_delta.routing.context import PassTokens
 from peft_moe_delta.tuner import MoeDeltaLayer
+from peft_moe_delta.tuner.identifier import Identifier, Identifiers
 from peft_moe_delta.tuner.passes import ForwardState
 
 TOKENS = 1024
@@ -38,7 +41,10 @@ SHAPE: dict[str, Any] = {
 ROUNDS = {torch.bfloat16: 20, torch.float32: 6}
 MIXTURE_LIMIT, HARD_LIMIT = 2.1, 1.05
 
+CONTEXT_LIMIT = 1.05  # times routing by language
+
 DENSE, HARD = "dense MLP, trainable", "ours, routing by language, a batch of one language"
+READ = "ours, routing by context, the same batch"
 OURS = f"ours, learned routing, top-{TOP_K} of {EXPERTS}"
 UNRECORDED = f"{OURS}, without auxiliary losses and statistics"
 MIXTRALS = {f"transformers' Mixtral, {name}": name for name in ("eager", "grouped_mm")}
@@ -62,10 +68,29 @@ def mixtral_like(ours: MoeDeltaLayer, dtype: torch.dtype) -> MixtralForCausalLM:
     return model
 
 
-def upcycled_step(ours: MoeDeltaLayer, x: Tensor, gradient: Tensor, recording: bool) -> None:
+def reader() -> tuple[MoeDeltaLayer, Identifier]:
+    """A layer under routing by context, and what reads the language: every token but the first is Hungarian."""
+    model = upcycled(dense(torch.float32, **SHAPE), 1, routing="context")
+    tokens = torch.arange(SHAPE["vocab_size"])
+    counts = {"en": (tokens == 0).long(), "hu": (tokens > 0).long()}
+    Identifiers.fill(model.get_base_model(), "default", model.active_peft_config, counts, 32)
+    return model.base_model.layers()[0], Identifiers.required(model.get_base_model())
+
+
+def told(recording: bool) -> ForwardState:
+    """A pass of Hungarian, as the call says."""
+    return ForwardState((1, TOKENS), language_ids=torch.full((1, TOKENS), HUNGARIAN), recording=recording)
+
+
+def read(identifier: Identifier) -> ForwardState:
+    """A pass of Hungarian, as its tokens say."""
+    tokens = PassTokens.of(torch.ones(1, TOKENS, dtype=torch.int64), (1, TOKENS), {})
+    return ForwardState((1, TOKENS), groups_read=identifier.groups(tokens), recording=True)
+
+
+def upcycled_step(ours: MoeDeltaLayer, x: Tensor, gradient: Tensor, begin: Callable[[], ForwardState]) -> None:
     """One pass of our layer; the context that the model's own forward pass would set is set here."""
-    ids = torch.full((1, TOKENS), HUNGARIAN)
-    ours.context.current = ForwardState((1, TOKENS), language_ids=ids, recording=recording)
+    ours.context.current = begin()
     y = ours(x)
     auxiliary = ours.context.current.auxiliary_loss()
     if auxiliary is None:
@@ -114,15 +139,17 @@ def measure(dtype: torch.dtype, rounds: int) -> None:
     gradient = torch.randn_like(x)
     mlp = LlamaMLP(dense(dtype, **SHAPE).config).to(dtype)
     ours, hard = layer(dtype, EXPERTS - 1, top_k=TOP_K), layer(dtype, 1, routing="language")
+    reading, identifier = reader()
     perturb(ours.moe_delta_experts)
     mixtral = mixtral_like(ours, dtype)
     check_same(ours, mixtral, x)
     cases: dict[str, Callable[[], None]] = {
         DENSE: partial(plain_step, mlp, x, gradient),
-        OURS: partial(upcycled_step, ours, x, gradient, recording=True),
-        UNRECORDED: partial(upcycled_step, ours, x, gradient, recording=False),
+        OURS: partial(upcycled_step, ours, x, gradient, partial(told, recording=True)),
+        UNRECORDED: partial(upcycled_step, ours, x, gradient, partial(told, recording=False)),
         **{name: partial(mixtral_step, mixtral, kind, x, gradient) for name, kind in MIXTRALS.items()},
-        HARD: partial(upcycled_step, hard, x, gradient, recording=True),
+        HARD: partial(upcycled_step, hard, x, gradient, partial(told, recording=True)),
+        READ: partial(upcycled_step, reading.to(dtype), x, gradient, partial(read, identifier)),
     }
     seconds = take_turns(cases, rounds, warm_up=3)
     ratios = {name: Ratio.of(seconds, name, DENSE) for name in cases}
@@ -140,6 +167,7 @@ def measure(dtype: torch.dtype, rounds: int) -> None:
     print(verdict("learned routing", mixture, MIXTURE_LIMIT))
     print(f"- learned routing: {mixture:.2f}, {'below' if mixture < fastest else 'NOT BELOW'} Mixtral's {fastest:.2f}")
     print(verdict("routing by language", ratios[HARD].median, HARD_LIMIT))
+    print(verdict("routing by context, times by language", Ratio.of(seconds, READ, HARD).median, CONTEXT_LIMIT))
 
 
 def main() -> None:
