@@ -44,7 +44,7 @@ def train_branch(seed: Path, text: Path, code: str, output: Path, steps: int) ->
         learning_rate=1e-4,
         lr_scheduler_type="cosine",
         logging_steps=10,
-        bf16=True,
+        bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         save_steps=max(1, steps // 4),
         save_total_limit=2,

@@ -34,7 +34,7 @@ def read(path: Path, column: str) -> list:
 
 
 def train(model, dataset, collator, steps: int, learning_rate: float, batch_size: int = 8) -> None:
-    """Nothing but the plain Trainer. Weights are fp32, arithmetic is bf16."""
+    """Nothing but the plain Trainer. Weights are fp32, arithmetic on a GPU is bf16."""
     arguments = TrainingArguments(
         output_dir="build/quickstart/trainer",
         max_steps=steps,
@@ -43,7 +43,7 @@ def train(model, dataset, collator, steps: int, learning_rate: float, batch_size
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
         logging_steps=10,
-        bf16=True,
+        bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
         save_strategy="no",
         report_to=[],

@@ -249,7 +249,8 @@ def settled_precision(precision: str, where: str) -> str:
     if precision != "auto":
         return precision
     knows: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    matrix_units = knows.get("amx_bf16", False)
+    # PyTorch may be told to leave them alone (ATEN_CPU_CAPABILITY), and its attention in bf16 then fails.
+    matrix_units = knows.get("amx_bf16", False) and torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "bf16" if matrix_units or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()) else "fp32"
 
 

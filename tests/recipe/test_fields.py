@@ -79,9 +79,13 @@ def test_a_bad_field_is_named(recipe_fields, write_recipe, change, message):
         read_recipe(write_recipe({**recipe_fields, **change}))
 
 
-@pytest.mark.parametrize(("matrix_units", "precision"), [(True, "bf16"), (False, "fp32")])
-def test_the_faster_precision_is_chosen(recipe_fields, write_recipe, monkeypatch, matrix_units, precision):
+@pytest.mark.parametrize(
+    ("matrix_units", "used", "precision"),
+    [(True, "AVX512", "bf16"), (True, "DEFAULT", "fp32"), (True, "AVX2", "fp32"), (False, "AVX512", "fp32")],
+)
+def test_the_faster_precision_is_chosen(recipe_fields, write_recipe, monkeypatch, matrix_units, used, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert read_recipe(write_recipe(recipe_fields | {"precision": "auto"})).precision == precision
 
