@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from .blocks import block_of, check_unadapted, hidden_size, mlp_blocks, upcycled
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .fingerprint import base_weights, check_fingerprint, fingerprint
+from .grouped import GROUPED_MM, IMPLEMENTATIONS, grouped_mm
 from .identifier import AUTO, Identifiers
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete, check_keys
@@ -79,6 +81,25 @@ class MoeDeltaTuner(BaseTuner):
             yield
         finally:
             config.routing = before
+
+    def set_experts_implementation(self, implementation: str) -> None:
+        """How a layer's experts run, as transformers' models have it.
+
+        Args:
+            implementation: `"eager"`, one after another, which is fastest on a CPU; or `"grouped_mm"`, as one grouped
+                matrix product, for which the host never waits for the device. Code of `torch.compile` is always
+                grouped where the experts can be: linear maps without hooks, in sizes of whole 16 bytes.
+
+        Raises:
+            PlanError: any other name, or a PyTorch without grouped products.
+        """
+        if implementation not in IMPLEMENTATIONS:
+            raise PlanError(
+                f"experts_implementation must be one of {', '.join(IMPLEMENTATIONS)}; got {implementation!r}."
+            )
+        if implementation == GROUPED_MM and grouped_mm is None:
+            raise PlanError(f'PyTorch {torch.__version__} has no grouped_mm. Use "eager", or a newer PyTorch.')
+        ForwardContext.of(self.model).grouped = implementation == GROUPED_MM
 
     @property
     def active_config(self) -> MoeDeltaConfig:

@@ -51,6 +51,7 @@ class ForwardContext:
             several names have a vector of each.
         tokens: groups -> how many tokens of each have been trained on; None where nobody counts.
         auxiliary: the last training pass's auxiliary loss where it could not be added to the model's own loss.
+        grouped: whether a layer's experts run as one, see `MoeDeltaTuner.set_experts_implementation`.
     """
 
     def __init__(self) -> None:
@@ -62,6 +63,7 @@ class ForwardContext:
         self.statistics: dict[str | tuple[str, ...], tuple[Tensor, Tensor]] = {}
         self.tokens: dict[tuple[str, ...], Tensor] | None = None
         self.auxiliary: Tensor | None = None
+        self.grouped = False
         self._collected: list[Tensor] | None = None
         self._share: Tensor | float | None = None
         self._suspect: Tensor | None = None  # whether a training loss since the last look was not finite,
@@ -157,7 +159,7 @@ class ForwardContext:
                 "An upcycled layer was trained outside of its model's forward pass, where the languages of its "
                 "tokens are unknown and the auxiliary loss has nowhere to go. Call the causal LM, not its backbone."
             )
-        return ForwardState((1, num_tokens), default=self.language)
+        return ForwardState((1, num_tokens), default=self.language, grouped=self.grouped)
 
     def record(self, name: str | tuple[str, ...], total: Tensor, count: Tensor) -> None:
         """Add to a running statistic, or to one for each name, without a host sync."""
@@ -228,6 +230,7 @@ class ForwardContext:
             mask_T=mask_T,
             share=share_of_step(kwargs, kwargs.get("num_items_in_batch")) if self._share is None else self._share,
             recording=model.training and torch.is_grad_enabled(),
+            grouped=self.grouped,
         )
         if (identifiers := Identifiers.of(model)) is not None:
             identifiers.read(self.current, ids_BS, kwargs, auto=auto)
@@ -362,8 +365,9 @@ class _CheckpointContexts:
         # The same operations must run again, but what they deposit was counted the first time.
         context = self.context
         replay = ForwardState(
-            state.shape, mask_T=state.mask_T, recording=state.recording, seen=state.seen, _found=state._found
-        )
+            state.shape, mask_T=state.mask_T, recording=state.recording, grouped=state.grouped, seen=state.seen,
+            _found=state._found,
+        )  # fmt: skip
         before, context.current = context.current, replay
         statistics, context.statistics = context.statistics, {}
         try:

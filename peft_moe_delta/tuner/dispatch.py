@@ -36,16 +36,20 @@ class Dispatch:
     """Which rows go to which expert.
 
     Attributes:
-        counts: rows of each expert, in the order of experts; they are cut one after another.
+        counts: rows of each expert, in the order of experts; they are cut one after another. Empty where only the
+            device knows them.
         token_R: the token of each row; None where one expert takes all tokens as they are.
         choice_R: the choice, t * K + k, of each row; None as above.
         place: where the row of each choice is, (T * K,); None where some choice is not used, and as above.
+        ends_E: int32, where the rows of each expert end; None where the host knows. Rows of choices that are not used
+            come behind them all.
     """
 
     counts: tuple[int, ...]
     token_R: Tensor | None = None
     choice_R: Tensor | None = None
     place: Tensor | None = None
+    ends_E: Tensor | None = None
 
     @classmethod
     def to_one(cls, expert: int, num_tokens: int) -> Dispatch:
@@ -53,21 +57,29 @@ class Dispatch:
         return cls((0,) * expert + (num_tokens,))
 
     @classmethod
-    def of(cls, indices_TK: Tensor, num_experts: int) -> Dispatch:
+    def of(cls, indices_TK: Tensor, num_experts: int, *, on_device: bool = False) -> Dispatch:
         """Sort the choices by expert, once; an index of `num_experts` is a choice that is not used.
 
-        The host must know where the slices end: that is the one time it waits for the device.
+        Args:
+            on_device: whether the host shall not wait for the device to hear where the slices end.
         """
         chosen, order = indices_TK.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(chosen, constant(range(1, num_experts + 1), chosen.device)).tolist()
+        ends_E = torch.searchsorted(chosen, constant(range(1, num_experts + 1), chosen.device))
+        top_k = indices_TK.shape[1]
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        found = cls((), order if top_k == 1 else order // top_k, order, place, ends_E.int())
+        return found if on_device else found.on_host()
+
+    def on_host(self) -> Dispatch:
+        """The same with `counts`, for which the host waits for the device."""
+        if self.ends_E is None:
+            return self
+        assert self.token_R is not None and self.choice_R is not None
+        ends = self.ends_E.tolist()
         counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
-        top_k, choices = indices_TK.shape[1], indices_TK.numel()
-        choice_R, place = order, None
-        if ends[-1] < choices:
-            choice_R = order[: ends[-1]]
-        else:
-            place = torch.empty_like(order).scatter_(0, order, torch.arange(choices, device=order.device))
-        return cls(counts, choice_R if top_k == 1 else choice_R // top_k, choice_R, place)
+        if ends[-1] == len(self.choice_R):
+            return Dispatch(counts, self.token_R, self.choice_R, self.place)
+        return Dispatch(counts, self.token_R[: ends[-1]], self.choice_R[: ends[-1]])
 
     def rows(self, x_TD: Tensor) -> dict[int, Tensor]:
         """The rows of every expert that has any, by its index."""

@@ -23,6 +23,7 @@ from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .dispatch import Dispatch, weighs, with_idle
 from .experts import Experts, expert_weights, full_expert, hooked, low_rank_expert, parameters_of
+from .grouped import GroupedExperts, can_be_grouped
 from .passes import ForwardState, Reach, TokenGroups
 from .router import Classifier, Router
 from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
@@ -158,9 +159,17 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         dispatch = reach.forced
         if dispatch is None:
             assert routes is not None
-            dispatch = Dispatch.of(routes.indices_TK, routes.probabilities_TE.shape[1])
-        inputs = dispatch.rows(x_TD)
-        y_TD = dispatch.combine(self._run_all(inputs, x_TD, name), x_TD, routes)
+            dispatch = Dispatch.of(routes.indices_TK, routes.probabilities_TE.shape[1], on_device=state.on_device)
+        experts = self.experts(name)
+        if dispatch.ends_E is not None and not can_be_grouped(experts):
+            dispatch = dispatch.on_host()
+        used: Container[int] = range(len(experts))
+        if dispatch.ends_E is not None:
+            outputs = [self._run_as_one(experts, dispatch, x_TD)]
+        else:
+            used = inputs = dispatch.rows(x_TD)
+            outputs = self._run_all(inputs, x_TD, name)
+        y_TD = dispatch.combine(outputs, x_TD, routes)
         if not self._needs_idle(reach, y_TD):
             return y_TD
         taught = records and (
@@ -168,7 +177,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         )
         router = None if taught or (routes is not None and weighs(routes)) else self.router(name)
         gate = None if records and gate_TS is not None else self.classifier(name)
-        return with_idle(y_TD, self._idle(inputs, name, (router, gate)))
+        return with_idle(y_TD, self._idle(used, name, (router, gate)))
 
     @staticmethod
     def _choose(
@@ -192,6 +201,13 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             # Whoever is told of expert 0's call, or shards its parameters, is told in every pass.
             self._run(0, self.base_layer, x_TD[:0])
         return [*outputs, *self.new_experts(name)(new, self._run).values()]
+
+    def _run_as_one(self, experts: Sequence[nn.Module], dispatch: Dispatch, x_TD: Tensor) -> Tensor:
+        """What the experts make of their rows, (R, D), in one product for each matrix."""
+        assert dispatch.token_R is not None and dispatch.ends_E is not None
+        grouped = GroupedExperts(experts[: len(dispatch.ends_E)], dispatch.ends_E, len(dispatch.token_R))
+        x_RD = x_TD.index_select(0, dispatch.token_R)
+        return grouped.run(x_RD, takes_residual=self._takes_residual).to(x_TD.dtype)
 
     @staticmethod
     def _needs_idle(reach: Reach, y_TD: Tensor) -> bool:

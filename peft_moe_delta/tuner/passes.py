@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -53,24 +52,31 @@ class Reach:
     sets_T: Tensor | None
     allowed_SE: Tensor
     forced: Dispatch | None = None
+    _kept: dict[str, Any] = field(default_factory=dict)
+    """What layers of one kind share, made when the first of them asks. (`cached_property` holds a lock, which compiled
+    code cannot.)"""
 
     def allowed(self, sets_T: Tensor | None) -> Tensor | None:
         """(T, E) the experts that each token may use, by its set; None where all may use all."""
         if sets_T is None:
             return None
-        return self._allowed_TE if sets_T is self.sets_T else self.allowed_SE[sets_T]
+        if sets_T is not self.sets_T:
+            return self.allowed_SE[sets_T]
+        if "allowed" not in self._kept:
+            self._kept["allowed"] = self.allowed_SE[sets_T]
+        allowed_TE: Tensor = self._kept["allowed"]
+        return allowed_TE
 
-    @cached_property
-    def _allowed_TE(self) -> Tensor:
-        assert self.sets_T is not None
-        return self.allowed_SE[self.sets_T]
-
-    @cached_property
+    @property
     def forced_routes(self) -> Routes:
         """What a router would choose in a pass in which no token has a choice."""
-        assert self.sets_T is not None  # some experts are out of reach
-        only_T1, probabilities_TE = _only(self.allowed_SE, self.sets_T), self._allowed_TE.float()
-        return Routes(only_T1, probabilities_TE.new_ones(only_T1.shape), probabilities_TE)
+        if "routes" not in self._kept:
+            allowed_TE = self.allowed(self.sets_T)
+            assert self.sets_T is not None and allowed_TE is not None  # some experts are out of reach
+            only_T1, probabilities_TE = _only(self.allowed_SE, self.sets_T), allowed_TE.float()
+            self._kept["routes"] = Routes(only_T1, probabilities_TE.new_ones(only_T1.shape), probabilities_TE)
+        routes: Routes = self._kept["routes"]
+        return routes
 
 
 def _only(allowed_SE: Tensor, sets_T: Tensor) -> Tensor:
@@ -92,6 +98,7 @@ class ForwardState:
         mask_T: bool, False for padding; None where no token is known to be padding.
         share: how much of its optimizer step the pass is (`losses.share_of_step`).
         recording: whether the layers must deposit auxiliary losses.
+        grouped: whether experts run as one where they can, so that the host need not know how many tokens each has.
         remember: to be told of the pass's output, for a cache that remembers its tokens; None where nobody does.
         seen: the groups and how many tokens there are of each, where something is recorded.
         layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
@@ -105,6 +112,7 @@ class ForwardState:
     mask_T: Tensor | None = None
     share: Tensor | float = 1.0
     recording: bool = False
+    grouped: bool = False
     remember: Callable[[Any], None] | None = None
     seen: tuple[tuple[str, ...], Tensor] | None = None
     layers: dict[str, int] = field(default_factory=dict)
@@ -140,6 +148,11 @@ class ForwardState:
         found: Reach = self._found[key]
         return found
 
+    @property
+    def on_device(self) -> bool:
+        """Whether the host must not wait to hear what the device has found: compiled code would stop there."""
+        return self.grouped or torch.compiler.is_compiling()
+
     def counted(self, rows: Tensor) -> Tensor:
         """(T,) booleans for T rows, on their device; False for padding."""
         if self.mask_T is None:
@@ -164,7 +177,7 @@ class ForwardState:
         if len(usable) == 1:
             forced = Dispatch.to_one(usable[0], tokens)
         elif not tables.gated and all(sum(tables.allowed[group]) == 1 for group in present):
-            forced = Dispatch.of(_only(allowed_SE, sets_T), len(tables.owners))
+            forced = Dispatch.of(_only(allowed_SE, sets_T), len(tables.owners), on_device=self.on_device)
         return Reach(groups, usable, sets_T, allowed_SE, forced)
 
     def _find_groups(self, table: LanguageTable, device: torch.device) -> TokenGroups | None:
@@ -224,6 +237,8 @@ def _with_padding(group_T: Tensor, padding_T: Tensor, groups: frozenset[int]) ->
 
 def _present_groups(group_T: Tensor, number: int) -> TokenGroups:
     """Groups with -1 for padding, and which of them occur, for which the host waits once."""
+    if torch.compiler.is_compiling():
+        return _with_padding(group_T, group_T < 0, frozenset(range(number)))
     seen = torch.zeros(number + 1, dtype=torch.bool, device=group_T.device).index_fill(0, group_T % (number + 1), True)
     found = seen.tolist()
     return _with_padding(group_T, group_T < 0, frozenset(group for group in range(number) if found[group]))
@@ -232,10 +247,14 @@ def _present_groups(group_T: Tensor, number: int) -> TokenGroups:
 def _present(ids_T: Tensor, table: LanguageTable) -> list[int]:
     """Which language ids occur, padding left out: what has to run, for which the host waits once.
 
+    Compiled code does not wait: any may occur, and an id that is not in the table is an index error of the device.
+
     Raises:
         LanguageError: an id is not in the table.
     """
     known = len(table.codes)
+    if torch.compiler.is_compiling():
+        return list(range(known))
     slot_T = ids_T.long().masked_fill((ids_T < 0) | (ids_T >= known), known + 1)
     slot_T = slot_T.masked_fill(ids_T == PADDING_LANGUAGE_ID, known)
     seen = torch.zeros(known + 2, dtype=torch.bool, device=ids_T.device).index_fill(0, slot_T, True).tolist()

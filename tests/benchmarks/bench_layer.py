@@ -46,6 +46,7 @@ CONTEXT_LIMIT = 1.05  # times routing by language
 DENSE, HARD = "dense MLP, trainable", "ours, routing by language, a batch of one language"
 READ = "ours, routing by context, the same batch"
 OURS = f"ours, learned routing, top-{TOP_K} of {EXPERTS}"
+GROUPED = f"{OURS}, experts as one (grouped_mm)"
 UNRECORDED = f"{OURS}, without auxiliary losses and statistics"
 MIXTRALS = {f"transformers' Mixtral, {name}": name for name in ("eager", "grouped_mm")}
 
@@ -77,9 +78,10 @@ def reader() -> tuple[MoeDeltaLayer, Identifier]:
     return model.base_model.layers()[0], Identifiers.required(model.get_base_model())
 
 
-def told(recording: bool) -> ForwardState:
+def told(recording: bool, grouped: bool = False) -> ForwardState:
     """A pass of Hungarian, as the call says."""
-    return ForwardState((1, TOKENS), language_ids=torch.full((1, TOKENS), HUNGARIAN), recording=recording)
+    ids = torch.full((1, TOKENS), HUNGARIAN)
+    return ForwardState((1, TOKENS), language_ids=ids, recording=recording, grouped=grouped)
 
 
 def read(identifier: Identifier) -> ForwardState:
@@ -147,6 +149,7 @@ def measure(dtype: torch.dtype, rounds: int) -> None:
         DENSE: partial(plain_step, mlp, x, gradient),
         OURS: partial(upcycled_step, ours, x, gradient, partial(told, recording=True)),
         UNRECORDED: partial(upcycled_step, ours, x, gradient, partial(told, recording=False)),
+        GROUPED: partial(upcycled_step, ours, x, gradient, partial(told, recording=True, grouped=True)),
         **{name: partial(mixtral_step, mixtral, kind, x, gradient) for name, kind in MIXTRALS.items()},
         HARD: partial(upcycled_step, hard, x, gradient, partial(told, recording=True)),
         READ: partial(upcycled_step, reading.to(dtype), x, gradient, partial(read, identifier)),
