@@ -93,7 +93,6 @@ class Identifier(nn.Module):
         known = state.default in self.config.language_table.codes
         return isinstance(self.config.routing_rule, ContextRouting) and not named and not known
 
-    @torch.compiler.disable
     def groups(self, tokens: PassTokens) -> Tensor:
         """The group of every token, (B, S) int64; -1 for padding."""
         scores_VC = self.scores(tokens.ids_BS.device)
@@ -207,7 +206,7 @@ class Identifiers(nn.ModuleDict, BaseTunerLayer):
             LanguageError: there are no ids to read.
         """
         tokens = PassTokens.of(ids_BS, state.shape, arguments)
-        state.remember = torch.compiler.disable(tokens.remember)
+        state.remember = tokens.remember
         identifier = self.in_force()
         if identifier is None or not (auto or identifier.is_asked(state)):
             return

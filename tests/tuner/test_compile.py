@@ -18,7 +18,7 @@ KINDS = {
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_any_languages_are_one_graph_of_any_length(kind, training):
-    """Without a break, whatever is in the batch; the second training pass adds to statistics that the first began."""
+    """Without a break, whatever is in the batch. (The statistics of training have begun in a pass before.)"""
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
     model = upcycle(pico(), trained=True, **kind).train(training)
@@ -28,7 +28,7 @@ def test_any_languages_are_one_graph_of_any_length(kind, training):
         expected, found = (passed(m, tokens, torch.tensor(ids), training) for m in (model, compiled))
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=5e-5, rtol=1e-4)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (2 if training else 1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def passed(model, tokens, language_ids, training):
@@ -71,7 +71,7 @@ def test_layers_compiled_one_by_one_see_the_pass_they_are_in():
 def test_languages_are_read_in_compiled_passes_and_remembered_between_them():
     torch.compiler.reset()
     model, ids = reader(), mixed()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     expected = logits(model, ids)
     torch.testing.assert_close(logits(compiled, ids), expected, atol=5e-5, rtol=0)
     with torch.no_grad():
