@@ -9,8 +9,9 @@ import torch
 
 from peft_moe_delta import ExpertPlan
 from peft_moe_delta.errors import RecipeError
-from peft_moe_delta.recipe import read_recipe
+from peft_moe_delta.recipe import checks, read_recipe
 from peft_moe_delta.recipe.reader import read_yaml
+from peft_moe_delta.recipe.stages import settled_precision
 
 
 def test_a_recipe_is_read_in_the_order_it_was_written(recipe_fields, write_recipe):
@@ -22,7 +23,7 @@ def test_a_recipe_is_read_in_the_order_it_was_written(recipe_fields, write_recip
 
 def test_routers_are_calibrated_unless_the_recipe_says_not_to_or_nobody_asks_them(recipe_fields, write_recipe):
     def calibration(**change):
-        return read_recipe(write_recipe(recipe_fields | change)).calibration
+        return checks.calibration(read_recipe(write_recipe(recipe_fields | change)))
 
     assert (calibration().documents, calibration(calibrate=True).documents) == (6, 100)
     assert calibration(calibrate=False) is calibration(calibrate=None) is None
@@ -83,11 +84,11 @@ def test_a_bad_field_is_named(recipe_fields, write_recipe, change, message):
     ("matrix_units", "used", "precision"),
     [(True, "AVX512", "bf16"), (True, "DEFAULT", "fp32"), (True, "AVX2", "fp32"), (False, "AVX512", "fp32")],
 )
-def test_the_faster_precision_is_chosen(recipe_fields, write_recipe, monkeypatch, matrix_units, used, precision):
+def test_the_faster_precision_is_chosen(monkeypatch, matrix_units, used, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert read_recipe(write_recipe(recipe_fields | {"precision": "auto"})).precision == precision
+    assert settled_precision("auto") == precision
 
 
 def test_experts_may_be_the_file_of_a_plan(recipe_fields, write_recipe, tmp_path):
