@@ -32,8 +32,12 @@ class Within:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f" from {self.low:g} to {self.high:g}"
-        return f" of at least {self.low:g}" if self.low > -math.inf else ""
+            return f" from {_plainly(self.low)} to {_plainly(self.high)}"
+        return f" of at least {_plainly(self.low)}" if self.low > -math.inf else ""
+
+
+def _plainly(bound: float) -> str:
+    return f"{bound:.0f}" if bound == round(bound) else f"{bound:g}"
 
 
 class Switch:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from ..errors import RecipeError
 from ..kinds import Count, Finite, Index, NotNegative, Switch, Within, read_fields
 from ..plan import ExpertPlan
-from .reader import laid_over, read_changes, read_yaml
+from .reader import laid_over, read_change, read_yaml
 
 AUTO = "auto"
 """An expert scale that is chosen on held-out text, or the precision that this machine is faster in."""
@@ -65,7 +65,7 @@ class Training:
     Attributes:
         steps: of the optimiser.
         batch_size: sequences in each of them.
-        learning_rate: at its highest.
+        learning_rate: at its highest, after a warm-up; a cosine follows.
         sequence_length: in tokens: one to read and one to predict at the least.
     """
 
@@ -94,9 +94,9 @@ class Adapter:
         experts: group -> experts in each layer, one number for all or a list; or the file of a plan, which `allocate`
             wrote.
         routing: `learned`, `language`, `context` or `classifier`.
-        top_k: experts per token; null for what `MoeDeltaConfig` has.
-        expert_rank: rank of low-rank experts; null for full copies of the MLP.
-        layers_to_transform: layers that get experts; null for all.
+        top_k: experts per token; None for 2.
+        expert_rank: rank of low-rank experts; None for full copies of the MLP.
+        layers_to_transform: layers that get experts; None for all.
         classifier_layers: layers with a gate, under `classifier`.
     """
 
@@ -113,9 +113,10 @@ class Review(Training):
     """The review stage, in which the routers alone learn, as in `MoeDeltaModel.start_review`.
 
     Attributes:
-        routing: from here on; null for that of the adapter.
-        language_prior_coef: weight of the loss that sends languages to the experts of their group.
-        language_prior_groups: the groups that this loss is about; null for the original languages.
+        routing: from here on; None for that of the adapter.
+        language_prior_coef: weight of the loss that sends languages to the experts of their group; None
+            for 0.1.
+        language_prior_groups: the groups that this loss is about; None for those that were there before.
     """
 
     routing: str | None = None
@@ -254,7 +255,7 @@ class Recipe:
 
 
 def read_recipe(path: str | Path, *, quick: bool = False, changes: Sequence[str] = ()) -> Recipe:
-    """Read a recipe; with `quick`, its section `quick` is laid over the rest, and then come `changes`.
+    """Read a recipe; with `quick`, its section `quick` is laid over the rest, and then come `changes`, in order.
 
     Args:
         changes: fields and their values, as `expand.steps=200`.
@@ -266,7 +267,9 @@ def read_recipe(path: str | Path, *, quick: bool = False, changes: Sequence[str]
     shorter = data.pop("quick", None)
     if quick and shorter is None:
         raise RecipeError(f"{path} has no section `quick`, so --quick has nothing to change. Add one, or run without.")
-    data = laid_over(laid_over(data, shorter) if quick else data, read_changes(changes))
+    data = laid_over(data, shorter) if quick else data
+    for change in changes:
+        data = laid_over(data, read_change(change))
     recipe: Recipe = read_fields(Recipe, data, str(path))
     if (recipe.post_trained is None) == (recipe.tune is None):
         raise RecipeError(f"{path} must have either `post_trained` (a model) or `tune` (how to make one), not both.")

@@ -18,7 +18,12 @@ CLOSEST = "closest"
 
 @dataclass(frozen=True)
 class GrowthLanguage:
-    """One language: its group, new or known, and a jsonl file with a `text` column."""
+    """One language of a growth file.
+
+    Attributes:
+        group: new or known.
+        train: a jsonl file with a `text` column.
+    """
 
     group: str
     train: str
@@ -26,14 +31,18 @@ class GrowthLanguage:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthTraining(Training):
-    """Expansion; `routing` as in `MoeDeltaModel.start_expansion`."""
+    """Expansion of an adapter that grows.
+
+    Attributes:
+        routing: from here on, as in `MoeDeltaModel.start_expansion`; None for that of the adapter.
+    """
 
     routing: str | None = None
 
 
 @dataclass(frozen=True)
 class Growth:
-    """What to add to an adapter.
+    """A growth file: what to add to an adapter.
 
     Attributes:
         adapter: folder or Hub id of the adapter, which stays as it is.
@@ -47,7 +56,8 @@ class Growth:
         review: training of the new router rows, from where `fit_routers` puts them, on equally much text of every
             group, but for the new ones, of which there is as much less as `fit_routers` weighs them less; None to leave
             it out.
-        precision, seed: as in `Recipe`.
+        precision: as in a recipe.
+        seed: as in a recipe.
     """
 
     adapter: str

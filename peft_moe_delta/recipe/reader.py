@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,23 +38,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def read_changes(changes: Sequence[str]) -> dict[str, Any]:
-    """`["expand.steps=200"]` as `{"expand": {"steps": 200}}`; the values are YAML, as in the file. Later ones win.
+def read_change(change: str) -> dict[str, Any]:
+    """`expand.steps=200` as `{"expand": {"steps": 200}}`; the value is YAML, as in the file.
 
     Raises:
         RecipeError: no field, no value, or a value that is not YAML.
     """
-    fields: dict[str, Any] = {}
-    for change in changes:
-        name, equals, text = change.partition("=")
-        path = name.strip().split(".")
-        if not equals or not all(path):
-            raise RecipeError(f"--set takes FIELD=VALUE, such as expand.steps=200; got {change!r}.")
-        value = _parsed(text, f"--set {name}: {text!r}")
-        for key in reversed(path):
-            value = {key: value}
-        fields = laid_over(fields, value)
-    return fields
+    name, equals, text = change.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"--set takes FIELD=VALUE, such as expand.steps=200; got {change!r}.")
+    value = _parsed(text, f"--set {name}: {text!r}")
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
 
 
 def laid_over(data: Any, changes: Any) -> Any:

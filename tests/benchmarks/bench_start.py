@@ -1,7 +1,7 @@
 """What the command line takes to start, beyond Python itself: the median over fresh processes, taken in one run.
 
-Help, the version, a misspelt command and a misspelt field of a recipe, each right after a Python that does nothing, so
-that both meet the same machine. The first of each is not counted: it reads files that the others find in the disk cache.
+Help, the version, a misspelt command and a misspelt field of a recipe, each right after a Python that does nothing: so
+both meet the same machine. The first of each is not counted: it reads files that others find in the disk cache.
 """
 
 import argparse

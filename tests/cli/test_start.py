@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+import peft_moe_delta
 from graft.test_explain import saved
 from peft_moe_delta import program
 
@@ -21,14 +23,14 @@ SCRIPT = "from peft_moe_delta.cli import main\nmain()\n"
 
 def started(*command: str) -> tuple[int, str, set[str]]:
     """The status of a Python process, its last line and the packages it imported."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run(
         [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, env=environment, timeout=120
     )
     lines = run.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
     said = run.stdout.splitlines() + [line for line in lines if not line.startswith("import time:")]
-    return run.returncode, said[-1], imported
+    return run.returncode, (said or [""])[-1], imported
 
 
 @pytest.fixture
@@ -68,6 +70,25 @@ def test_the_installed_program_starts_as_fast(misspelt):
     script.write_text(SCRIPT)
     status, line, imported = started(str(script), "run", str(misspelt / "recipe.yaml"))
     assert (status, imported & HEAVY) == (2, set()) and "Did you mean model?" in line
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [("gr", {"grow", "group", "graft"}), ("run --q", {"--quick", "--quiet"}), ("allocate --strategy u", {"uniform"})],
+)
+def test_the_tab_key_completes(tmp_path, monkeypatch, typed, found):
+    pytest.importorskip("argcomplete")
+    line = f"peft-moe-delta {typed}"
+    shell = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    for name, value in {**shell, "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "found")}.items():
+        monkeypatch.setenv(name, value)
+    status, _, imported = started("-m", "peft_moe_delta")
+    assert (status, imported & HEAVY) == (0, set())
+    assert {word.strip() for word in (tmp_path / "found").read_text().split("\n")} == found
+
+
+def test_the_version_is_the_installed_one():
+    assert peft_moe_delta.__version__ == program.VERSION == version(program.NAME)
 
 
 def test_with_work_to_do_the_tuner_is_registered(tmp_path):

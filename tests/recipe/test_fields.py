@@ -36,10 +36,45 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
     assert (recipe.expand.steps, recipe.expand.batch_size) == (1, 4)
 
 
+def test_changes_come_last_and_are_yaml(recipe_fields, write_recipe):
+    recipe = read_recipe(
+        write_recipe(recipe_fields),
+        quick=True,
+        changes=["expand.steps=200", "expand.learning_rate=1e-5", "languages.hu.test=no", "review=", "unseen.no=a=b",
+                 "adapter.layers_to_transform=[0, 1]", "calibrate=true", "calibrate.steps=0", "seed=1", "seed=012"],
+    )  # fmt: skip
+    assert (recipe.expand.steps, recipe.expand.batch_size, recipe.expand.learning_rate) == (200, 4, 1e-5)
+    assert (recipe.languages["hu"].test, recipe.languages["hu"].group) == ("no", "hu_group")
+    assert recipe.review is None and recipe.unseen == {"no": "a=b"} and recipe.seed == 12
+    assert recipe.adapter.layers_to_transform == [0, 1]
+    assert recipe.calibrate is not None and (recipe.calibrate.steps, recipe.calibrate.documents) == (0, 100)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modle": "x"}, r"unknown fields \['modle'\]"),
+        ("expand.step=200", r"expand: unknown fields \['step'\]\. Did you mean steps\?"),
+        ("langauges.hu.train=x", r"Did you mean languages\?"),
+        ("expand.steps=many", "expand: steps must be a whole number"),
+        ("model.name=x", "model must be text"),
+        ("expand.steps", "--set takes FIELD=VALUE, such as expand.steps=200; got 'expand.steps'"),
+        ("=3", "--set takes FIELD=VALUE"),
+        ("expand..steps=3", "--set takes FIELD=VALUE"),
+        ("seed=[", r"--set seed: '\[' is not YAML"),
+        ("precision=fp16", 'must be "auto" or "bf16" or "fp32"; got \'fp16\'. Did you mean'),
+    ],
+)
+def test_a_bad_change_is_refused(recipe_fields, write_recipe, change, message):
+    with pytest.raises(RecipeError, match=message) as refused:
+        read_recipe(write_recipe(recipe_fields), changes=[change])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "x"}, r"unknown fields \['modle'\]\. Did you mean model\? Known fields: model, output"),
+        ({"nothing_like_it": "x"}, r"unknown fields \['nothing_like_it'\]\. Known fields: model, output"),
         ({"model": None}, "model must be text"),
         ({"model": ""}, "model must be text that is not empty"),
         (
