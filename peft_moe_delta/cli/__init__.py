@@ -7,8 +7,8 @@ them needs PyTorch: what a command does is in `work/`, imported once its argumen
 from __future__ import annotations
 
 import importlib
+import io
 import logging
-import os
 import sys
 import traceback
 from argparse import Namespace
@@ -81,10 +81,16 @@ def _carry_out(command: Command, arguments: Namespace, verbosity: str) -> str:
     level = logging.INFO if verbosity == "verbose" else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("peft_moe_delta").setLevel(logging.WARNING if verbosity == "quiet" else logging.INFO)
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        progress = nowhere if verbosity == "quiet" else sys.stderr
-        with redirect_stdout(progress), redirect_stderr(progress):  # Trainer's log lines are progress, not results
-            given = command.read(arguments)
-            module, _, function = command.work.partition(":")
-            result: str = getattr(importlib.import_module(f".work.{module}", __package__), function)(given)
+    progress = Nowhere() if verbosity == "quiet" else sys.stderr
+    with redirect_stdout(progress), redirect_stderr(progress):  # Trainer's log lines are progress, not results
+        given = command.read(arguments)
+        module, _, function = command.work.partition(":")
+        result: str = getattr(importlib.import_module(f".work.{module}", __package__), function)(given)
     return result
+
+
+class Nowhere(io.TextIOBase):
+    """Takes text and drops it. It is never closed, as libraries may keep it as the stream that they log to."""
+
+    def write(self, text: str) -> int:
+        return len(text)
