@@ -1,10 +1,11 @@
-"""The pages that are made from the code: the recipe reference and the command line.
+"""The pages that are made from the code: the recipe reference with its JSON Schema, and the command line.
 
-    python docs/generate.py            # writes docs/recipe.md and docs/command-line.md
+    python docs/generate.py            # writes them
     python docs/generate.py --check    # only says whether they are what the code says
 
-In: the recipe's dataclasses and the commands' argparse declarations. Out: two Markdown pages, committed so that they
-can be read without building anything. A test fails when they are stale.
+In: the dataclasses of recipes and growth files, and the commands' argparse declarations. Out: two Markdown pages and a
+schema that lies in the package, committed so that they can be read without building anything. A test fails when they
+are stale.
 """
 
 from __future__ import annotations
@@ -12,27 +13,79 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import json
 import re
 import sys
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Union
 
-from peft_moe_delta.cli import COMMANDS
+from peft_moe_delta.cli import COMMANDS, failure
+from peft_moe_delta.kinds import Switch, Within
 from peft_moe_delta.recipe.fields import Recipe
+from peft_moe_delta.recipe.growth import Growth
 
-PAGES = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+SCHEMA = "peft_moe_delta/recipe/recipe.schema.json"
 PIPE = "\\|"  # inside a table's cell
+WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
+JSON_TYPES = {
+    str: {"type": "string", "minLength": 1}, int: {"type": "integer"}, float: {"type": "number"},
+    bool: {"type": "boolean"}, types.NoneType: {"type": "null"}, Any: {},
+}  # fmt: skip
+
+RECIPE_INTRODUCTION = f"""\
+# Recipe reference
+
+A recipe is a YAML file for `peft-moe-delta run`. Paths are relative to the folder you run it in, models may be Hub
+ids. `examples/demo.yaml` is a complete one. `python docs/generate.py` makes this page from the code.
+
+The YAML is version 1.2: `no` is the language Norwegian, and `1e-3` is a number. Two ways change a recipe for one run:
+a section `quick`, with any of the fields again, is laid over the rest by `--quick`, and `--set expand.steps=200`
+changes one field.
+
+Editors that know JSON Schema complete and check a recipe with `{SCHEMA}`, which
+is installed with the package. The recipe's first line names the file:
+
+```yaml
+# yaml-language-server: $schema=PATH/TO/recipe.schema.json
+```
+
+The last sections are those of a growth file, for `peft-moe-delta grow`.
+"""
+COMMAND_INTRODUCTION = """\
+# Command line
+
+`peft-moe-delta COMMAND ...`, in the order of the work; `python -m peft_moe_delta` is the same program. Results go to
+standard output, progress and errors to standard error. `python docs/generate.py` makes this page from the code.
+
+`--help` lists what a command takes, `--version` says which version this is. `--quiet` leaves the result, warnings and
+errors alone. `--verbose` adds the log of other libraries, and where an error arose. Both may stand anywhere.
+
+Nothing is coloured, and an error is one line. The exit status is 0, or tells the kind of error:
+
+{statuses}
+
+To complete commands and options with the tab key, install the extra `completion` and put
+`eval "$(register-python-argcomplete peft-moe-delta)"` into your shell's start file."""
+
+
+def parts_of(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """An annotation and what it is made of: `(dict, (str, int))`, `(Union, (int, NoneType))`, `(int, ())`."""
+    origin = typing.get_origin(hint) or hint
+    return (Union if origin is types.UnionType else origin), typing.get_args(hint)
 
 
 def sections_of(kind: Any, seen: dict[str, Any]) -> dict[str, Any]:
-    """Every dataclass that a recipe is made of, in the order in which a reader meets them."""
-    for hint in typing.get_type_hints(kind).values():
-        for part in (hint, *typing.get_args(hint), *(p for a in typing.get_args(hint) for p in typing.get_args(a))):
-            if dataclasses.is_dataclass(part) and part.__name__ not in seen:
-                seen[part.__name__] = part
-                sections_of(part, seen)
+    """Every dataclass that a kind is made of, itself first, in the order in which a reader meets them."""
+    if dataclasses.is_dataclass(kind) and kind.__name__ not in seen:
+        seen[kind.__name__] = kind
+        for hint in typing.get_type_hints(kind).values():
+            sections_of(hint, seen)
+    for part in typing.get_args(kind):
+        sections_of(part, seen)
     return seen
 
 
@@ -43,51 +96,123 @@ def meanings_of(kind: Any) -> dict[str, str]:
         text = inspect.cleandoc(owner.__doc__ or "") if dataclasses.is_dataclass(owner) else ""
         attributes = text.partition("Attributes:\n")[2].partition("\n\n")[0]
         for names, meaning in re.findall(r"^    ([\w, ]+): ((?:.|\n(?!    \w[\w, ]*: ))*)", attributes, re.MULTILINE):
-            found |= {name: " ".join(meaning.split()) for name in names.split(", ")}
+            found |= dict.fromkeys(names.split(", "), as_yaml(meaning))
+    if silent := [field.name for field in dataclasses.fields(kind) if field.name not in found]:
+        sys.exit(f"{kind.__name__}: its docstring does not say what {', '.join(silent)} means. Say it there.")
     return found
 
 
+def summary_of(kind: Any) -> str:
+    return as_yaml(inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")[0])
+
+
+def as_yaml(text: str) -> str:
+    """A line that calls things as a recipe does."""
+    return re.sub(r"\bNone\b", "null", " ".join(text.split()))
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
 def type_of(hint: Any) -> str:
-    """A type as a reader of YAML knows it."""
-    text = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
-    text = re.sub(r"\b(?:\w+\.)+(\w+)", r"\1", text.replace(" | None", "").replace(", NoneType]", "]"))
-    text = re.sub(r"^Optional\[(.*)\]$", r"\1", text)
-    text = re.sub(r"^Union\[(.*)\]$", lambda found: re.sub(r", (?![^\[]*\])", " | ", found[1]), text)
-    for name, word in {"str": "text", "int": "whole number", "float": "number", "bool": "true or false"}.items():
-        text = re.sub(rf"\b{name}\b", word, text)
-    text = text.replace("dict[text, Any]", "section").replace("Any", "anything")
-    return re.sub(r"dict\[text, (.+?)\]", r"section of \1", re.sub(r"list\[(.+?)\]", r"list of \1", text))
+    """A type as a reader of YAML knows it, with links to the sections."""
+    origin, args = parts_of(hint)
+    if origin is Annotated:
+        bounds = str(args[1]) if isinstance(args[1], Within) else ", or true or false"
+        return f"{type_of(args[0])}{bounds}"
+    if origin is Union:
+        return " or ".join(type_of(part) for part in args if part is not types.NoneType)
+    if origin is Literal:
+        return " or ".join(f"`{choice}`" for choice in args)
+    if origin is dict:
+        return "section" if args[1] is Any else f"section of {many(args[1])}"
+    if origin is list:
+        return f"list of {many(args[0])}"
+    return WORDS.get(origin) or f"[{origin.__name__}](#{origin.__name__.lower()})"
+
+
+def many(hint: Any) -> str:
+    return re.sub(r"\bnumber\b", "numbers", type_of(hint))
 
 
 def default_of(field: dataclasses.Field[Any]) -> str:
-    if field.default is dataclasses.MISSING:
-        return "" if field.default_factory is not dataclasses.MISSING else "**required**"
-    shown = str(field.default).lower() if isinstance(field.default, bool) else field.default
-    return "" if field.default is None else f"`{shown}`"
+    if is_required(field):
+        return "**required**"
+    if field.default is dataclasses.MISSING or field.default is None:
+        return ""
+    return f"`{json.dumps(field.default) if isinstance(field.default, bool) else field.default}`"
 
 
 def recipe_page() -> str:
-    lines = [
-        "# Recipe reference", "",
-        "A recipe is a YAML file for `peft-moe-delta run`. Paths are relative to the folder you run it in, models may",
-        "be Hub ids. `examples/demo.yaml` is a complete one. `python docs/generate.py` makes this page from the code.",
-    ]  # fmt: skip
-    for name, kind in sections_of(Recipe, {"Recipe": Recipe}).items():
-        summary = " ".join(inspect.cleandoc(kind.__doc__ or "").partition("Attributes:")[0].split())
-        lines += ["", f"## {name}", "", summary, "", "| field | type | default | meaning |", "|---|---|---|---|"]
-        hints, meanings = typing.get_type_hints(kind), meanings_of(kind)
-        for field in dataclasses.fields(kind):
-            cells = (f"`{field.name}`", type_of(hints[field.name]), default_of(field), meanings.get(field.name, ""))
-            lines.append("| " + " | ".join(cell.replace("|", PIPE) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+    recipe, growth = sections_of(Recipe, {}), sections_of(Growth, {})
+    own = [kind for name, kind in growth.items() if name not in recipe]
+    tables = [line for kind in (*recipe.values(), *own) for line in section_lines(kind)]
+    return RECIPE_INTRODUCTION + "\n".join(tables) + "\n"
+
+
+def section_lines(kind: Any) -> Iterator[str]:
+    """A dataclass as a heading and a table of its fields."""
+    yield from ["", f"## {kind.__name__}", "", summary_of(kind), ""]
+    yield from ["| field | type | default | meaning |", "|---|---|---|---|"]
+    hints, meanings = typing.get_type_hints(kind, include_extras=True), meanings_of(kind)
+    for field in dataclasses.fields(kind):
+        cells = (f"`{field.name}`", type_of(hints[field.name]), default_of(field), meanings[field.name])
+        yield "| " + " | ".join(cell.replace("|", PIPE) for cell in cells) + " |"
+
+
+def recipe_schema() -> str:
+    """JSON Schema, draft 7, which is what editors of YAML know best. `quick` has the same fields, none required."""
+    kinds = sections_of(Recipe, {})
+    whole = {name: schema_of_section(kind, "") for name, kind in kinds.items()}
+    quick = {f"{name} in quick": schema_of_section(kind, " in quick") for name, kind in kinds.items()}
+    whole["Recipe"]["properties"]["quick"] = {
+        "description": "what `--quick` lays over the rest.", "allOf": [{"$ref": "#/definitions/Recipe in quick"}],
+    }  # fmt: skip
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#", "title": "A recipe of peft-moe-delta",
+        "allOf": [{"$ref": "#/definitions/Recipe"}], "definitions": whole | quick,
+    }  # fmt: skip
+    return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
+
+
+def schema_of_section(kind: Any, suffix: str) -> dict[str, Any]:
+    """A dataclass; with a suffix, its form that requires nothing."""
+    hints, meanings = typing.get_type_hints(kind, include_extras=True), meanings_of(kind)
+    properties = {}
+    for field in dataclasses.fields(kind):
+        shown = {"description": meanings[field.name]}
+        if isinstance(field.default, str | int | float):
+            shown["default"] = field.default
+        properties[field.name] = shown | schema_of(hints[field.name], suffix)
+    required = [field.name for field in dataclasses.fields(kind) if is_required(field) and not suffix]
+    section = {"description": summary_of(kind), "type": "object", "additionalProperties": False}
+    return section | {"properties": properties} | ({"required": required} if required else {})
+
+
+def schema_of(hint: Any, suffix: str) -> dict[str, Any]:
+    origin, args = parts_of(hint)
+    if origin is Annotated and isinstance(args[1], Switch):
+        return {"anyOf": [schema_of(args[0], suffix), JSON_TYPES[bool]]}
+    if origin is Annotated:
+        bounds = {"minimum": args[1].low, "maximum": args[1].high}
+        return schema_of(args[0], suffix) | {name: bound for name, bound in bounds.items() if abs(bound) < float("inf")}
+    if origin is Union:
+        return {"anyOf": [schema_of(part, suffix) for part in args]}
+    if origin is Literal:
+        return {"enum": list(args)}
+    if origin is dict:
+        return {"type": "object", "additionalProperties": schema_of(args[1], suffix)}
+    if origin is list:
+        return {"type": "array", "items": schema_of(args[0], suffix)}
+    if dataclasses.is_dataclass(origin):
+        return {"allOf": [{"$ref": f"#/definitions/{origin.__name__}{suffix}"}]}
+    return JSON_TYPES[origin]
 
 
 def command_page() -> str:
-    lines = [
-        "# Command line", "",
-        "`peft-moe-delta COMMAND ...`, in the order of the work. Results go to standard output, progress and errors to",
-        "standard error. `python docs/generate.py` makes this page from the code.",
-    ]  # fmt: skip
+    statuses = inspect.cleandoc(failure.__doc__ or "").split("\n\n")[1]
+    lines = [COMMAND_INTRODUCTION.format(statuses=statuses)]
     for command in COMMANDS:
         parser = argparse.ArgumentParser(prog=f"peft-moe-delta {command.name}")
         command.add_arguments(parser)
@@ -122,12 +247,13 @@ def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def main() -> None:
     check = sys.argv[1:] == ["--check"]
-    for name, page in (("recipe.md", recipe_page()), ("command-line.md", command_page())):
-        path = PAGES / name
-        if check and (not path.is_file() or path.read_text(encoding="utf-8") != page):
-            sys.exit(f"docs/{name} is not what the code says. Run python docs/generate.py and commit the page.")
+    made = {"docs/recipe.md": recipe_page(), SCHEMA: recipe_schema(), "docs/command-line.md": command_page()}
+    for name, text in made.items():
+        path = ROOT / name
+        if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):
+            sys.exit(f"{name} is not what the code says. Run python docs/generate.py and commit it.")
         if not check:
-            path.write_text(page, encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ an error that says where it stands, what was expected and what was got.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import reprlib
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from .errors import RecipeError
 
@@ -31,8 +32,16 @@ class Within:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f" from {self.low:g} to {self.high:g}"
-        return f" of at least {self.low:g}" if self.low > -math.inf else ""
+            return f" from {_plainly(self.low)} to {_plainly(self.high)}"
+        return f" of at least {_plainly(self.low)}" if self.low > -math.inf else ""
+
+
+def _plainly(bound: float) -> str:
+    return f"{bound:.0f}" if bound == round(bound) else f"{bound:g}"
+
+
+class Switch:
+    """Marks a section that `true` asks for with its defaults, and `false` leaves out."""
 
 
 Count = Annotated[int, Within(1)]
@@ -54,10 +63,15 @@ def read_fields(kind: Any, data: Any, where: str) -> Any:
     """
     bounds = Within()
     if typing.get_origin(kind) is Annotated:
-        kind, bounds = typing.get_args(kind)
+        kind, mark = typing.get_args(kind)
+        bounds = mark if isinstance(mark, Within) else bounds
+        if isinstance(mark, Switch) and isinstance(data, bool):
+            data = {} if data else None
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         return data if type(data) is kind else _read_section(kind, data, where)
+    if origin is Literal:
+        return _read_choice(arguments, data, where)
     if origin in (types.UnionType, typing.Union):
         if data is None and type(None) in arguments:
             return None
@@ -75,6 +89,20 @@ def read_fields(kind: Any, data: Any, where: str) -> Any:
     return float(data) if kind is float else data
 
 
+def did_you_mean(words: Iterable[Any], known: Iterable[str]) -> str:
+    """ " Did you mean steps?", where something known is spelt nearly like a word; nothing otherwise."""
+    names = list(known)
+    near = [name for word in words for name in difflib.get_close_matches(str(word), names, n=1)]
+    return f" Did you mean {' and '.join(dict.fromkeys(near))}?" if near else ""
+
+
+def _read_choice(choices: Sequence[str], data: Any, where: str) -> str:
+    if data not in choices:
+        expected = " or ".join(f'"{choice}"' for choice in choices)
+        raise RecipeError(f"{where} must be {expected}; got {reprlib.repr(data)}.{did_you_mean([data], choices)}")
+    return str(data)
+
+
 def _read_section(kind: Any, data: Any, where: str) -> Any:
     """A dataclass from a mapping with its fields."""
     if not isinstance(data, Mapping):
@@ -84,8 +112,9 @@ def _read_section(kind: Any, data: Any, where: str) -> Any:
     required = {n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
     missing = sorted(required - set(data))
     if unknown or missing:
+        wrong = [f"{what} fields {names}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
         raise RecipeError(
-            f"{where}: unknown fields {unknown}, missing fields {missing}. Known fields: {', '.join(fields)}."
+            f"{where}: {', '.join(wrong)}.{did_you_mean(unknown, fields)} Known fields: {', '.join(fields)}."
         )
     hints = typing.get_type_hints(kind, include_extras=True)
     return kind(**{name: read_fields(hints[name], value, f"{where}: {name}") for name, value in data.items()})

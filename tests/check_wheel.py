@@ -60,6 +60,7 @@ def install_and_use(wheel: Path, folder: Path) -> None:
     run(*pip, "check", cwd=folder)
     run(str(binaries / "python"), "-c", USE, cwd=folder)
     run(str(binaries / "peft-moe-delta"), "--help", cwd=folder)
+    run(str(binaries / "python"), "-m", PACKAGE, "--version", cwd=folder)
 
 
 def run(*command: str, cwd: Path | None = None) -> None:

@@ -24,6 +24,7 @@ LEVELS = {
     "padding": 0,
     "tensors": 0,
     "kinds": 0,
+    "program": 0,
     "attention": 1,
     "plan": 1,
     "losses": 1,
@@ -47,6 +48,7 @@ LEVELS = {
     "recipe": 9,
     "cli": 10,
     "__init__": 11,
+    "__main__": 11,
 }
 # Arrows within a level: everyone raises the package's errors, new tokens are measured, trainers are watched, training
 # text is identified.

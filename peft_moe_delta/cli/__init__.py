@@ -1,22 +1,29 @@
 """The command line: `peft-moe-delta COMMAND ...`. The only room that prints or exits.
 
-Each module of this folder holds the commands of one job; `COMMANDS` lists them in the order of the work.
+Each module of this folder declares the commands of one job; `COMMANDS` lists them in the order of the work. None of
+them needs PyTorch: what a command does is in `work/`, imported once its arguments and files of settings are read.
 """
 
 from __future__ import annotations
 
-import argparse
+import importlib
+import io
 import logging
 import sys
-from contextlib import redirect_stdout
-from typing import NoReturn
+import traceback
+from argparse import Namespace
+from contextlib import redirect_stderr, redirect_stdout
 
-import torch
-from safetensors import SafetensorError
-
-from ..errors import PeftMoeDeltaError
+from ..program import NAME, VERSION
 from . import allocation, delta, evaluate, graft, mix, pipeline, publish
+from .failure import failure_of
 from .options import Command
+from .parser import Parser, printable
+
+try:
+    import argcomplete
+except ImportError:  # the extra `completion`, which is not asked of anyone
+    argcomplete = None
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
@@ -30,52 +37,60 @@ COMMANDS: tuple[Command, ...] = (
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. What a user or the machine can do wrong ends in one line on standard error: exit status 2 for a
-    command line that cannot be read, 130 after Ctrl-C, 1 for anything else."""
+    """Run a command. What a user or the machine can do wrong ends in one line on standard error, and a status of
+    `failure`'s table."""
+    parser = command_parser()
+    if argcomplete is not None:
+        argcomplete.autocomplete(parser)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    for argument in arguments:
+        if argument != printable(argument) or "\0" in argument:  # no file of ours could hold it, or be called that
+            parser.error(f"{argument!r} is not valid Unicode, or has a null character")
+    chosen = parser.parse_args(arguments)
+    verbosity = getattr(chosen, "verbosity", "normal")
+    try:
+        result = _carry_out(chosen.chosen, chosen, verbosity)
+    except BaseException as error:
+        failure = failure_of(error)
+        if failure is None:
+            raise
+        if verbosity == "verbose":
+            traceback.print_exc()
+        print(failure, file=sys.stderr)
+        raise failure from error
+    print(printable(result))
+
+
+def command_parser() -> Parser:
+    """All commands with their arguments."""
     parser = Parser(
-        prog="peft-moe-delta",
-        description="Teach an instruction-tuned language model new languages without re-aligning it.",
+        prog=NAME, description="Teach an instruction-tuned language model new languages without re-aligning it."
     )
+    parser.add_argument("--version", action="version", version=f"{NAME} {VERSION}")
     parsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
         subparser = parsers.add_parser(command.name, help=command.summary, description=command.summary)
         command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
-    arguments = sys.argv[1:] if arguments is None else arguments
-    for argument in arguments:
-        if argument != _printable(argument) or "\0" in argument:  # no file of ours could hold it, or be called that
-            parser.error(f"{argument!r} is not valid Unicode, or has a null character")
-    chosen = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("peft_moe_delta").setLevel(logging.INFO)  # our progress alone: other libraries log every request
-    try:
-        with redirect_stdout(sys.stderr):  # Trainer's log lines are progress, not results
-            result = chosen.run(chosen)
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept, what was under way is gone", file=sys.stderr)
-        sys.exit(130)
-    except PeftMoeDeltaError as error:
-        sys.exit(f"error: {_one_line(error)}")
-    except (OSError, SafetensorError) as error:  # the disk is full, a folder may not be written, the network is away
-        sys.exit(f"error: {_one_line(error)}. Nothing half done was left behind: mend the cause and run it again.")
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        sys.exit(
-            f"error: out of memory: {_one_line(error)}. Take smaller batches, shorter sequences or a smaller model."
-        )
-    print(_printable(result))
+        subparser.set_defaults(chosen=command)
+    return parser
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with an error in one line instead of below the whole usage."""
+def _carry_out(command: Command, arguments: Namespace, verbosity: str) -> str:
+    """What a command returns. Our own log goes to standard error, and other libraries' warnings; with `quiet`, bars and
+    lines of theirs are dropped, with `verbose` their log is kept."""
+    level = logging.INFO if verbosity == "verbose" else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("peft_moe_delta").setLevel(logging.WARNING if verbosity == "quiet" else logging.INFO)
+    progress = Nowhere() if verbosity == "quiet" else sys.stderr
+    with redirect_stdout(progress), redirect_stderr(progress):  # Trainer's log lines are progress, not results
+        given = command.read(arguments)
+        module, _, function = command.work.partition(":")
+        result: str = getattr(importlib.import_module(f".work.{module}", __package__), function)(given)
+    return result
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {_one_line(message)}. `{self.prog} --help` lists what there is.\n")
 
+class Nowhere(io.TextIOBase):
+    """Takes text and drops it. It is never closed, as libraries may keep it as the stream that they log to."""
 
-def _one_line(error: BaseException | str) -> str:
-    return _printable(" ".join(str(error).split()))
-
-
-def _printable(text: str) -> str:
-    """Text that any stream takes: a file's name need not be valid Unicode."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    def write(self, text: str) -> int:
+        return len(text)

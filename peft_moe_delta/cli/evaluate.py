@@ -9,17 +9,8 @@ from argparse import ArgumentParser, Namespace
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ..errors import DataError
-from ..evaluation import TaskSet, evaluate_languages
-from ..evaluation.figures import check_installed
-from ..evaluation.harness_files import with_harness_results, write_harness_tasks
-from ..evaluation.page import markdown, write_report
-from ..evaluation.report import EvalReport
-from ..files import read_tasks, read_text, read_texts
 from ..recipe import read_recipe
-from .options import Command, new_folder, pairs_of
+from .options import Command, new_folder
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -44,47 +35,13 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
 
 
-def _evaluate(arguments: Namespace) -> str:
-    check_installed()
-    models = pairs_of("--model", arguments.model)
-    texts = pairs_of("--text", arguments.text)
-    if not models or not texts:
-        raise DataError("evaluate needs at least one --model NAME=MODEL and one --text LANGUAGE=FILE.")
-    about = pairs_of("--task-language", arguments.task_language)
-    tasks = {name: TaskSet(read_tasks(f), about.get(name)) for name, f in pairs_of("--tasks", arguments.tasks).items()}
-    report = evaluate_languages(
-        models,
-        {code: read_texts(file, arguments.limit_bytes) for code, file in texts.items()},
-        languages=pairs_of("--group", arguments.group) or None,
-        references=arguments.reference,
-        tasks=tasks,
-        prompts={code: read_texts(file) for code, file in pairs_of("--prompts", arguments.prompts).items()},
-        trained={name: codes.split(",") for name, codes in pairs_of("--trained", arguments.trained).items()},
-        agreement=list(pairs_of("--agreement", arguments.agreement).items()),
-        english=arguments.english_words and read_text(arguments.english_words).split(),
-        chat=arguments.chat,
-        max_length=arguments.max_length,
-        batch_size=arguments.batch_size,
-        max_new_tokens=arguments.max_new_tokens,
-        progress=partial(tqdm, leave=False),
-    )
-    page = write_report(report, arguments.output)
-    return f"{markdown(report, report.models[-1].name)}\n\nThe report: {page}"
-
-
 def _add_task_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", help="the recipe whose test text and tasks are to be run")
     parser.add_argument("output", type=new_folder, help="folder for the task files, for lm_eval's --include_path")
 
 
-def _tasks(arguments: Namespace) -> str:
-    recipe = read_recipe(arguments.recipe)
-    names = write_harness_tasks(
-        arguments.output,
-        {code: language.test for code, language in recipe.languages.items()},
-        {name: tasks.test for name, tasks in recipe.tasks.items()},
-    )
-    return ",".join(names)
+def _read_task_arguments(arguments: Namespace) -> Namespace:
+    return Namespace(recipe=read_recipe(arguments.recipe), output=arguments.output)
 
 
 def _add_result_arguments(parser: ArgumentParser) -> None:
@@ -93,15 +50,16 @@ def _add_result_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="what the report calls the model that was run")
 
 
-def _results(arguments: Namespace) -> str:
-    folder = arguments.report if arguments.report.is_dir() else arguments.report.parent
-    return str(
-        with_harness_results(EvalReport.load(arguments.report), arguments.results, model=arguments.model).save(folder)
-    )
-
-
 COMMANDS = (
-    Command("evaluate", "models side by side: a report of what they gained and lost", _add_arguments, _evaluate),
-    Command("harness-tasks", "task files for lm_eval; prints their names for --tasks", _add_task_arguments, _tasks),
-    Command("harness-results", "lm_eval's results into a report", _add_result_arguments, _results),
+    Command(
+        "evaluate", "models side by side: a report of what they gained and lost", _add_arguments, "evaluate:evaluate"
+    ),
+    Command(
+        "harness-tasks",
+        "task files for lm_eval; prints their names for --tasks",
+        _add_task_arguments,
+        "evaluate:harness_tasks",
+        _read_task_arguments,
+    ),
+    Command("harness-results", "lm_eval's results into a report", _add_result_arguments, "evaluate:harness_results"),
 )

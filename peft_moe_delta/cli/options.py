@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import RecipeError
+from ..kinds import did_you_mean
 from ..recipe.reader import read_yaml
 
 Value = TypeVar("Value", str, float)
@@ -24,13 +25,16 @@ class Command:
         name: what is typed.
         summary: one line for `--help`.
         add_arguments: declares its arguments.
-        run: does the work and returns what is printed on standard output; progress goes to standard error.
+        work: `module:function` of `work/`, which does the work and returns what is printed on standard output; progress
+            goes to standard error. It is imported, and PyTorch with it, after `read`.
+        read: what the work is given, from what was typed. Mistakes in a recipe or a `--config` are found here.
     """
 
     name: str
     summary: str
     add_arguments: Callable[[ArgumentParser], None]
-    run: Callable[[Namespace], str]
+    work: str
+    read: Callable[[Namespace], Any] = lambda arguments: arguments
 
 
 class Options:
@@ -62,7 +66,8 @@ class Options:
         file = {} if arguments.config is None else read_yaml(arguments.config)
         unknown = sorted(set(file) - set(self._declared))
         if unknown:
-            raise RecipeError(f"{arguments.config}: unknown fields {unknown}. Known: {', '.join(self._declared)}.")
+            near, known = did_you_mean(unknown, self._declared), ", ".join(self._declared)
+            raise RecipeError(f"{arguments.config}: unknown fields {unknown}.{near} Known: {known}.")
         typed = {name: value for name, value in vars(arguments).items() if name in self._declared}
         values = {}
         for name, option in self._declared.items():

@@ -22,7 +22,7 @@ from ..languages import closest_code
 from ..loading import load_config, load_tokenizer
 from ..routing import ContextRouting, routing_named
 from ..tuner import MoeDeltaConfig
-from .fields import AUTO, Recipe
+from .fields import AUTO, Calibrate, Recipe
 from .stages import adapter_config, blocks
 
 _SAME = ("num_hidden_layers", "hidden_size", "intermediate_size")
@@ -100,6 +100,12 @@ def reads_languages(recipe: Recipe) -> bool:
     return isinstance(routing_named(routing), ContextRouting)
 
 
+def calibration(recipe: Recipe) -> Calibrate | None:
+    """What is done for the routers after the graft; None where nothing is asked, as under routing by language."""
+    routing = (recipe.review.routing if recipe.review is not None else None) or recipe.adapter.routing
+    return None if routing_named(routing).needs_language else recipe.calibrate
+
+
 def check_text(recipe: Recipe) -> None:
     """Refuse files that lack text for a training.
 
@@ -130,7 +136,7 @@ def check_held_out(recipe: Recipe) -> None:
     for language in recipe.languages.values():
         for file in filter(None, (language.test, language.validation)):
             read_texts(file)
-        if recipe.calibration is not None:
+        if calibration(recipe) is not None:
             read_texts(language.train)
     for tasks in recipe.tasks.values():
         for file in filter(None, (tasks.test, tasks.validation)):

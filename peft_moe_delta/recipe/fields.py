@@ -7,18 +7,15 @@ value out of bounds, is an error that names it. Paths are relative to the workin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
-
-import torch
+from typing import Annotated, Any, Literal
 
 from ..errors import RecipeError
-from ..kinds import Count, Finite, Index, NotNegative, Within, read_fields
+from ..kinds import Count, Finite, Index, NotNegative, Switch, Within, read_fields
 from ..plan import ExpertPlan
-from ..routing import routing_named
-from .reader import read_yaml
+from .reader import laid_over, read_change, read_yaml
 
 AUTO = "auto"
 """An expert scale that is chosen on held-out text, or the precision that this machine is faster in."""
@@ -26,10 +23,19 @@ AUTO = "auto"
 Seed = Annotated[int, Within(0, 2**32 - 1)]
 """What NumPy takes as a seed."""
 
+Precision = Literal["auto", "bf16", "fp32"]
+
 
 @dataclass(frozen=True)
 class Language:
-    """One language: its group, and jsonl files with a `text` column."""
+    """One language: its group, and jsonl files with a `text` column.
+
+    Attributes:
+        group: `original` for a language that the base model speaks; others share the experts of their group.
+        train: text that experts and routers learn from.
+        test: text that every model is scored on.
+        validation: text that an expert scale of `auto` is chosen on.
+    """
 
     group: str
     train: str
@@ -39,7 +45,13 @@ class Language:
 
 @dataclass(frozen=True)
 class Tasks:
-    """A set of tasks with exact answers: jsonl files with `prompt` and `answer`; and the language they are about."""
+    """A set of tasks with exact answers: jsonl files with `prompt` and `answer`.
+
+    Attributes:
+        test: what every model is scored on.
+        validation: what an expert scale of `auto` is chosen on, beside text.
+        language: the code of the language that the tasks are about.
+    """
 
     test: str
     validation: str | None = None
@@ -48,7 +60,14 @@ class Tasks:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One run of the plain Trainer. `sequence_length` is in tokens: one to read and one to predict at the least."""
+    """One run of the plain Trainer.
+
+    Attributes:
+        steps: of the optimiser.
+        batch_size: sequences in each of them.
+        learning_rate: at its highest, after a warm-up; a cosine follows.
+        sequence_length: in tokens: one to read and one to predict at the least.
+    """
 
     steps: Count
     batch_size: Count
@@ -58,14 +77,28 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning(Training):
-    """Supervised tuning of the base model on tasks, for recipes that bring no post-trained model."""
+    """Supervised tuning of the base model on tasks, for recipes that bring no post-trained model.
+
+    Attributes:
+        tasks: a jsonl file with `prompt` and `answer`.
+    """
 
     tasks: str
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`MoeDeltaConfig`, as far as a recipe sets it. `experts` may be the file of a plan, which `allocate` wrote."""
+    """`MoeDeltaConfig`, as far as a recipe sets it.
+
+    Attributes:
+        experts: group -> experts in each layer, one number for all or a list; or the file of a plan, which `allocate`
+            wrote.
+        routing: `learned`, `language`, `context` or `classifier`.
+        top_k: experts per token; None for 2.
+        expert_rank: rank of low-rank experts; None for full copies of the MLP.
+        layers_to_transform: layers that get experts; None for all.
+        classifier_layers: layers with a gate, under `classifier`.
+    """
 
     experts: dict[str, Any] | str
     routing: str = "learned"
@@ -77,7 +110,14 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Review(Training):
-    """The review stage; the fields beyond `Training` as in `MoeDeltaModel.start_review`."""
+    """The review stage, in which the routers alone learn, as in `MoeDeltaModel.start_review`.
+
+    Attributes:
+        routing: from here on; None for that of the adapter.
+        language_prior_coef: weight of the loss that sends languages to the experts of their group; None
+            for 0.1.
+        language_prior_groups: the groups that this loss is about; None for those that were there before.
+    """
 
     routing: str | None = None
     language_prior_coef: NotNegative | None = None
@@ -89,6 +129,11 @@ class Graft:
     """How the post-training delta is applied, and as what the model is shipped; most fields as in `merge_and_graft`.
 
     Attributes:
+        expert_scale: share of the experts' own change: of all, or by group; or `auto`, chosen on held-out text.
+        scale: share of the post-training delta.
+        language: under routing by language, the one to ship: what it runs on.
+        replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert.
+        remote_code: ship a modelling file with it, which holds what no stock architecture does.
         by_context: ship it once more, routed by context, as remote code in the folder `by_context`; the adapter then
             can tell its languages apart as well.
     """
@@ -179,8 +224,7 @@ class Recipe:
         card: what the model cards say; None for no cards.
         push: Hub repository that the stock checkpoint goes to when everything is done; None to keep it here.
         num_hidden_layers: cut the base model down to its first layers, to try a recipe out.
-        precision: `"bf16"` or `"fp32"`, of the arithmetic, or `"auto"`, which `read_recipe` replaces by the faster one
-            of this machine; weights are trained in fp32.
+        precision: of the arithmetic; `auto` for the faster one on this machine. Weights are trained in fp32.
         seed: of every random choice.
     """
 
@@ -194,14 +238,14 @@ class Recipe:
     tune: Tuning | None = None
     dense: Training | None = None
     graft: Graft = field(default_factory=Graft)
-    calibrate: Calibrate | None = field(default_factory=Calibrate)
+    calibrate: Annotated[Calibrate | None, Switch()] = field(default_factory=Calibrate)
     tasks: dict[str, Tasks] = field(default_factory=dict)
     unseen: dict[str, str] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     card: Card | None = None
     push: str | None = None
     num_hidden_layers: Count | None = None
-    precision: str = "auto"
+    precision: Precision = "auto"
     seed: Seed = 0
 
     @property
@@ -209,49 +253,27 @@ class Recipe:
         """The languages that are to be learnt, in order."""
         return [code for code, language in self.languages.items() if language.group != "original"]
 
-    @property
-    def calibration(self) -> Calibrate | None:
-        """What is done for the routers after the graft; None where none is asked, as under routing by language."""
-        routing = (self.review.routing if self.review is not None else None) or self.adapter.routing
-        return None if routing_named(routing).needs_language else self.calibrate
 
+def read_recipe(path: str | Path, *, quick: bool = False, changes: Sequence[str] = ()) -> Recipe:
+    """Read a recipe; with `quick`, its section `quick` is laid over the rest, and then come `changes`, in order.
 
-def read_recipe(path: str | Path, *, quick: bool = False) -> Recipe:
-    """Read a recipe; with `quick`, its section `quick` is laid over the rest.
+    Args:
+        changes: fields and their values, as `expand.steps=200`.
 
     Raises:
         RecipeError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
     """
     data = read_yaml(path)
-    changes = data.pop("quick", None)
-    if quick and changes is None:
+    shorter = data.pop("quick", None)
+    if quick and shorter is None:
         raise RecipeError(f"{path} has no section `quick`, so --quick has nothing to change. Add one, or run without.")
-    data = _laid_over(data, changes) if quick else data
-    if isinstance(chosen := data.get("calibrate"), bool):
-        data["calibrate"] = {} if chosen else None
+    data = laid_over(data, shorter) if quick else data
+    for change in changes:
+        data = laid_over(data, read_change(change))
     recipe: Recipe = read_fields(Recipe, data, str(path))
     if (recipe.post_trained is None) == (recipe.tune is None):
         raise RecipeError(f"{path} must have either `post_trained` (a model) or `tune` (how to make one), not both.")
-    precision = settled_precision(recipe.precision, str(path))
-    return dataclasses.replace(recipe, adapter=_with_plan(recipe.adapter, str(path)), precision=precision)
-
-
-def settled_precision(precision: str, where: str) -> str:
-    """`"auto"` as what this machine computes faster in.
-
-    Without matrix units a processor multiplies bf16 at half the speed of fp32, even where it has instructions for it.
-
-    Raises:
-        RecipeError: no precision that there is.
-    """
-    if precision not in ("auto", "bf16", "fp32"):
-        raise RecipeError(f'{where}: `precision` must be "auto", "bf16" or "fp32"; got {precision!r}.')
-    if precision != "auto":
-        return precision
-    knows: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    # PyTorch may be told to leave them alone (ATEN_CPU_CAPABILITY), and its attention in bf16 then fails.
-    matrix_units = knows.get("amx_bf16", False) and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    return "bf16" if matrix_units or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()) else "fp32"
+    return dataclasses.replace(recipe, adapter=_with_plan(recipe.adapter, str(path)))
 
 
 def _with_plan(adapter: Adapter, where: str) -> Adapter:
@@ -265,10 +287,3 @@ def _with_plan(adapter: Adapter, where: str) -> Adapter:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{where}: `experts` must be a section, or the file of a plan: {error}") from error
     return dataclasses.replace(adapter, **ExpertPlan.from_json(text).config_fields())
-
-
-def _laid_over(data: Any, changes: Any) -> Any:
-    """Nested fields replaced one by one, anything else whole."""
-    if not (isinstance(data, Mapping) and isinstance(changes, Mapping)):
-        return changes
-    return {**data, **{key: _laid_over(data.get(key), value) for key, value in changes.items()}}

@@ -32,6 +32,7 @@ from ..graft.memory import EXPERT_SCALES, grafted_adapter, to_stock, tuner_of
 from ..graft.scale import Scale
 from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
+from .checks import calibration
 from .data import held_out
 from .fields import AUTO, Graft, Recipe
 from .scoring import CHAT_FILE, arithmetic, scores_of
@@ -92,7 +93,7 @@ def _calibrate(recipe: Recipe, grafted: PeftModel, tokenizer: PreTrainedTokenize
     """Calibrate the routers, where they have a say and the recipe wants it. Returns conversations not shown to them."""
     if grafted.active_peft_config.routing_rule.needs_language:
         return []
-    tokenizer, fields = with_learnt_tokens(tokenizer, grafted), recipe.calibration
+    tokenizer, fields = with_learnt_tokens(tokenizer, grafted), calibration(recipe)
     made: list[str] = []
     with arithmetic(recipe):
         if tokenizer.chat_template is not None and (fields is None or fields.conversations):

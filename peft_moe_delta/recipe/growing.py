@@ -1,6 +1,6 @@
 """Growing an adapter from a file: an adapter and new languages in; the grown adapter out, trained where the file says.
 
-The file's fields are those of `Growth`. Languages that the adapter knows already give the text of the review.
+Languages that the adapter knows already give the text of the review.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import math
 import random
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -22,73 +22,15 @@ from ..errors import RecipeError
 from ..evaluation import closest_group
 from ..files import read_texts
 from ..identifier import fit_identifier
-from ..kinds import read_fields
 from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..model import MoeDeltaModel
-from .fields import Review, Seed, Training, settled_precision
-from .reader import read_yaml
-from .stages import Features, blocks, load_model, save_adapter, train
+from .fields import Training
+from .growth import CLOSEST, Growth
+from .stages import Features, blocks, load_model, save_adapter, settled_precision, train
 
-CLOSEST = "closest"
 _SCORED_BYTES = 20_000
 _FITTED_BYTES = 50_000
-
-
-@dataclass(frozen=True)
-class GrowthLanguage:
-    """One language: its group, new or known, and a jsonl file with a `text` column."""
-
-    group: str
-    train: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class GrowthTraining(Training):
-    """Expansion; `routing` as in `MoeDeltaModel.start_expansion`."""
-
-    routing: str | None = None
-
-
-@dataclass(frozen=True)
-class Growth:
-    """What to add to an adapter.
-
-    Attributes:
-        adapter: folder or Hub id of the adapter, which stays as it is.
-        output: folder of the grown adapter.
-        languages: code -> group and text: those to add, and for a review those the adapter knows.
-        experts: new group -> experts in each transformed layer, as in `add_languages`.
-        model: the base model; None for the one the adapter names.
-        start_from: `"closest"` for the group whose experts write the new text in the fewest bits, a group's name, one
-            a new group, or None for expert 0.
-        expand: training of the new experts on the new languages; None to leave them untrained.
-        review: training of the new router rows, from where `fit_routers` puts them, on equally much text of every
-            group, but for the new ones, of which there is as much less as `fit_routers` weighs them less; None to leave
-            it out.
-        precision, seed: as in `Recipe`.
-    """
-
-    adapter: str
-    output: str
-    languages: dict[str, GrowthLanguage]
-    experts: dict[str, Any] = field(default_factory=dict)
-    model: str | None = None
-    start_from: str | dict[str, str] | None = None
-    expand: GrowthTraining | None = None
-    review: Review | None = None
-    precision: str = "auto"
-    seed: Seed = 0
-
-
-def read_growth(path: str | Path) -> Growth:
-    """Read a growth file.
-
-    Raises:
-        RecipeError: no such file, not YAML, or a field that is unknown, missing or of the wrong kind.
-    """
-    growth: Growth = read_fields(Growth, read_yaml(path), str(path))
-    return replace(growth, precision=settled_precision(growth.precision, str(path)))
 
 
 def grow(growth: Growth) -> Path:
@@ -98,6 +40,7 @@ def grow(growth: Growth) -> Path:
         RecipeError: the adapter names no base model, or a review lacks text of a group.
         LanguageError, PlanError: as `MoeDeltaModel.add_languages`.
     """
+    growth = replace(growth, precision=settled_precision(growth.precision))
     with whole_folder(growth.output) as folder:
         base = growth.model or load_adapter_config(growth.adapter).base_model_name_or_path
         if base is None:

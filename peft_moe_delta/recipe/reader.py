@@ -1,4 +1,4 @@
-"""Files of settings: YAML in, fields out. The one reader of recipes, growth files and `--config`.
+"""Files of settings: YAML in, fields out. The one reader of recipes, growth files, `--config` and `--set`.
 
 The YAML is 1.2 (its core schema), where PyYAML alone reads 1.1: `no`, `on` and `2026-01-01` are text, `1e-3` is a
 number, `012` is twelve. A key is the text that is written, so that the language `no` is no truth value, and a key that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,47 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         RecipeError: no such file, not UTF-8, not YAML, a key that comes twice, or something else than fields.
     """
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _CoreLoader)
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise RecipeError(
             f"Cannot read {path}: {error.strerror}. Give a YAML file, such as those of examples/."
         ) from error
-    except (UnicodeDecodeError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path} is not YAML as it should be: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not YAML as it should be: {error}") from error
+    data = _parsed(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path} must hold fields, one a line; got {type(data).__name__}.")
     return data
+
+
+def read_change(change: str) -> dict[str, Any]:
+    """`expand.steps=200` as `{"expand": {"steps": 200}}`; the value is YAML, as in the file.
+
+    Raises:
+        RecipeError: no field, no value, or a value that is not YAML.
+    """
+    name, equals, text = change.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise RecipeError(f"--set takes FIELD=VALUE, such as expand.steps=200; got {change!r}.")
+    value = _parsed(text, f"--set {name}: {text!r}")
+    for key in reversed(path):
+        value = {key: value}
+    return dict(value)
+
+
+def laid_over(data: Any, changes: Any) -> Any:
+    """Nested fields replaced one by one, anything else whole."""
+    if not (isinstance(data, Mapping) and isinstance(changes, Mapping)):
+        return changes
+    return {**data, **{key: laid_over(data.get(key), value) for key, value in changes.items()}}
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _CoreLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RecipeError(f"{where} is not YAML as it should be: {' '.join(str(error).split())}") from error
 
 
 class _CoreLoader(yaml.SafeLoader):

@@ -35,13 +35,26 @@ from ..monitor import TrainingMonitor
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary
-from .fields import Recipe, Review, Training, Tuning
+from .fields import Precision, Recipe, Review, Training, Tuning
 
 LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
 BY_CONTEXT = "by_context"
 """The step, and so the folder, of the model that reads languages from the text."""
 
 Features = list[dict[str, Any]]
+
+
+def settled_precision(precision: Precision) -> Precision:
+    """`"auto"` as what this machine computes faster in.
+
+    Without matrix units a processor multiplies bf16 at half the speed of fp32, even where it has instructions for it.
+    """
+    if precision != "auto":
+        return precision
+    knows: Mapping[str, Any] = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    # PyTorch may be told to leave them alone (ATEN_CPU_CAPABILITY), and its attention in bf16 then fails.
+    matrix_units = knows.get("amx_bf16", False) and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return "bf16" if matrix_units or (torch.cuda.is_available() and torch.cuda.is_bf16_supported()) else "fp32"
 
 
 class HasText(Protocol):

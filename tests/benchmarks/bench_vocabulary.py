@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from peft_moe_delta import MoeDeltaConfig, extend_vocabulary, propose_tokens
 from peft_moe_delta.evaluation import bits_per_byte, fertility
-from peft_moe_delta.recipe.fields import settled_precision
+from peft_moe_delta.recipe.stages import settled_precision
 
 ROWS, LENGTH = 8, 128
 EXPERT_RATE = 4e-4
@@ -38,7 +38,7 @@ EXPERT_RATE = 4e-4
 
 def arithmetic() -> torch.autocast:
     """bf16 where the machine is faster in it."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=settled_precision("auto", "") == "bf16")
+    return torch.autocast("cpu", torch.bfloat16, enabled=settled_precision("auto") == "bf16")
 
 
 def read(inputs: Path, name: str, limit: int | None = None) -> list[str]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import re
 import resource
 import signal
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
 from transformers import Trainer
 
 from graft.test_explain import saved
-from peft_moe_delta.cli import COMMANDS, Parser, main
-from peft_moe_delta.cli.graft import _expert_scale
+from peft_moe_delta.allocation import SOURCES, STRATEGIES
+from peft_moe_delta.cli import COMMANDS, failure, main
+from peft_moe_delta.cli import allocation as cli_allocation
+from peft_moe_delta.cli.failure import failure_of
 from peft_moe_delta.cli.options import pairs_of
-from peft_moe_delta.errors import RecipeError
+from peft_moe_delta.cli.work.graft import _expert_scale
+from peft_moe_delta.errors import CheckpointError, DataError, GraftError, HubError, PlanError, RecipeError
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,78 @@ def test_a_command_line_that_cannot_be_read_ends_in_one_line_and_status_2(line, 
     assert said.out == "" and said.err.startswith("error: ") and said.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (PlanError("no"), 1),
+        (GraftError("no"), 1),
+        (RecipeError("no"), 2),
+        (DataError("no"), 3),
+        (CheckpointError("no"), 3),
+        (HubError("no"), 3),
+        (OSError("no"), 3),
+        (SafetensorError("no"), 3),
+        (MemoryError("no"), 4),
+        (torch.OutOfMemoryError("no"), 4),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=lambda given: type(given).__name__,
+)
+def test_every_kind_of_failure_has_its_status_and_one_line(error, status):
+    failure = failure_of(error)
+    assert failure is not None and failure.code == status
+    assert str(failure).startswith("interrupted: " if status == 130 else "error: ") and "\n" not in str(failure)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), RuntimeError("ours"), ValueError(), SystemExit(0)])
+def test_a_mistake_of_ours_keeps_its_traceback(error):
+    assert failure_of(error) is None
+
+
+def test_the_statuses_are_those_of_the_table():
+    told = {int(number) for number in re.findall(r"^\| (\d+) ", failure.__doc__, re.MULTILINE)}
+    assert told == {1, 2, 3, 4, 130}
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_quiet_leaves_the_result_and_the_errors(recipe_fields, write_recipe, capfd, where):
+    path = write_recipe({**recipe_fields, "output": recipe_fields["output"] + where})
+    del recipe_fields["review"]
+    line = ["train", path, "--set", "review="]
+    main(["--quiet", *line] if where == "before" else [*line, "--quiet"])
+    said = capfd.readouterr()
+    assert said.out.startswith("adapter: ") and said.err == ""
+    with pytest.raises(SystemExit) as stopped:
+        main([*line, "--quiet", "--set", "expand.step=1"])
+    assert stopped.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_verbose_says_where_an_error_arose(write_recipe, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "nowhere.yaml", "--verbose"])
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("Traceback") and last.startswith("error: Cannot read nowhere.yaml")
+
+
+def test_no_colours_are_used(monkeypatch, capsys):
+    monkeypatch.setenv("NO_COLOR", "1")
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "heavy"),
+    [
+        (cli_allocation.SOURCES, SOURCES),
+        (cli_allocation.STRATEGIES, STRATEGIES),
+    ],
+)
+def test_choices_are_those_of_the_work(options, heavy):
+    assert options == tuple(heavy)
+
+
 @pytest.fixture
 def listening():
     """What a shell starts in the background is told to ignore Ctrl-C, and so are these tests there."""
@@ -136,8 +215,8 @@ def test_an_output_that_cannot_be_made_ends_in_one_line(recipe_fields, write_rec
     }[command]
     with pytest.raises(SystemExit) as stopped:
         main(line)
-    said = [f"{stopped.value.code}", *capsys.readouterr().err.splitlines()]
-    assert sum(text.startswith("error: ") for text in said) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code in (2, 3) and sum(text.startswith("error: ") for text in said) == 1
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -161,8 +240,11 @@ def test_a_damaged_model_ends_in_one_line(recipe_fields, write_recipe, tmp_path,
     assert not (tmp_path / "new").exists() or not os.listdir(tmp_path / "new")
 
 
-def test_every_command_has_help(capsys):
-    for command in COMMANDS:
-        parser = Parser(prog=command.name)
-        command.add_arguments(parser)
-        assert parser.format_help()
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_every_command_has_help_and_something_to_do(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command.name, "--help"])
+    assert stopped.value.code == 0
+    assert command.summary[:20] in capsys.readouterr().out
+    module, _, function = command.work.partition(":")
+    assert callable(getattr(importlib.import_module(f"peft_moe_delta.cli.work.{module}"), function))

@@ -21,7 +21,7 @@ def good_lines(folder: Path) -> list[list[str]]:
     models = [str(folder / name) for name in ("model", "post", "adapter")]
     return [
         ["run", f"{folder}/recipe.yaml", "--quick"],
-        ["train", f"{folder}/recipe.yaml", "--quick"],
+        ["train", f"{folder}/recipe.yaml", "--quick", "--set", "expand.steps=1", "--set", "seed=3"],
         ["measure", "--model", models[0], *text, "--tokens", "10", "--sequence-length", "8", "--steps", "1",
          "--sources", "similarity", "--batch-size", "2", "--seed", "1", "--vector-layers", "1", "--learning-rate",
          "1e-5", "--output", f"{new}/statistics.json"],

@@ -11,8 +11,9 @@ import yaml
 
 from fuzz.runner import Case
 from fuzz.values import damaged, spoilt
-from peft_moe_delta.recipe import Run, checks, read_recipe
-from peft_moe_delta.recipe.growing import read_growth
+from peft_moe_delta.recipe import checks, read_recipe
+from peft_moe_delta.recipe.growth import read_growth
+from peft_moe_delta.recipe.run import Run
 
 
 def cases(seed: int, folder: Path) -> Iterator[Case]:

@@ -114,13 +114,12 @@ def run(cases: Iterable[Case], guarded: Path | None = None, restore: Callable[[]
 
 
 def _stopped(tally: Tally, label: str, code: object, said: str) -> None:
-    """`sys.exit` with a message, or argparse's with a status and the message on standard error."""
+    """The end of a command: a status by kind, and one error as the last line on standard error."""
+    lines = said.splitlines() or [""]
     if code == 0:
         tally.accepted += 1
-    elif isinstance(code, str) and code.startswith("error: "):
-        _clear(tally, label, code)
-    elif code == 2 and said.startswith("error: "):
-        _clear(tally, label, said.rstrip("\n"))
+    elif code in (1, 2, 3, 4) and [line for line in lines if line.startswith("error: ")] == lines[-1:]:
+        _clear(tally, label, lines[-1])
     else:
         tally.tracebacks.append(f"{label}\nexit status {code!r}, said {said[-300:]!r}")
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, Trainer
 from builders import perturbed
 from peft_moe_delta.cli import main
 from peft_moe_delta.evaluation import EvalReport
-from peft_moe_delta.recipe import OURS, Run, read_recipe
-from peft_moe_delta.recipe.reporting import OURS_BY_CONTEXT, POST_TRAINED
+from peft_moe_delta.recipe import read_recipe
+from peft_moe_delta.recipe.reporting import OURS, OURS_BY_CONTEXT, POST_TRAINED
+from peft_moe_delta.recipe.run import Run
 from recipe.pico_recipe import pico_tokenizer, write_lines
 
 TRAINING = {"steps": 2, "batch_size": 4, "learning_rate": 1.0e-3, "sequence_length": 16}

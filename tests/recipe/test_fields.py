@@ -9,8 +9,9 @@ import torch
 
 from peft_moe_delta import ExpertPlan
 from peft_moe_delta.errors import RecipeError
-from peft_moe_delta.recipe import read_recipe
+from peft_moe_delta.recipe import checks, read_recipe
 from peft_moe_delta.recipe.reader import read_yaml
+from peft_moe_delta.recipe.stages import settled_precision
 
 
 def test_a_recipe_is_read_in_the_order_it_was_written(recipe_fields, write_recipe):
@@ -22,7 +23,7 @@ def test_a_recipe_is_read_in_the_order_it_was_written(recipe_fields, write_recip
 
 def test_routers_are_calibrated_unless_the_recipe_says_not_to_or_nobody_asks_them(recipe_fields, write_recipe):
     def calibration(**change):
-        return read_recipe(write_recipe(recipe_fields | change)).calibration
+        return checks.calibration(read_recipe(write_recipe(recipe_fields | change)))
 
     assert (calibration().documents, calibration(calibrate=True).documents) == (6, 100)
     assert calibration(calibrate=False) is calibration(calibrate=None) is None
@@ -35,10 +36,45 @@ def test_quick_is_laid_over_the_rest_field_by_field(recipe_fields, write_recipe)
     assert (recipe.expand.steps, recipe.expand.batch_size) == (1, 4)
 
 
+def test_changes_come_last_and_are_yaml(recipe_fields, write_recipe):
+    recipe = read_recipe(
+        write_recipe(recipe_fields),
+        quick=True,
+        changes=["expand.steps=200", "expand.learning_rate=1e-5", "languages.hu.test=no", "review=", "unseen.no=a=b",
+                 "adapter.layers_to_transform=[0, 1]", "calibrate=true", "calibrate.steps=0", "seed=1", "seed=012"],
+    )  # fmt: skip
+    assert (recipe.expand.steps, recipe.expand.batch_size, recipe.expand.learning_rate) == (200, 4, 1e-5)
+    assert (recipe.languages["hu"].test, recipe.languages["hu"].group) == ("no", "hu_group")
+    assert recipe.review is None and recipe.unseen == {"no": "a=b"} and recipe.seed == 12
+    assert recipe.adapter.layers_to_transform == [0, 1]
+    assert recipe.calibrate is not None and (recipe.calibrate.steps, recipe.calibrate.documents) == (0, 100)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modle": "x"}, r"unknown fields \['modle'\]"),
+        ("expand.step=200", r"expand: unknown fields \['step'\]\. Did you mean steps\?"),
+        ("langauges.hu.train=x", r"Did you mean languages\?"),
+        ("expand.steps=many", "expand: steps must be a whole number"),
+        ("model.name=x", "model must be text"),
+        ("expand.steps", "--set takes FIELD=VALUE, such as expand.steps=200; got 'expand.steps'"),
+        ("=3", "--set takes FIELD=VALUE"),
+        ("expand..steps=3", "--set takes FIELD=VALUE"),
+        ("seed=[", r"--set seed: '\[' is not YAML"),
+        ("precision=fp16", 'must be "auto" or "bf16" or "fp32"; got \'fp16\'. Did you mean'),
+    ],
+)
+def test_a_bad_change_is_refused(recipe_fields, write_recipe, change, message):
+    with pytest.raises(RecipeError, match=message) as refused:
+        read_recipe(write_recipe(recipe_fields), changes=[change])
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "x"}, r"unknown fields \['modle'\]\. Did you mean model\? Known fields: model, output"),
+        ({"nothing_like_it": "x"}, r"unknown fields \['nothing_like_it'\]\. Known fields: model, output"),
         ({"model": None}, "model must be text"),
         ({"model": ""}, "model must be text that is not empty"),
         (
@@ -83,11 +119,11 @@ def test_a_bad_field_is_named(recipe_fields, write_recipe, change, message):
     ("matrix_units", "used", "precision"),
     [(True, "AVX512", "bf16"), (True, "DEFAULT", "fp32"), (True, "AVX2", "fp32"), (False, "AVX512", "fp32")],
 )
-def test_the_faster_precision_is_chosen(recipe_fields, write_recipe, monkeypatch, matrix_units, used, precision):
+def test_the_faster_precision_is_chosen(monkeypatch, matrix_units, used, precision):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": matrix_units}, raising=False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: used)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert read_recipe(write_recipe(recipe_fields | {"precision": "auto"})).precision == precision
+    assert settled_precision("auto") == precision
 
 
 def test_experts_may_be_the_file_of_a_plan(recipe_fields, write_recipe, tmp_path):

@@ -13,9 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import EvalReport
-from peft_moe_delta.recipe import OURS, Run, read_recipe
+from peft_moe_delta.recipe import read_recipe
 from peft_moe_delta.recipe.data import held_out
 from peft_moe_delta.recipe.fields import Limits
+from peft_moe_delta.recipe.reporting import OURS
+from peft_moe_delta.recipe.run import Run
 from recipe.pico_recipe import write_lines
 
 

@@ -1,0 +1,59 @@
+"""`graft`, `verify` and `explain`, carried out."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from ...checkpoint import ADAPTER_FILES, resolve
+from ...checkpoint import verify as verified
+from ...errors import RecipeError
+from ...graft.explain import adapter_config
+from ...graft.explain import explain as explained
+from ...graft.files import graft_checkpoint
+from ..options import number_of, pairs_of
+
+
+def _expert_scale(adapter: str, given: list[str]) -> float | dict[str, float]:
+    """One number for all groups, numbers of some (the others keep 1), or both: then the one is for the others."""
+    named = pairs_of("--expert-scale", [text for text in given if "=" in text], float)
+    default = [number_of("--expert-scale", text) for text in given if "=" not in text]
+    if len(default) > 1:
+        raise RecipeError(f"--expert-scale takes one number for all groups, or GROUP=NUMBER; got {given}.")
+    if not named or not default:
+        return named or (default or [1.0])[0]
+    groups = adapter_config(resolve(adapter, files=ADAPTER_FILES)).language_table.groups[1:]
+    return {**dict.fromkeys(groups, default[0]), **named}
+
+
+def graft(arguments: Namespace) -> str:
+    report = graft_checkpoint(
+        arguments.base,
+        arguments.post_trained,
+        arguments.adapter,
+        arguments.output,
+        scale=arguments.scale,
+        expert_scale=_expert_scale(arguments.adapter, arguments.expert_scale),
+        target=arguments.target,
+        language=arguments.language,
+        replicate_dense_layers=arguments.replicate_dense_layers,
+        shard_size=arguments.shard_size,
+        check=arguments.check,
+        overwrite=arguments.overwrite,
+    )
+    lines = [f"{report.layout or 'adapter'} checkpoint: {arguments.output}"]
+    if report.max_logit_difference is not None:
+        lines.append(f"largest difference of fp32 logits from the adapter: {report.max_logit_difference:.3g}")
+    if report.route_agreement is not None:
+        lines.append(f"routes that agree with the adapter's in 16 bits: {report.route_agreement:.2%}")
+    return "\n".join(lines)
+
+
+def verify(arguments: Namespace) -> str:
+    files = verified(arguments.folder)["files"]
+    size = sum(file["bytes"] for file in files.values())
+    return f"{arguments.folder}: {len(files)} files, {size / 1e9:,.3f} GB, all as they were written"
+
+
+def explain(arguments: Namespace) -> str:
+    fits = explained(arguments.adapter, arguments.post_trained)
+    return "\n".join(f"{'no ' if fit.misfits else 'yes'}  {fit}" for fit in fits)
