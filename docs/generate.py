@@ -1,10 +1,10 @@
-"""The pages that are made from the code: the recipe reference and the command line.
+"""The pages that are made from the code: recipe reference, command line, and the engines' table of the serving page.
 
-    python docs/generate.py            # writes docs/recipe.md and docs/command-line.md
+    python docs/generate.py            # writes docs/recipe.md, docs/command-line.md and the table in docs/serving.md
     python docs/generate.py --check    # only says whether they are what the code says
 
-In: the recipe's dataclasses and the commands' argparse declarations. Out: two Markdown pages, committed so that they
-can be read without building anything. A test fails when they are stale.
+In: the recipe's dataclasses, the commands' argparse declarations and `export.engines`. Out: Markdown pages, committed
+so that they can be read without building anything. A test fails when they are stale.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from peft_moe_delta.cli import COMMANDS
+from peft_moe_delta.export import engines
 from peft_moe_delta.recipe.fields import Recipe
 
 PAGES = Path(__file__).parent
+TABLE_BEGINS, TABLE_ENDS = "<!-- the engines' table, from export/engines.py -->", "<!-- end of the table -->"
 PIPE = "\\|"  # inside a table's cell
 
 
@@ -96,6 +98,16 @@ def command_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def serving_page() -> str:
+    """The page as it is, with the engines' table of today."""
+    page = (PAGES / "serving.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition(TABLE_BEGINS)
+    after = rest.partition(TABLE_ENDS)[2]
+    versions = "\n".join(f"- {name}: {version}" for name, version in engines.ENGINES.items())
+    source = f"Measured at {engines.MEASURED} with\n\n{versions}"
+    return f"{before}{TABLE_BEGINS}\n\n{engines.markdown()}\n\n{source}\n\n{TABLE_ENDS}{after}"
+
+
 def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
     """A table of a command's arguments, and one for each command that it has itself."""
     rows, inner = [], {}
@@ -122,7 +134,8 @@ def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def main() -> None:
     check = sys.argv[1:] == ["--check"]
-    for name, page in (("recipe.md", recipe_page()), ("command-line.md", command_page())):
+    made = {"recipe.md": recipe_page(), "command-line.md": command_page(), "serving.md": serving_page()}
+    for name, page in made.items():
         path = PAGES / name
         if check and (not path.is_file() or path.read_text(encoding="utf-8") != page):
             sys.exit(f"docs/{name} is not what the code says. Run python docs/generate.py and commit the page.")

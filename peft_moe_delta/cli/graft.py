@@ -6,6 +6,8 @@ from argparse import ArgumentParser, Namespace
 
 from ..checkpoint import ADAPTER_FILES, resolve, verify
 from ..errors import RecipeError
+from ..export import ENGINES, MOE_LAYOUTS
+from ..export.engines import MEASURED
 from ..graft.explain import adapter_config, explain
 from ..graft.files import graft_checkpoint
 from .options import Command, new_folder, number_of, pairs_of
@@ -30,6 +32,14 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--replicate-dense-layers", action="store_true",
         help="where no architecture keeps dense layers, write copies of their one expert",
+    )  # fmt: skip
+    parser.add_argument(
+        "--for", dest="serve_with", choices=tuple(ENGINES),
+        help="the engine that is to run it: takes a form that it runs exactly, or says what fits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--architecture", choices=tuple(dict.fromkeys(layout.name for layout in MOE_LAYOUTS)),
+        help="the stock architecture to take (default: the first that is exact)",
     )  # fmt: skip
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a weights file (5GB)")
     parser.add_argument("--check", action="store_true", help="compare logits with the adapter's; builds both models")
@@ -59,11 +69,15 @@ def _graft(arguments: Namespace) -> str:
         target=arguments.target,
         language=arguments.language,
         replicate_dense_layers=arguments.replicate_dense_layers,
+        architecture=arguments.architecture,
+        serve_with=arguments.serve_with,
         shard_size=arguments.shard_size,
         check=arguments.check,
         overwrite=arguments.overwrite,
     )
     lines = [f"{report.layout or 'adapter'} checkpoint: {arguments.output}"]
+    if arguments.serve_with is not None and report.choice is not None:
+        lines.append(report.choice)
     if report.max_logit_difference is not None:
         lines.append(f"largest difference of fp32 logits from the adapter: {report.max_logit_difference:.3g}")
     if report.route_agreement is not None:
@@ -88,7 +102,13 @@ def _add_explain_arguments(parser: ArgumentParser) -> None:
 
 def _explain(arguments: Namespace) -> str:
     fits = explain(arguments.adapter, arguments.post_trained)
-    return "\n".join(f"{'no ' if fit.misfits else 'yes'}  {fit}" for fit in fits)
+    lines = [f"{'no ' if fit.misfits else 'yes'}  {fit}" for fit in fits]
+    rows = [("engine", *ENGINES)] + [
+        (fit.target, *(fit.engines[engine] for engine in ENGINES)) for fit in fits if fit.engines and not fit.misfits
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"What engines do with what fits, as measured at {MEASURED}:", *table])
 
 
 COMMANDS = (

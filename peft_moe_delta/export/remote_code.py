@@ -33,6 +33,7 @@ from ..routing.context import PassTokens, TokenMemory, recognise
 from .layout import Layout, add_legacy_rope
 from .weights import UpcycledWeights
 
+REMOTE_CODE = "remote code"
 MODULE = "modeling_moe_delta"
 _TEMPLATE = Path(__file__).with_name(f"{MODULE}.py")
 _ATTENTION_TEMPLATE = Path(__file__).with_name("modeling_attention.py")
@@ -57,7 +58,9 @@ _HOST = re.compile(r"from transformers import (\w+) as (HostConfig|HostBase|Host
 class RemoteCodeLayout(Layout):
     """The dense host with mixtures in place of its MLPs; routers stay fp32, as the adapter's are."""
 
-    name = "remote code"
+    @property
+    def name(self) -> str:
+        return REMOTE_CODE
 
     def config(self, weights: UpcycledWeights) -> PretrainedConfig:
         fields = weights.config.to_dict()

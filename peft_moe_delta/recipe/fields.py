@@ -91,6 +91,9 @@ class Graft:
     Attributes:
         by_context: ship it once more, routed by context, as remote code in the folder `by_context`; the adapter then
             can tell its languages apart as well.
+        architecture: the stock architecture to take; none for the first that is exact.
+        serve_with: the engine that is to run the stock checkpoint: vllm, llama.cpp, mlx, openvino, sglang or
+            transformers.
     """
 
     expert_scale: Finite | dict[str, Finite] | str = 1.0
@@ -99,6 +102,8 @@ class Graft:
     replicate_dense_layers: bool = False
     remote_code: bool = False
     by_context: bool = False
+    architecture: str | None = None
+    serve_with: str | None = None
 
 
 @dataclass(frozen=True)
