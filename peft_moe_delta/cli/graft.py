@@ -1,8 +1,9 @@
-"""`graft`, `verify` and `explain`: from files to files, whether they still are what was written, and what would fit."""
+"""`graft`, `lora`, `verify`, `explain`: files from files, whether they are still what was written, what would fit."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
 
 from ..checkpoint import ADAPTER_FILES, resolve, verify
 from ..errors import RecipeError
@@ -10,6 +11,7 @@ from ..export import ENGINES, MOE_LAYOUTS
 from ..export.engines import MEASURED
 from ..graft.explain import adapter_config, explain
 from ..graft.files import graft_checkpoint
+from ..graft.lora import to_lora
 from .options import Command, new_folder, number_of, pairs_of
 
 
@@ -111,8 +113,23 @@ def _explain(arguments: Namespace) -> str:
     return "\n".join([*lines, "", f"What engines do with what fits, as measured at {MEASURED}:", *table])
 
 
+def _add_lora_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", help="a grafted adapter (`graft --target adapter`): folder or Hub id")
+    parser.add_argument("output", type=new_folder, help="the folder to make, with a LoRA for each new language")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
+
+
+def _lora(arguments: Namespace) -> str:
+    made = to_lora(arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    return "\n".join(
+        f"{code}: {Path(arguments.output) / name if name else 'the model itself, without a LoRA'}"
+        for code, name in made.items()
+    )
+
+
 COMMANDS = (
     Command("graft", "graft an adapter onto the post-trained model, from files to files", _add_graft_arguments, _graft),
+    Command("lora", "an adapter's languages as LoRA folders, for servers that load many", _add_lora_arguments, _lora),
     Command("verify", "check a grafted folder against its manifest", _add_verify_arguments, _verify),
     Command("explain", "what an adapter can be shipped as, and why", _add_explain_arguments, _explain),
 )
