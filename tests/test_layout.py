@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 LEVELS = {
     "documents": 0,
     "errors": 0,
+    "engines": 0,
     "files": 0,
     "languages": 0,
     "architectures": 0,

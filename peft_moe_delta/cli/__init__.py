@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import os
 import sys
 import traceback
 from argparse import Namespace
@@ -19,11 +20,6 @@ from . import allocation, delta, evaluate, graft, mix, pipeline, publish
 from .failure import failure_of
 from .options import Command
 from .parser import Parser, printable
-
-try:
-    import argcomplete
-except ImportError:  # the extra `completion`, which is not asked of anyone
-    argcomplete = None
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
@@ -40,8 +36,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a command. What a user or the machine can do wrong ends in one line on standard error, and a status of
     `failure`'s table."""
     parser = command_parser()
-    if argcomplete is not None:
-        argcomplete.autocomplete(parser)
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks, through the extra `completion`
+        importlib.import_module("argcomplete").autocomplete(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
     for argument in arguments:
         if argument != printable(argument) or "\0" in argument:  # no file of ours could hold it, or be called that

@@ -17,13 +17,14 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoint import resolve
 from ..errors import GraftError
-from ..export import ReplicatedLayout, UpcycledWeights, build_model, choose, explain_choice
+from ..export import UpcycledWeights, build_model, choose, explain_choice
 from ..loading import load_causal_lm
 from ..tuner import MoeDeltaLayer, MoeDeltaTuner
+from ..tuner.record import AdapterRecord
 from .adapter import Adapter
 from .comparison import compare_export, rounded_routes
 from .dense import Dense
@@ -31,6 +32,7 @@ from .doubts import doubts
 from .kinship import check_has_delta, check_same_kind, match_vocabularies
 from .report import GraftReport
 from .scale import Scale, scale_of_groups
+from .side_files import StockGenerationConfig
 from .weights import GraftedWeights, exported_share
 
 Validation = Callable[[PeftModel], float]
@@ -84,9 +86,14 @@ def merge_and_graft(
     language: str | None = None,
     replicate_dense_layers: bool = False,
     remote_code: bool = False,
+    architecture: str | None = None,
+    serve_with: str | None = None,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
+
+    Both bring the tokenizer and chat template of the post-trained model along, with the adapter's new tokens: its
+    generation config does that, so a model that is given another one leaves the tokenizer to you.
 
     Args:
         tuner, post_trained, expert_scale, validation: as in `graft`; a loaded `post_trained` is left as it is.
@@ -99,6 +106,9 @@ def merge_and_graft(
             attention experts, routing by language for all languages, which then takes `language_ids`), use the dense
             architecture with a small modelling file of its own, which is saved along and loads with
             `trust_remote_code=True`, without this package.
+        architecture: the stock architecture to take, by its `model_type`; None for the first that is exact.
+        serve_with: the engine that is to run it, one of `engines.ENGINES`: takes a form that it runs exactly, with
+            copies of dense layers where that is the way, or says why there is none and what fits.
         tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
 
     Returns:
@@ -115,6 +125,8 @@ def merge_and_graft(
         language=language,
         replicate_dense_layers=replicate_dense_layers,
         remote_code=remote_code,
+        architecture=architecture,
+        serve_with=serve_with,
         tolerance=tolerance,
     )
 
@@ -177,6 +189,8 @@ def to_stock(
     language: str | None = None,
     replicate_dense_layers: bool = False,
     remote_code: bool = False,
+    architecture: str | None = None,
+    serve_with: str | None = None,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """An upcycled model, grafted or not, as a stand-alone stock model; see `merge_and_graft`.
@@ -184,7 +198,13 @@ def to_stock(
     The export is built and compared with the adapter in fp32, and then built in the dense model's own dtype.
     """
     graft, weights = _own_weights(model, language, remote_code)
-    chosen = choose(weights, replicate_dense_layers=replicate_dense_layers, remote_code=remote_code)
+    chosen = choose(
+        weights,
+        replicate_dense_layers=replicate_dense_layers,
+        remote_code=remote_code,
+        architecture=architecture,
+        serve_with=serve_with,
+    )
     in_fp32 = weights.dtype == torch.float32
     exact = model if in_fp32 else copy.deepcopy(model).float()
     exported = build_model(_own_weights(exact, language, remote_code)[1], chosen.layout)
@@ -192,18 +212,27 @@ def to_stock(
     if not in_fp32:
         exported = build_model(weights, chosen.layout)
     dense = tuner_of(model).model
-    exported.generation_config = copy.deepcopy(dense.generation_config)
+    exported.generation_config = _generation_config(dense, graft.adapter_config.record)
     report = graft.adapter_config.record.graft or asdict(graft.report(str(dense.name_or_path)))
     found = {
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
-        "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
+        "replicated_bytes": weights.replicated_bytes if chosen.layout.replicates else 0,
         "route_agreement": None if in_fp32 else rounded_routes(weights, model, exported),
-        "choice": explain_choice(weights, chosen),
+        "choice": explain_choice(weights, chosen, serve_with),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as above
     return exported.eval()
+
+
+def _generation_config(dense: PreTrainedModel, record: AdapterRecord) -> GenerationConfig:
+    """The dense model's, with its tokenizer where it has a name to find one by."""
+    config, name = dense.generation_config, dense.name_or_path
+    assert config is not None  # a causal LM has one
+    if name is None or name in ("", "None"):  # what transformers calls a model made from a config, or from tensors
+        return copy.deepcopy(config)
+    return StockGenerationConfig.of(config, name, record)
 
 
 def tuner_of(model: PeftModel) -> MoeDeltaTuner:
