@@ -25,7 +25,7 @@ def started(*command: str) -> tuple[int, str, set[str]]:
     """The status of a Python process, its last line and the packages it imported."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     run = subprocess.run(
-        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-X", "importtime", *command], capture_output=True, text=True, env=environment
     )
     lines = run.stderr.splitlines()
     imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
