@@ -34,7 +34,7 @@ from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
 from .checks import calibration
 from .data import held_out
-from .fields import AUTO, Graft, Recipe
+from .fields import AUTO, Recipe
 from .scoring import CHAT_FILE, arithmetic, scores_of
 from .stages import load_model, save_with_tokenizer
 
@@ -43,15 +43,13 @@ _RELOAD_TOLERANCE = 1e-3
 _SHOWN = 16  # conversations to measure routes on
 
 
-def graft(
-    recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | str, fields: Graft, folder: Path
-) -> None:
+def graft(recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | str, folder: Path) -> None:
     """Graft, calibrate, export; saved with the post-trained model's tokenizer, reloaded by plain transformers.
 
     Beside the checkpoint lie some conversations that the post-trained model made up, which no router was shown: what
     chat is, for whoever measures its routes.
     """
-    model = load_adapter(load_model(base), adapter)
+    fields, model = recipe.graft, load_adapter(load_model(base), adapter)
     validation = _Validation(recipe, base) if fields.expert_scale == AUTO else None
     tuner = tuner_of(model)
     grafted = grafted_adapter(tuner, post_trained, Scale(fields.scale), fields.expert_scale, validation)

@@ -17,7 +17,7 @@ from .fields import Recipe
 from .scoring import DRIFT, FINDINGS, material_of
 
 BASE, POST_TRAINED, DENSE = "base", "post-trained", "dense continual pre-training + delta"
-OURS_WHOLE, OURS, OURS_BY_CONTEXT = "ours, experts as trained", "ours, grafted", "ours, grafted, by context"
+OURS, OURS_BY_CONTEXT = "ours, grafted", "ours, grafted, by context"
 
 
 def report(recipe: Recipe, scores: Mapping[str, Path], drift: Path) -> EvalReport:
@@ -25,7 +25,7 @@ def report(recipe: Recipe, scores: Mapping[str, Path], drift: Path) -> EvalRepor
     kept = json.loads((drift / DRIFT).read_text(encoding="utf-8"))
     found = {name: _named(Findings.load(folder / FINDINGS), kept["experts"]) for name, folder in scores.items()}
     material = material_of(recipe)
-    references = [name for name in (POST_TRAINED, BASE, DENSE, OURS_WHOLE, OURS_BY_CONTEXT) if name in found]
+    references = [name for name in (POST_TRAINED, BASE, DENSE, OURS_BY_CONTEXT) if name in found]
     pairs = [(name, POST_TRAINED) for name in found if name != POST_TRAINED]
     pairs += [(OURS, reference) for reference in references[1:]]
     return assemble(

@@ -14,8 +14,8 @@ from ..evaluation import EvalReport
 from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
 from . import cards, checks, grafting, reporting, scoring, stages
-from .fields import AUTO, Graft, Recipe
-from .reporting import BASE, DENSE, OURS, OURS_BY_CONTEXT, OURS_WHOLE, POST_TRAINED
+from .fields import AUTO, Recipe
+from .reporting import BASE, DENSE, OURS, OURS_BY_CONTEXT, POST_TRAINED
 from .workspace import Step, Workspace, file_hash, model_files
 
 
@@ -121,26 +121,25 @@ class Run:
         )
         return self._step(
             "dense_grafted",
-            lambda: {"dense": tuned, "post_trained": self.post_trained(), **self._validated(recipe.graft)},
+            lambda: {"dense": tuned, "post_trained": self.post_trained(), **self._validated},
             lambda folder: grafting.graft_dense(recipe, self.base_model, tuned.folder, self.post_trained_model, folder),
         )
 
-    def grafted(self, name: str = "grafted", fields: Graft | None = None) -> Step:
+    def grafted(self) -> Step:
         """The stock checkpoint."""
-        recipe, fields = self.recipe, fields or self.recipe.graft
+        recipe = self.recipe
         checks.check_graft(recipe)
-
         return self._step(
-            name,
+            "grafted",
             lambda: {
                 "adapter": self.adapter(),
                 "post_trained": self.post_trained(),
-                "graft": replace(fields, by_context=False),  # a second form, which changes nothing here
-                **self._validated(fields),
+                "graft": replace(recipe.graft, by_context=False),  # a second form, which changes nothing here
+                **self._validated,
                 **self._calibrated,
             },
             lambda folder: grafting.graft(
-                recipe, self.base_model, self.adapter().folder, self.post_trained_model, fields, folder
+                recipe, self.base_model, self.adapter().folder, self.post_trained_model, folder
             ),
         )
 
@@ -170,9 +169,6 @@ class Run:
             dense = self.dense()
             models[DENSE] = ("dense_grafted", dense.folder, dense)
         ours = self.grafted()
-        if self.recipe.graft.expert_scale != 1.0:
-            whole = self.grafted("grafted_whole", replace(self.recipe.graft, expert_scale=1.0))
-            models[OURS_WHOLE] = ("grafted_whole", whole.folder, whole)
         models[OURS] = ("grafted", ours.folder, ours)
         if self.recipe.graft.by_context:
             read = self.by_context()
@@ -215,10 +211,11 @@ class Run:
         """Where the post-trained model is loaded from."""
         return self.recipe.post_trained or self.post_trained().folder
 
-    def _validated(self, fields: Graft) -> dict[str, Any]:
+    @property
+    def _validated(self) -> dict[str, Any]:
         """What a share is chosen on, where it is chosen."""
         recipe, limits = self.recipe, self.recipe.limits
-        if fields.expert_scale != AUTO:
+        if recipe.graft.expert_scale != AUTO:
             return {}
         return {
             "limits": (limits.validation_documents, limits.document_bytes, limits.validation_tasks),
