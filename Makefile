@@ -19,8 +19,8 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: fuzz help docs demo demo-quick figures test test-slow test-peft-contract test-portable test-browser bench \
-  cards lint wheel-test clean evidence evidence-quick
+.PHONY: fuzz help docs demo demo-quick figures test test-slow test-peft-contract test-portable test-browser \
+  test-quantised bench evidence evidence-quick cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -91,6 +91,12 @@ test-browser: $(INSTALLED)  ## the report's page in a headless browser; installs
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || \
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y chromium chromium-driver >/dev/null; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser
+
+# Beside the environment: installed in it, both libraries would be imported in every other test.
+test-quantised: $(INSTALLED)  ## experts over quantised bases; fetches bitsandbytes and torchao
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps -c constraints.txt --upgrade \
+	  --target build/quantised bitsandbytes torchao
+	PYTHONPATH=build/quantised $(PYTEST) tests/tuner/test_quantised.py
 
 docs: $(INSTALLED)  ## the documentation as a site, build/docs/site, with every link checked
 	$(BIN)/python docs/generate.py

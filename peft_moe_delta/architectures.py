@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .errors import ArchitectureError, PlanError
+from .matrices import features, fewest_rows, linear_maps, quantised_weights, unknown_maps
 
 MLP_MODULES: Mapping[str, str] = MappingProxyType(
     dict.fromkeys(
@@ -55,8 +55,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
 
 OUTSIDE_THE_TEXT_DECODER = r"(?!(.*\.)?language_model\.).*"
 """Module names (a regular expression) that are not in a multimodal model's text decoder: other towers have MLPs too."""
-
-_TRAINABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def mlp_module_name(model_type: str) -> str:
@@ -125,12 +123,19 @@ def takes_residual(mlp: nn.Module) -> bool:
 
 
 def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
-    """Refuse a module whose weights cannot be copied into trainable experts.
+    """Refuse a module that experts cannot grow beside.
 
     Raises:
-        ArchitectureError: fewer than two matrices, offloaded (meta) or quantised weights, already a mixture of
-            experts, or not a map from hidden states to hidden states.
+        ArchitectureError: fewer than two matrices, offloaded (meta) weights, quantised ones over which nothing is known
+            to train, already a mixture of experts, or not a map from hidden states to hidden states.
     """
+    if unknown := unknown_maps(mlp):
+        inner, module = next(iter(unknown.items()))
+        raise ArchitectureError(
+            f"{name}.{inner} is quantised as a {type(module).__module__}.{type(module).__name__}, over which experts "
+            "are not known to train. Load the base model in 4 or 8 bit with bitsandbytes, in torchao's weight-only "
+            "int8, or dequantised (GGUF: GgufConfig(dequantize=True))."
+        )
     parameters = list(mlp.parameters())
     matrices = sum(p.dim() >= 2 for p in parameters)
     if matrices < 2:
@@ -143,19 +148,17 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
             f"The weights of {name} are on the meta device (offloaded or not loaded). Load the base model into memory "
             "first, without disk or CPU offload."
         )
-    if any(p.dtype not in _TRAINABLE_DTYPES or hasattr(p, "quant_state") for p in parameters):
-        raise ArchitectureError(
-            f"The weights of {name} are quantised ({sorted({str(p.dtype) for p in parameters})}). Experts start as "
-            "exact, trainable copies: load the base model unquantised, and use `expert_rank` to save memory."
-        )
     if any(child.endswith(("experts", "router")) for child, _ in mlp.named_children()):
         raise ArchitectureError(
             f"{name} ({type(mlp).__name__}) is already a mixture of experts; upcycling needs a dense MLP."
         )
+    with_residual = takes_residual(mlp)
+    if fewest_rows(mlp):
+        return  # a call would cost work, and bitsandbytes could take it for an evaluation and repack its weights
     nothing = torch.empty(1, 0, hidden_size, dtype=parameters[0].dtype, device=parameters[0].device)
     try:
         # No token, so no work; past any hooks, which may act on what passes.
-        result = mlp.forward(nothing, nothing) if takes_residual(mlp) else mlp.forward(nothing)
+        result = mlp.forward(nothing, nothing) if with_residual else mlp.forward(nothing)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ArchitectureError(
             f"{name} ({type(mlp).__name__}) cannot be called on hidden states of size {hidden_size} alone: {error}. "
@@ -165,6 +168,21 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
         raise ArchitectureError(
             f"{name} ({type(mlp).__name__}) does not return hidden states of size {hidden_size}. `target_modules` must "
             "name MLP blocks."
+        )
+
+
+def check_floats(name: str, block: nn.Module) -> None:
+    """Refuse a block of which full experts cannot be copies.
+
+    Raises:
+        ArchitectureError: it has quantised weights.
+    """
+    if quantised := quantised_weights(block):
+        kind = str(block.get_parameter(quantised[0]).dtype)
+        raise ArchitectureError(
+            f"The weights of {name} are quantised ({quantised[0]}: {kind}), and full experts start as exact, trainable "
+            "copies of them. Use low-rank experts, which leave them as they are (expert_rank=16), or load the base "
+            "model unquantised."
         )
 
 
@@ -190,7 +208,7 @@ def check_low_rank(name: str, mlp: nn.Module, rank: int) -> None:
         PlanError: its matrices have no such rank.
     """
     linear = linear_maps(mlp)
-    largest = min((min(module.weight.shape) for module in linear.values()), default=rank)
+    largest = min((min(features(module)) for module in linear.values()), default=rank)
     if rank > largest:
         raise PlanError(
             f"expert_rank={rank} exceeds {largest}, the rank of a matrix of {name} ({type(mlp).__name__}). Take a "
@@ -202,11 +220,6 @@ def check_low_rank(name: str, mlp: nn.Module, rank: int) -> None:
             f"{name} ({type(mlp).__name__}) has parameters outside of its linear maps ({', '.join(stray)}), which "
             "low-rank experts do not cover. Use full experts (expert_rank=None)."
         )
-
-
-def linear_maps(mlp: nn.Module) -> dict[str, nn.Linear | Conv1D]:
-    """Name, inside an MLP, -> linear map (`nn.Linear` or GPT-2's `Conv1D`)."""
-    return {name: module for name, module in mlp.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
 def mlp_modules(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -50,7 +50,8 @@ class Borrowed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         frozen = self._frozen[0]
         if not self.idle:
-            result: Tensor = frozen.forward(x.to(self.weight.dtype))  # past hooks: who calls first depends on the batch
+            cast = x.to(self.weight.dtype) if self.weight.is_floating_point() else x  # a quantised one takes any
+            result: Tensor = frozen.forward(cast)  # past hooks: who calls first depends on the batch
             return result.to(x.dtype)
         return x.new_zeros(()).expand(*x.shape[:-1], frozen.out_features) if isinstance(frozen, nn.Linear) else x
 

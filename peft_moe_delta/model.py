@@ -27,7 +27,7 @@ class MoeDeltaModel(MoeDeltaTuner):
     Untrained experts are copies, so the upcycled model computes what the base model computes.
 
     Raises:
-        ArchitectureError: no MLP block to replace, or weights that are offloaded or quantised.
+        ArchitectureError: no MLP block to replace, weights that are offloaded, or quantised ones for full experts.
         PlanError: expert counts that do not fit the model's layers.
         CheckpointError: a loaded adapter that was made for another base model.
     """

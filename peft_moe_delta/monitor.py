@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .matrices import squared_norm
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
 from .tuner.experts import LowRankLinear
 
@@ -114,7 +115,7 @@ def _squares(expert: nn.Module, base: nn.Module) -> Iterator[tuple[Tensor, Tenso
     for name, module in expert.named_modules():
         if isinstance(module, LowRankLinear):
             # ||B A||^2 = tr(B^T B A A^T), without forming the product
-            yield ((module.B.T @ module.B) * (module.A @ module.A.T)).sum(), module.frozen.weight.float().square().sum()
+            yield ((module.B.T @ module.B) * (module.A @ module.A.T)).sum(), squared_norm(module.frozen)
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
             if parameter.requires_grad:

@@ -26,6 +26,7 @@ LEVELS = {
     "tensors": 0,
     "kinds": 0,
     "program": 0,
+    "matrices": 0,
     "attention": 1,
     "plan": 1,
     "losses": 1,
@@ -54,7 +55,8 @@ LEVELS = {
 # Arrows within a level: everyone raises the package's errors, new tokens are measured, trainers are watched, training
 # text is identified.
 WITHIN_A_LEVEL = {
-    ("languages", "errors"), ("architectures", "errors"), ("padding", "errors"), ("tensors", "errors"),
+    ("languages", "errors"), ("architectures", "errors"), ("architectures", "matrices"),
+    ("matrices", "errors"), ("matrices", "tensors"), ("padding", "errors"), ("tensors", "errors"),
     ("kinds", "errors"), ("documents", "errors"), ("files", "documents"), ("files", "errors"),
     ("evaluation", "vocabulary"), ("training", "monitor"), ("training", "evaluation"),
 }  # fmt: skip

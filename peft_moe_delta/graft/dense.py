@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint import CheckpointReader, first_few, inside
-from ..errors import CheckpointError
+from ..errors import CheckpointError, GraftError
 from ..export.names import DenseNames
 from ..loading import load_config
+from ..matrices import is_quantised, quantised_weights
 from ..tensors import Held, Tensors, View
 
 
@@ -48,7 +49,16 @@ class Dense:
 
         Args:
             copy: whether to copy its weights, which may then change.
+
+        Raises:
+            GraftError: it is quantised.
         """
+        if quantised := quantised_weights(model):
+            raise GraftError(
+                f"The {type(model).__name__} in memory is quantised ({first_few(quantised)}), and a graft computes "
+                "with the weights themselves. Save the adapter and graft from files, with the unquantised checkpoints: "
+                "graft_checkpoint(base, post_trained, adapter, output), or `peft-moe-delta graft`."
+            )
         state: dict[str, Tensor] = {}
         for name, tensor in model.state_dict().items():
             if "moe_delta_" not in name and ".modules_to_save." not in name:
@@ -76,7 +86,7 @@ class Dense:
             changed: name in the model -> tensors and name there, of what stands in the place of the checkpoint's own.
 
         Raises:
-            CheckpointError: it lacks weights of the model.
+            CheckpointError: it lacks weights of the model, or has them quantised.
         """
         names = DenseNames(config)
         places = {name: (tensors, stored) for name, stored in names.in_model(tensors).items()} | dict(changed)
@@ -91,6 +101,13 @@ class Dense:
                 places[target] = places[shared]
             tied[target] = shared
         missing = [name for name in names.parameters if name not in places]
+        present = ((name, *places[name]) for name in names.parameters if name in places)
+        packed = [name for name, held, stored in present if is_quantised(held.meta(stored))]
+        if packed or (missing and getattr(config, "quantization_config", None)):
+            raise CheckpointError(
+                f"{source} is quantised ({first_few(packed or missing)}), and a graft computes with the weights "
+                "themselves. Pass the unquantised checkpoint that it was made from; the adapter is the same for both."
+            )
         if missing:
             raise CheckpointError(
                 f"{source} lacks {first_few(missing)} of a {type(names.model).__name__}: loaded, they would be "

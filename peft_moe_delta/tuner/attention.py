@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
 from .dispatch import with_idle
-from .experts import full_expert, low_rank_expert, unhooked
+from .experts import full_expert, input_dtype, low_rank_expert, unhooked
 from .layer import MoeDeltaLayer, parallel
 
 
@@ -97,7 +97,7 @@ class MoeDeltaAttention(MoeDeltaLayer):
         if isinstance(cache, SharedKeyValues):
             cache.lend(expert)
         if not torch.is_autocast_enabled(x_BSD.device.type):
-            dtype = next(expert.parameters()).dtype
+            dtype = input_dtype(expert) or x_BSD.dtype
             x_BSD = x_BSD.to(dtype)
             mask = kwargs.get("attention_mask")
             if isinstance(mask, Tensor) and mask.is_floating_point():

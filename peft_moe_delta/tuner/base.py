@@ -17,7 +17,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from ..architectures import OUTSIDE_THE_TEXT_DECODER, attention_module_name, layer_index, mlp_module_name
+from ..architectures import (
+    OUTSIDE_THE_TEXT_DECODER,
+    attention_module_name,
+    check_floats,
+    layer_index,
+    mlp_module_name,
+)
 from ..errors import ArchitectureError, PlanError
 from ..plan import ExpertPlan
 from ..routing import routing_named
@@ -186,6 +192,8 @@ class MoeDeltaTuner(BaseTuner):
             attention = attention_module_name(self.model.config.model_type)
             for name in (f"{mlp.rpartition('.')[0]}.{attention}" for mlp, _ in blocks.values()):
                 check_unadapted(name, block_of(self.model.get_submodule(name)))
+                if peft_config.expert_rank is None:
+                    check_floats(name, block_of(self.model.get_submodule(name)))
         if not blocks:
             return  # PEFT says which names it looked for
         layers = sorted(blocks)

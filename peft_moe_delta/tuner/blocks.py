@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..architectures import check_low_rank, check_mlp, layer_index
+from ..architectures import check_floats, check_low_rank, check_mlp, layer_index
 from ..errors import ArchitectureError
 from .config import MoeDeltaConfig
 from .context import ForwardContext
@@ -34,7 +34,9 @@ def mlp_blocks(model: PreTrainedModel, config: MoeDeltaConfig) -> dict[int, tupl
     for name, module in _targets(model, config):
         check_unadapted(name, block_of(module))
         check_mlp(name, block_of(module), hidden_size(model))
-        if config.expert_rank is not None:
+        if config.expert_rank is None:
+            check_floats(name, block_of(module))
+        else:
             check_low_rank(name, block_of(module), config.expert_rank)
         if layer_index(name) in blocks:
             raise ArchitectureError(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..architectures import linear_maps
+from ..matrices import check_gradient, features, float_weight, is_quantised, linear_maps
 from ..tensors import low_rank_weight
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
@@ -27,18 +27,19 @@ class LowRankLinear(nn.Module):
     """A linear map `W_0 + B A` whose `W_0` belongs to the base model.
 
     `A` is (rank, in), `B` is (out, rank) and starts at zero. The frozen map is called, not owned: it is neither moved,
-    saved nor counted with this module.
+    saved nor counted with this module. So it may be quantised: nothing but `weight` reads it.
     """
 
     def __init__(self, frozen: nn.Linear | Conv1D, rank: int) -> None:
         super().__init__()
         weight = frozen.weight
-        # Conv1D (GPT-2) stores its weight as (in, out)
-        self.transposed = isinstance(frozen, Conv1D)
-        out_features, in_features = reversed(weight.shape) if self.transposed else weight.shape
+        self.quantised = is_quantised(weight)
+        # As PEFT's LoRA has it: in the dtype that the weight says, in fp32 where it says integers.
+        dtype = weight.dtype if weight.is_floating_point() else torch.float32
+        in_features, out_features = features(frozen)
         device = "meta" if _building_on_meta() else weight.device
-        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=weight.dtype, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=weight.dtype, device=device))
+        self.A = nn.Parameter(torch.empty(rank, in_features, dtype=dtype, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, dtype=dtype, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self._frozen = (frozen,)  # in a tuple, so that torch does not register it
 
@@ -49,8 +50,9 @@ class LowRankLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """`W_0 + B A` in the frozen weight's own layout."""
-        return low_rank_weight(self.frozen.weight, self.A, self.B, transposed=self.transposed)
+        """`W_0 + B A` in the frozen weight's own layout, which is (in, out) in GPT-2's `Conv1D`."""
+        transposed = isinstance(self.frozen, Conv1D)
+        return low_rank_weight(float_weight(self.frozen), self.A, self.B, transposed=transposed)
 
     @property
     def bias(self) -> Tensor | None:
@@ -60,8 +62,10 @@ class LowRankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # PEFT keeps A and B in fp32 over a 16-bit model: each map runs in its own dtype.
         change = F.linear(F.linear(x.to(self.A.dtype), self.A), self.B)
-        # Past the hooks of the base model's map: which experts run, and how often, depends on the batch.
-        result: Tensor = self.frozen.forward(x.to(self.frozen.weight.dtype))
+        # Past the hooks of the base model's map: which experts run, and how often, depends on the batch. A quantised
+        # one gets what the base model would give it.
+        result: Tensor = self.frozen.forward(x if self.quantised else x.to(self.frozen.weight.dtype))
+        check_gradient(self.frozen, x, result)
         return (result + change).to(result.dtype)
 
 
@@ -106,10 +110,21 @@ def unhooked(module: nn.Module) -> nn.Module:
 
 def parameters_of(module: nn.Module) -> Iterator[Tensor]:
     """As `module.parameters()`, at a tenth of the cost: no names, nothing is looked for twice."""
-    yield from (parameter for parameter in module._parameters.values() if parameter is not None)
+    yield from (parameter for _, parameter in _owned(module))
+
+
+def input_dtype(expert: nn.Module) -> torch.dtype | None:
+    """What an expert's input is cast to: the dtype of its weights; None where its maps see to that themselves."""
+    owner, weight = next(_owned(expert))
+    return None if isinstance(owner, LowRankLinear) or is_quantised(weight) else weight.dtype
+
+
+def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
+    """Every parameter with the module that has it."""
+    yield from ((module, parameter) for parameter in module._parameters.values() if parameter is not None)
     for part in module._modules.values():
         if part is not None:
-            yield from parameters_of(part)
+            yield from _owned(part)
 
 
 def full_expert(mlp: nn.Module, keep: Mapping[int, Any] = _NOTHING) -> nn.Module:

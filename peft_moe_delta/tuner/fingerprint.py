@@ -6,7 +6,8 @@ that a checkpoint loaded in another dtype has the same record, and few enough to
 
 A record maps `"layers.*.mlp.up_proj.weight 1536x576"` to `"0:3c4abd01... 1:be00..."`: the shape behind the name, and
 for each layer its numbers as hexadecimal bf16. Names go without what only some files have in front (`model.`). A tensor
-that cannot be read, offloaded, sharded or quantised, has no numbers, and is not compared.
+that cannot be read, offloaded, sharded or quantised, has no numbers, and is not compared: a quantised copy is known by
+its names, its shapes and what it keeps as it was, such as norms and embeddings.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import CheckpointReader, first_few
 from ..errors import CheckpointError
+from ..matrices import is_quantised
 from ..tensors import Tensors, is_embedding
 
 VERSION = 2
@@ -147,6 +149,8 @@ def _differing(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     both = [name for name in ours if name in theirs]
     for name in both:
         one, other = (side[name].shape[is_embedding(name) :] for side in (ours, theirs))
+        if not ours[name].numbers or not theirs[name].numbers:
+            one, other = sorted(one), sorted(other)  # a quantised copy of GPT-2 keeps its matrices the other way round
         if one and other:
             _same("shapes", list(one), list(other), name)
     in_fp16 = "float16" in (*saved["dtypes"], *found["dtypes"])
@@ -227,13 +231,13 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> tuple[int, ...] | None:
 
 
 def _is_readable(weights: Mapping[str, Tensor], name: str) -> bool:
-    """Whether a weight's numbers are at hand; a quantised copy's might be, dequantised, to within its rounding."""
+    """Whether a weight's numbers are at hand."""
     weights, name = _source(weights, name)
     if isinstance(weights, CheckpointReader):
         return math.prod(weights.shapes[name]) > 0
     tensor = weights[name]
     sharded = hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor")
-    return tensor.is_floating_point() and not tensor.is_meta and not sharded and tensor.numel() > 0
+    return not is_quantised(tensor) and not tensor.is_meta and not sharded and tensor.numel() > 0
 
 
 def _dtype(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
@@ -298,7 +302,9 @@ def _first_version(saved: Mapping[str, Any], weights: Mapping[str, Tensor], bloc
     _same("MLP shapes", saved["shapes"], shapes[0] if all(shape == shapes[0] for shape in shapes) else shapes)
     chosen = [blocks[index] for index in sorted({0, len(blocks) // 2, len(blocks) - 1})]
     fewest = 1.0
-    for inner in [inner for inner, shape in shapes[0].items() if len(shape) >= 2]:
+    readable = [n for n in shapes[0] if all(_is_readable(weights, block[n]) for block in chosen)]
+    matrices = [inner for inner in readable if len(shapes[0][inner]) >= 2]
+    for inner in matrices:
         found: list[float] = []
         for name in (block[inner] for block in chosen):
             shape = _shape(weights, name) or ()
@@ -309,4 +315,4 @@ def _first_version(saved: Mapping[str, Any], weights: Mapping[str, Tensor], bloc
         fewest = min(fewest, differing)
     dtypes = {str(_dtype(weights, name)).removeprefix("torch.") for name in chosen[0].values()}
     tolerated = _FIRST_MISMATCHES if "float16" in {saved["dtype"], *dtypes} else 0.0
-    return f"{fewest:.0%} of the sampled MLP weights differ" if fewest > tolerated else ""
+    return f"{fewest:.0%} of the sampled MLP weights differ" if matrices and fewest > tolerated else ""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from ..matrices import is_quantised
 from .experts import LowRankLinear, hooked, parameters_of
 
 GROUPED_MM = "grouped_mm"
@@ -40,6 +41,8 @@ def can_be_grouped(experts: Sequence[nn.Module]) -> bool:
     if grouped_mm is None or "forward" in first.__dict__ or any(hooked(expert) for expert in experts):
         return False
     maps = [part for part in first._modules.values() if isinstance(part, nn.Linear | Conv1D)]
+    if any(is_quantised(part.weight) for part in maps):
+        return False
     if len(list(parameters_of(first))) != sum(1 + (part.bias is not None) for part in maps):
         return False
     sizes = [size * part.weight.element_size() for part in maps for size in part.weight.shape]

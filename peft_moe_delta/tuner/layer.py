@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ..architectures import takes_residual
 from ..errors import LanguageError
 from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
+from ..matrices import fewest_rows
 from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .dispatch import Dispatch, weighs, with_idle
-from .experts import Experts, expert_weights, full_expert, hooked, low_rank_expert, parameters_of
+from .experts import Experts, expert_weights, full_expert, hooked, input_dtype, low_rank_expert, parameters_of
 from .grouped import GroupedExperts, can_be_grouped
 from .passes import ForwardState, Reach, TokenGroups
 from .router import Classifier, Router
@@ -199,7 +200,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             outputs.append(self._run(0, self.base_layer, inputs[0]))
         elif parallel() or hooked(self.base_layer):
             # Whoever is told of expert 0's call, or shards its parameters, is told in every pass.
-            self._run(0, self.base_layer, x_TD[:0])
+            self._run(0, self.base_layer, x_TD[: fewest_rows(self.base_layer)])
         return [*outputs, *self.new_experts(name)(new, self._run).values()]
 
     def _run_as_one(self, experts: Sequence[nn.Module], dispatch: Dispatch, x_TD: Tensor) -> Tensor:
@@ -254,7 +255,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         """One expert on its tokens, in its own dtype (new experts are fp32 by PEFT's default), back in the input's."""
         dtype = x_TD.dtype
         if not torch.is_autocast_enabled(x_TD.device.type):
-            x_TD = x_TD.to(next(parameters_of(expert)).dtype)
+            x_TD = x_TD.to(input_dtype(expert) or dtype)
         y_TD = expert(x_TD, torch.zeros_like(x_TD)) if self._takes_residual else expert(x_TD)
         return y_TD.to(dtype)
 
