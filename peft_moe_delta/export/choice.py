@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import GraftError
 from .flex_olmo import FlexOlmoLayout
-from .granite_moe import GemmaGraniteMoeLayout, GraniteMoeLayout
+from .granite_moe import GemmaGraniteMoeLayout, GraniteMoeLayout, Qwen2GraniteMoeLayout
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .mixtral import MixtralLayout, Phi3MixtralLayout
 from .qwen_moe import Qwen2MoeLayout, Qwen3MoeLayout
@@ -25,6 +25,7 @@ MOE_LAYOUTS: tuple[MoeLayout, ...] = (
     Qwen3MoeLayout(),
     FlexOlmoLayout(),
     GraniteMoeLayout(),
+    Qwen2GraniteMoeLayout(),
     GemmaGraniteMoeLayout(),
 )
 """Every stock MoE architecture for every dense family it can hold, in order of preference."""

@@ -1,4 +1,4 @@
-"""GraniteMoe, for Granite, Gemma 1 and biased Llama models whose layers are all MoE.
+"""GraniteMoe, for Granite, Gemma 1, Qwen2 and biased Llama models whose layers are all MoE.
 
 It scales embeddings, residuals, attention and logits by numbers of its config, and softmaxes after the top-k, which is
 the same as renormalising. A layer's experts are stored as one tensor.
@@ -36,7 +36,7 @@ class GraniteMoeLayout(MoeLayout):
         return {
             "num_local_experts": weights.num_experts,
             "num_experts_per_tok": weights.num_experts_per_token,
-            "attention_bias": config.attention_bias,
+            "attention_bias": getattr(config, "attention_bias", False),
             **{scale: getattr(config, scale, value) for scale, value in neutral.items()},
             **given_head_width(weights),
         }
@@ -48,6 +48,25 @@ class GraniteMoeLayout(MoeLayout):
         gate_up = [torch.cat([expert["gate_proj.weight"], expert["up_proj.weight"]]) for expert in experts]
         yield prefix + self.expert_names["gate_proj.weight"], torch.stack(gate_up)
         yield prefix + self.expert_names["down_proj.weight"], torch.stack([e["down_proj.weight"] for e in experts])
+
+
+class Qwen2GraniteMoeLayout(GraniteMoeLayout):
+    """Qwen2: its output projection has no bias, so it gets one of zeros. llama.cpp and MLX run Qwen2-MoE wrongly."""
+
+    dense_types: ClassVar[tuple[str, ...]] = ("qwen2",)
+
+    def fields(self, weights: UpcycledWeights) -> dict[str, Any]:
+        return super().fields(weights) | {"attention_bias": True}
+
+    def misfits(self, weights: UpcycledWeights) -> Iterator[str]:
+        yield from super().misfits(weights)
+        if (window := getattr(weights.config, "sliding_window", None)) is not None:
+            yield f"it has no attention windows; the dense model has a sliding window of {window}"
+
+    def outside_mlp(self, weights: UpcycledWeights, name: str) -> Iterator[tuple[str, Tensor]]:
+        yield name, (tensor := weights.dense[name])
+        if name.endswith("o_proj.weight"):
+            yield name.removesuffix("weight") + "bias", tensor.new_zeros(tensor.shape[0])
 
 
 class GemmaGraniteMoeLayout(GraniteMoeLayout):

@@ -44,7 +44,8 @@ class QwenMoeLayout(MoeLayout):
 class Qwen2MoeLayout(QwenMoeLayout):
     """Qwen2 models, and Llama and Mistral models that have dense layers: attention biases are zeros there.
 
-    The architecture adds a shared expert to the routed ones; a small one of zeros adds exactly nothing.
+    The architecture adds a shared expert to the routed ones; a small one of zeros adds exactly nothing. Its gate is
+    ones: `sigmoid(gate x) 0` is 0 for any gate, and llama.cpp computes a sigmoid as silu(z) / z, not a number at z = 0.
     """
 
     dense_types = ("qwen2", "llama", "mistral")
@@ -80,7 +81,7 @@ class Qwen2MoeLayout(QwenMoeLayout):
             shapes = {"gate_proj": (shared, hidden), "up_proj": (shared, hidden), "down_proj": (hidden, shared)}
             for matrix, shape in shapes.items():
                 yield f"model.layers.{layer}.mlp.shared_expert.{matrix}.weight", torch.zeros(shape, dtype=weights.dtype)
-            yield f"model.layers.{layer}.mlp.shared_expert_gate.weight", torch.zeros(1, hidden, dtype=weights.dtype)
+            yield f"model.layers.{layer}.mlp.shared_expert_gate.weight", torch.ones(1, hidden, dtype=weights.dtype)
 
 
 class Qwen3MoeLayout(QwenMoeLayout):

@@ -14,6 +14,7 @@ from export.upcycled import Mixture, plan_of, upcycle
 from peft_moe_delta.checkpoint import CheckpointReader
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.export import UpcycledWeights, build_model, check_equal_logits, choose_layout
+from peft_moe_delta.export.granite_moe import Qwen2GraniteMoeLayout
 
 LAYERS = {"num_hidden_layers": 3}
 UNIFORM = [(1, 2)] * 3
@@ -122,6 +123,28 @@ def test_dense_layers_are_replicated_only_if_asked_at_the_cost_that_is_said(case
     single = 3 - len(weights.moe_layers)
     as_asked = dense_bytes + experts_bytes * (9 - 2 * single) // 9 + routers * (3 - single) // 3
     assert sum(tensor.nbytes for tensor in stored.values()) - as_asked == weights.replicated_bytes
+
+
+@pytest.mark.parametrize("config", [{}, {"tie_word_embeddings": True, "rope_parameters": YARN}])
+def test_qwen2_is_held_by_granitemoe_too_with_a_bias_of_zeros_in_the_output(config, tmp_path):
+    dense = pico("qwen2", **LAYERS, **config)
+    weights, layout = upcycle(dense, plan_of(UNIFORM)), Qwen2GraniteMoeLayout()
+    exported = build_model(weights, layout)
+    assert not list(layout.misfits(weights)) and exported.config.model_type == "granitemoe"
+    stored, _ = save(exported, tmp_path)
+    check_equal_logits(Mixture(dense, weights), AutoModelForCausalLM.from_pretrained(tmp_path))
+    biases = {part: stored[f"model.layers.1.self_attn.{part}_proj.bias"] for part in "qkvo"}
+    assert [part for part, bias in biases.items() if not bias.any()] == ["o"]
+    windows = upcycle(pico("qwen2", **LAYERS, use_sliding_window=True, sliding_window=5), plan_of(UNIFORM))
+    assert "sliding window of 5" in next(layout.misfits(windows))
+
+
+def test_the_gate_of_the_shared_expert_is_ones_since_llama_cpp_divides_by_its_output(tmp_path):
+    weights = upcycle(pico("qwen2", **LAYERS), plan_of(UNIFORM))
+    stored, _ = save(build_model(weights, choose_layout(weights)), tmp_path)
+    for layer in range(3):
+        assert (stored[f"model.layers.{layer}.mlp.shared_expert_gate.weight"] == 1).all()
+        assert not stored[f"model.layers.{layer}.mlp.shared_expert.down_proj.weight"].any()
 
 
 def test_dense_layers_stay_dense_where_an_architecture_keeps_them():
