@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig as HostConfig
 from transformers import LlamaForCausalLM as HostModel
+from transformers import LlamaModel as HostBase
 
 from ..routing import Routes, choose_experts, classifier_logits, recognised, router_logits
 
@@ -97,6 +98,12 @@ class MlpMixture(Mixture):
 MIXTURES: dict[str, type[Mixture]] = {"mlp": MlpMixture}
 
 
+def with_experts(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A tensor-parallel plan that cuts an expert as it cuts the MLP the expert stands for. Routers stay whole, so every
+    process sends the same tokens to the same experts."""
+    return plan and {**plan, **{name.replace(".mlp.", ".mlp.experts.*."): style for name, style in plan.items()}}
+
+
 class MoeDeltaConfig(HostConfig):
     """The host's config with one more field, `moe_delta`: a dictionary.
 
@@ -110,6 +117,34 @@ class MoeDeltaConfig(HostConfig):
     """
 
     model_type = f"moe_delta_{HostConfig.model_type}"
+    base_model_tp_plan = with_experts(HostConfig.base_model_tp_plan)
+
+
+def put_mixtures_into(model: nn.Module, config: MoeDeltaConfig) -> None:
+    """Put them in the place of the host's modules."""
+    moe = config.moe_delta
+    for name, block in list(model.named_modules()):
+        layer = name.rpartition(".")[2]
+        if layer in moe["experts"] and all(hasattr(block, part) for part in moe["parts"]):
+            for part, kind in moe["parts"].items():
+                setattr(block, part, MIXTURES[kind](getattr(block, part), config, layer))
+
+
+class MoeDeltaModel(HostBase):
+    """The decoder without its head, which engines that run transformers' models ask `AutoModel` for.
+
+    It has no input for languages, so it refuses a model that chooses experts by them.
+    """
+
+    config_class = MoeDeltaConfig
+    _keep_in_fp32_modules_strict = [*(HostBase._keep_in_fp32_modules_strict or []), "router", "classifier"]  # noqa: RUF012
+
+    def __init__(self, config: MoeDeltaConfig) -> None:
+        if config.moe_delta["languages"] is not None:
+            raise ValueError("This model chooses experts by language: load it with AutoModelForCausalLM.")
+        super().__init__(config)
+        put_mixtures_into(self, config)
+        self.post_init()
 
 
 class MoeDeltaForCausalLM(HostModel):
@@ -118,12 +153,7 @@ class MoeDeltaForCausalLM(HostModel):
 
     def __init__(self, config: MoeDeltaConfig) -> None:
         super().__init__(config)
-        moe = config.moe_delta
-        for name, block in list(self.named_modules()):
-            layer = name.rpartition(".")[2]
-            if layer in moe["experts"] and all(hasattr(block, part) for part in moe["parts"]):
-                for part, kind in moe["parts"].items():
-                    setattr(block, part, MIXTURES[kind](getattr(block, part), config, layer))
+        put_mixtures_into(self, config)
         self.post_init()
 
     def forward(
@@ -186,4 +216,5 @@ class MoeDeltaForCausalLM(HostModel):
 
 
 MoeDeltaConfig.register_for_auto_class()
+MoeDeltaModel.register_for_auto_class("AutoModel")
 MoeDeltaForCausalLM.register_for_auto_class("AutoModelForCausalLM")

@@ -24,7 +24,7 @@ from types import ModuleType
 from typing import Any
 
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedConfig, PreTrainedModel
 
 from ..architectures import attention_module_name, mlp_module_name
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
@@ -51,7 +51,7 @@ _ATTENTION: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 """Kind of attention experts -> what they use of `attention`, and their class in the template."""
 _FOR_OUR_LINTERS = re.compile(r"  # (?:noqa|type): .*")
-_HOST = re.compile(r"from transformers import (\w+) as (HostConfig|HostModel)")
+_HOST = re.compile(r"from transformers import (\w+) as (HostConfig|HostBase|HostModel)")
 
 
 class RemoteCodeLayout(Layout):
@@ -94,10 +94,7 @@ class RemoteCodeLayout(Layout):
             moe_delta=moe_delta,
             dtype=weights.dtype,
             architectures=[name],
-            auto_map={
-                "AutoConfig": f"{MODULE}.MoeDeltaConfig",
-                "AutoModelForCausalLM": f"{MODULE}.{name}",
-            },
+            auto_map={f"Auto{kind}": f"{MODULE}.{owner}" for kind, owner in _auto_classes(weights).items()},
         )
         add_legacy_rope(config)
         return config
@@ -147,15 +144,18 @@ class RemoteCodeLayout(Layout):
                     yield f"{prefix}experts.{position}.{key}", tensor
 
 
-def modelling_source(config_class: str, model_class: str, attention: str | None = None, context: bool = False) -> str:
+def modelling_source(
+    config_class: str, base_class: str, model_class: str, attention: str | None = None, context: bool = False
+) -> str:
     """The modelling file for a host.
 
     Args:
-        config_class, model_class: names of its config and model class in transformers.
+        config_class, base_class, model_class: names, in transformers, of its config, of its decoder without a head, and
+            of its model.
         attention: kind of attention experts; None without.
         context: whether languages are read from the text.
     """
-    hosts = {"HostConfig": config_class, "HostModel": model_class}
+    hosts = {"HostConfig": config_class, "HostBase": base_class, "HostModel": model_class}
     source = _HOST.sub(
         lambda match: f"from transformers import {hosts[match[2]]} as {match[2]}", _TEMPLATE.read_text(encoding="utf-8")
     )
@@ -195,6 +195,12 @@ def _with_context(source: str) -> str:
     )
 
 
+def _auto_classes(weights: UpcycledWeights) -> dict[str, str]:
+    """Kind of auto class -> class of the modelling file; the decoder without its head has no input for languages."""
+    found = {"Config": "MoeDeltaConfig", "ModelForCausalLM": _class_name(weights)}
+    return found if weights.languages is not None else {**found, "Model": "MoeDeltaModel"}
+
+
 def _class_name(weights: UpcycledWeights) -> str:
     return "MoeDeltaForCausalLM" if weights.identifier is None else "MoeDeltaContextForCausalLM"
 
@@ -213,19 +219,20 @@ def modelling_module(weights: UpcycledWeights) -> ModuleType:
     return _load(*_names(weights))
 
 
-def _names(weights: UpcycledWeights) -> tuple[str, str, str | None, bool]:
+def _names(weights: UpcycledWeights) -> tuple[str, str, str, str | None, bool]:
     """What `modelling_source` takes."""
-    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(weights.config)]
+    kind = type(weights.config)
+    base_class, model_class = (mapping[kind].__name__ for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
     attention = None if weights.attention is None else weights.attention.kind
-    return type(weights.config).__name__, model_class.__name__, attention, weights.identifier is not None
+    return kind.__name__, base_class, model_class, attention, weights.identifier is not None
 
 
 @lru_cache
-def _load(config_class: str, model_class: str, attention: str | None, context: bool) -> ModuleType:
+def _load(config_class: str, base_class: str, model_class: str, attention: str | None, context: bool) -> ModuleType:
     folder = Path(tempfile.mkdtemp(prefix="moe_delta_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     path = folder / f"{MODULE}.py"
-    path.write_text(modelling_source(config_class, model_class, attention, context), encoding="utf-8")
+    path.write_text(modelling_source(config_class, base_class, model_class, attention, context), encoding="utf-8")
     # transformers takes the last part as the file's name
     name = f"moe_delta_{config_class}_{attention}_{context}.{MODULE}"
     spec = importlib.util.spec_from_file_location(name, path)

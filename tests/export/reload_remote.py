@@ -9,7 +9,7 @@ sys.modules["peft_moe_delta"] = None  # any import of it now fails
 
 import torch  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+from transformers import AutoModel, AutoModelForCausalLM  # noqa: E402
 
 
 def main(*folders):
@@ -32,6 +32,10 @@ def main(*folders):
             proof["cached"] = model.generate(**greedy)
             proof["uncached"] = model.generate(**greedy, use_cache=False)
             proof["beams"] = model.generate(**greedy, num_beams=2)
+            if "AutoModel" in model.config.auto_map:
+                decoder = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+                proof["decoder"] = decoder(**batch).last_hidden_state
+                proof["own decoder"] = model.base_model(**batch).last_hidden_state
         model.train()
         model(**batch, labels=batch["input_ids"]).loss.backward()
         router = next(parameter for name, parameter in model.named_parameters() if "router" in name)

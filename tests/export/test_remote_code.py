@@ -3,6 +3,7 @@
 import ast
 import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache
+from transformers import AutoTokenizer, DynamicCache
 
 from builders import (
     FAMILIES,
@@ -25,6 +26,7 @@ from builders import (
     token_batch,
     upcycle,
 )
+from greek import make_tokenizer
 from peft_moe_delta.attention import Borrowed, OwnSlot, SharedKeyValues
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.export.remote_code import modelling_source
@@ -181,13 +183,13 @@ def test_a_wrong_expert_is_caught_by_the_gate():
 @pytest.mark.parametrize(
     ("attention", "parts", "lines"),
     [
-        (None, (), 260), ("shared_kv", (Borrowed, SharedKeyValues), 370), ("full", (OwnSlot,), 370),
-        ("context", (recognise, TokenMemory, PassTokens), 420),
+        (None, (), 290), ("shared_kv", (Borrowed, SharedKeyValues), 400), ("full", (OwnSlot,), 400),
+        ("context", (recognise, TokenMemory, PassTokens), 450),
     ],
 )  # fmt: skip
 def test_the_file_has_this_packages_own_source_and_imports_nothing_of_it(attention, parts, lines):
     context, attention = attention == "context", None if attention == "context" else attention
-    source = modelling_source("Gemma2Config", "Gemma2ForCausalLM", attention, context)
+    source = modelling_source("Gemma2Config", "Gemma2Model", "Gemma2ForCausalLM", attention, context)
     for part in (Routes, choose_experts, classifier_logits, router_logits, *parts):
         assert inspect.getsource(part) in source
     imported = {
@@ -200,7 +202,7 @@ def test_the_file_has_this_packages_own_source_and_imports_nothing_of_it(attenti
         "__future__", "collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "typing", "torch",
         "transformers",
     }  # fmt: skip
-    assert "Gemma2Config as HostConfig" in source
+    assert "Gemma2Config as HostConfig" in source and "Gemma2Model as HostBase" in source
     defined = {node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     assert ("AttentionMixture" in defined) == (attention is not None)
     assert "noqa" not in source and "type: ignore" not in source and "LanguageError" not in source
@@ -263,11 +265,42 @@ def test_it_generates_and_trains_with_plain_transformers(reloaded, name):
     assert proof["cached"].shape == (3, TOKENS.shape[1] + 4)
     if "bf16" not in name:  # there two tokens may tie to within rounding, and the kernels decide
         assert torch.equal(proof["cached"], proof["uncached"])
+    assert ("decoder" in proof) == ("language_ids" not in arguments and name != "by context")
+    assert torch.equal(proof.get("decoder", torch.tensor(0)), proof.get("own decoder", torch.tensor(0)))
     assert (proof["gradients"] > 0).all()
     assert not proof["without_gradient"].any()
     assert torch.equal(proof["router"], moe_layers(model)[0].moe_delta_router["default"].weight), "fp32 throughout"
     assert (folder / "modeling_moe_delta.py").is_file()
     assert (folder / "again" / "modeling_moe_delta.py").is_file()
+
+
+def test_without_its_head_it_refuses_to_choose_experts_by_language():
+    exported = to_stock(adapter(routing="language"), remote_code=True)
+    assert set(exported.config.auto_map) == {"AutoConfig", "AutoModelForCausalLM"}
+    with pytest.raises(ValueError, match="load it with AutoModelForCausalLM"):
+        sys.modules[type(exported).__module__].MoeDeltaModel(exported.config)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2"])
+def test_its_tensor_parallel_plan_cuts_experts_as_the_mlp_and_leaves_routers_whole(family):
+    exported, host = to_stock(adapter(family), remote_code=True), pico(family).base_model
+    plan, own = exported.base_model.tp_plan or {}, host.tp_plan or {}
+
+    def style(model_plan, name):
+        return model_plan.get(re.sub(r"\.\d+", ".*", name))
+
+    for name, module in exported.base_model.named_modules():
+        if "router" in name or not isinstance(module, torch.nn.Linear):
+            assert "router" not in name or style(plan, name) is None
+        else:
+            assert style(plan, name) == style(own, re.sub(r"\.experts\.\d+", "", name)), name
+    assert bool(plan) == (family != "gpt2")
+
+
+def test_its_tokenizer_loads_without_trust_in_code(tmp_path):
+    to_stock(adapter(), remote_code=True).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)("the cat")["input_ids"]
 
 
 def test_by_language_it_takes_a_code_as_the_adapter_does():
