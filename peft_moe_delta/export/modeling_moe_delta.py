@@ -117,7 +117,7 @@ class MoeDeltaConfig(HostConfig):
     """
 
     model_type = f"moe_delta_{HostConfig.model_type}"
-    base_model_tp_plan = with_experts(HostConfig.base_model_tp_plan)
+    base_model_tp_plan = with_experts(HostConfig.base_model_tp_plan)  # type: ignore[assignment]
 
 
 def put_mixtures_into(model: nn.Module, config: MoeDeltaConfig) -> None:

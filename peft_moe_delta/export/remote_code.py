@@ -222,9 +222,10 @@ def modelling_module(weights: UpcycledWeights) -> ModuleType:
 def _names(weights: UpcycledWeights) -> tuple[str, str, str, str | None, bool]:
     """What `modelling_source` takes."""
     kind = type(weights.config)
-    base_class, model_class = (mapping[kind].__name__ for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING))
+    base_class: Any = MODEL_MAPPING[kind]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
     attention = None if weights.attention is None else weights.attention.kind
-    return kind.__name__, base_class, model_class, attention, weights.identifier is not None
+    return kind.__name__, base_class.__name__, model_class.__name__, attention, weights.identifier is not None
 
 
 @lru_cache

@@ -97,7 +97,7 @@ def graft_checkpoint(
     graft = trio.weights()
     graft.check_base(trio.base)
     found = doubts(graft)
-    tokenizer = grown_tokenizer(trio.folders["post_trained"], graft.adapter_config)
+    tokenizer = grown_tokenizer(trio.folders["post_trained"], graft.adapter_config.record)
     if target == "adapter":
         graft.check_finite()
     trio.switch.dry = True

@@ -17,13 +17,14 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoint import resolve
 from ..errors import GraftError
 from ..export import ReplicatedLayout, UpcycledWeights, build_model, choose, explain_choice
 from ..loading import load_causal_lm
 from ..tuner import MoeDeltaLayer, MoeDeltaTuner
+from ..tuner.record import AdapterRecord
 from .adapter import Adapter
 from .comparison import compare_export, rounded_routes
 from .dense import Dense
@@ -31,6 +32,7 @@ from .doubts import doubts
 from .kinship import check_has_delta, check_same_kind, match_vocabularies
 from .report import GraftReport
 from .scale import Scale, scale_of_groups
+from .side_files import StockGenerationConfig
 from .weights import GraftedWeights, exported_share
 
 Validation = Callable[[PeftModel], float]
@@ -87,6 +89,9 @@ def merge_and_graft(
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
+
+    Both bring the tokenizer and chat template of the post-trained model along, with the adapter's new tokens: its
+    generation config does that, so a model that is given another one leaves the tokenizer to you.
 
     Args:
         tuner, post_trained, expert_scale, validation: as in `graft`; a loaded `post_trained` is left as it is.
@@ -192,7 +197,7 @@ def to_stock(
     if not in_fp32:
         exported = build_model(weights, chosen.layout)
     dense = tuner_of(model).model
-    exported.generation_config = copy.deepcopy(dense.generation_config)
+    exported.generation_config = _generation_config(dense, graft.adapter_config.record)
     report = graft.adapter_config.record.graft or asdict(graft.report(str(dense.name_or_path)))
     found = {
         "layout": exported.config.model_type,
@@ -204,6 +209,15 @@ def to_stock(
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as above
     return exported.eval()
+
+
+def _generation_config(dense: PreTrainedModel, record: AdapterRecord) -> GenerationConfig:
+    """The dense model's, with its tokenizer where it has a name to find one by."""
+    config, name = dense.generation_config, dense.name_or_path
+    assert config is not None  # a causal LM has one
+    if name is None or name in ("", "None"):  # what transformers calls a model made from a config, or from tensors
+        return copy.deepcopy(config)
+    return StockGenerationConfig.of(config, name, record)
 
 
 def tuner_of(model: PeftModel) -> MoeDeltaTuner:

@@ -83,7 +83,7 @@ def graft_by_context(
 
 def _ship(chat: PreTrainedModel, post_trained: Path | str, folder: Path, *, own_code: bool) -> None:
     """Save a stand-alone model with its tokenizer and `graft.json`, once another process has loaded it."""
-    save_with_tokenizer(chat, post_trained, folder)
+    chat.save_pretrained(str(folder))  # with the post-trained model's tokenizer
     found: Any = chat.graft_report
     report = asdict(found) | {"post_trained": str(post_trained), "reload": _reload(chat, folder, own_code=own_code)}
     (folder / GRAFT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -34,7 +34,7 @@ from ..loading import load_adapter, load_causal_lm, load_tokenizer
 from ..monitor import TrainingMonitor
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
-from ..vocabulary import extend_vocabulary
+from ..vocabulary import extend_vocabulary, save_tokenizer
 from .fields import Precision, Recipe, Review, Training, Tuning
 
 LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
@@ -92,7 +92,7 @@ def load_made(checkpoint: Path | str, recipe: Recipe) -> PreTrainedModel:
 def save_with_tokenizer(model: PreTrainedModel | PeftModel, tokenizer_of: str | Path, folder: Path) -> None:
     """A checkpoint with the tokenizer, chat template included, of another one, and the model's own new tokens."""
     model.save_pretrained(str(folder))
-    extend_vocabulary(model, load_tokenizer(tokenizer_of)).save_pretrained(folder)
+    save_tokenizer(extend_vocabulary(model, load_tokenizer(tokenizer_of)), folder)
 
 
 def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None:

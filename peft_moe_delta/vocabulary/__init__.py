@@ -3,5 +3,6 @@
 from .extend import extend_vocabulary, give_tokens
 from .growth import TokenizerGrowth
 from .propose import propose_tokens
+from .sentencepiece import save_tokenizer
 
-__all__ = ["TokenizerGrowth", "extend_vocabulary", "give_tokens", "propose_tokens"]
+__all__ = ["TokenizerGrowth", "extend_vocabulary", "give_tokens", "propose_tokens", "save_tokenizer"]
