@@ -1,11 +1,11 @@
-"""The pages that are made from the code: the recipe reference with its JSON Schema, and the command line.
+"""What is made from the code: the recipe reference with its JSON Schema, the command line, the table of engines.
 
     python docs/generate.py            # writes them
     python docs/generate.py --check    # only says whether they are what the code says
 
-In: the dataclasses of recipes and growth files, and the commands' argparse declarations. Out: two Markdown pages and a
-schema that lies in the package, committed so that they can be read without building anything. A test fails when they
-are stale.
+In: the dataclasses of recipes and growth files, the commands' argparse declarations, and `engines`. Out: two Markdown
+pages, the table in docs/serving.md and a schema that lies in the package, committed so that they can be read without
+building anything. A test fails when they are stale.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from peft_moe_delta import engines
 from peft_moe_delta.cli import COMMANDS, failure
 from peft_moe_delta.kinds import Switch, Within
 from peft_moe_delta.recipe.fields import Recipe
 from peft_moe_delta.recipe.growth import Growth
 
 ROOT = Path(__file__).parents[1]
+TABLE_BEGINS, TABLE_ENDS = "<!-- the table of engines.py -->", "<!-- end of the table -->"
 SCHEMA = "peft_moe_delta/recipe/recipe.schema.json"
 PIPE = "\\|"  # inside a table's cell
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
@@ -221,6 +223,16 @@ def command_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def serving_page() -> str:
+    """The page as it is, with the engines' table of today."""
+    page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition(TABLE_BEGINS)
+    after = rest.partition(TABLE_ENDS)[2]
+    versions = "\n".join(f"- {name}: {version}" for name, version in engines.ENGINES.items())
+    source = f"Measured at {engines.MEASURED} with\n\n{versions}"
+    return f"{before}{TABLE_BEGINS}\n\n{engines.markdown()}\n\n{source}\n\n{TABLE_ENDS}{after}"
+
+
 def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
     """A table of a command's arguments, and one for each command that it has itself."""
     rows, inner = [], {}
@@ -247,7 +259,12 @@ def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 def main() -> None:
     check = sys.argv[1:] == ["--check"]
-    made = {"docs/recipe.md": recipe_page(), SCHEMA: recipe_schema(), "docs/command-line.md": command_page()}
+    made = {
+        "docs/recipe.md": recipe_page(),
+        SCHEMA: recipe_schema(),
+        "docs/command-line.md": command_page(),
+        "docs/serving.md": serving_page(),
+    }
     for name, text in made.items():
         path = ROOT / name
         if check and (not path.is_file() or path.read_text(encoding="utf-8") != text):

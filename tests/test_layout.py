@@ -24,6 +24,7 @@ LEVELS = {
     "padding": 0,
     "tensors": 0,
     "kinds": 0,
+    "engines": 0,
     "program": 0,
     "attention": 1,
     "plan": 1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
+from ..engines import ARCHITECTURES, ENGINES
 from .options import Command, new_folder
 
 
@@ -26,6 +27,14 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--replicate-dense-layers", action="store_true",
         help="where no architecture keeps dense layers, write copies of their one expert",
+    )  # fmt: skip
+    parser.add_argument(
+        "--for", dest="serve_with", choices=tuple(ENGINES),
+        help="the engine that is to run it: takes a form that it runs exactly, or says what fits",
+    )  # fmt: skip
+    parser.add_argument(
+        "--architecture", choices=ARCHITECTURES,
+        help="the stock architecture to take (default: the first that is exact)",
     )  # fmt: skip
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a weights file (5GB)")
     parser.add_argument("--check", action="store_true", help="compare logits with the adapter's; builds both models")

@@ -1,7 +1,18 @@
 """Stock architectures: an upcycled model as a checkpoint that loads anywhere, without this package."""
 
 from .build import build_model
-from .choice import Fit, choose, choose_layout, every_fit, explain_choice, stock_fits
+from .choice import (
+    MOE_LAYOUTS,
+    Fit,
+    choose,
+    choose_layout,
+    choose_remote_code,
+    every_fit,
+    explain_choice,
+    stock_fits,
+    traits_of,
+    with_engines,
+)
 from .gate import check_equal_logits
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .remote_code import RemoteCodeLayout
@@ -13,6 +24,7 @@ __all__ = [
     "IdentifierWeights",
     "Layout",
     "LazyTensors",
+    "MOE_LAYOUTS",
     "MoeLayout",
     "RemoteCodeLayout",
     "ReplicatedLayout",
@@ -21,7 +33,10 @@ __all__ = [
     "check_equal_logits",
     "choose",
     "choose_layout",
+    "choose_remote_code",
     "every_fit",
     "explain_choice",
     "stock_fits",
+    "traits_of",
+    "with_engines",
 ]

@@ -1,14 +1,15 @@
 """Which form holds a model exactly, and why the others do not.
 
-In: `UpcycledWeights`, whose tensors are asked for names, shapes and dtype only. Out: a `Fit` for every form, the best
-one first, and the layout that was chosen.
+In: `UpcycledWeights`, whose tensors are asked for names, shapes and dtype only; where it matters, the architecture or
+the engine that is to run them. Out: a `Fit` for every form, the best one first, and the layout that was chosen.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
+from ..engines import ENGINES, REMOTE_CODE, Traits, cells_of, runs, why_not
 from ..errors import GraftError
 from .flex_olmo import FlexOlmoLayout
 from .granite_moe import GemmaGraniteMoeLayout, GraniteMoeLayout, Qwen2GraniteMoeLayout
@@ -41,14 +42,19 @@ class Fit:
         target: name of the form: a `model_type`, with what is special about it.
         layout: writes that form.
         misfits: why it does not fit; empty where it does.
+        engines: engine -> what it does with this form, where that was asked for.
     """
 
     target: str
     layout: Layout
     misfits: tuple[str, ...] = ()
+    engines: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.target}: {'; '.join(self.misfits) or 'exact'}"
+
+
+REMOTE_FIT = Fit(REMOTE_CODE, RemoteCodeLayout())
 
 
 def stock_fits(weights: UpcycledWeights) -> list[Fit]:
@@ -70,7 +76,6 @@ def stock_fits(weights: UpcycledWeights) -> list[Fit]:
                 (*routed, *layout.misfits(replicated)),
             )
             for layout in layouts
-            if not layout.keeps_dense_layers
         ]
     return found
 
@@ -91,7 +96,7 @@ def every_fit(weights: UpcycledWeights) -> list[Fit]:
     """Every form of the whole model: the family's own stock forms, the other families', remote code."""
     own = stock_fits(weights)
     if not weights.moe_layers:
-        return own
+        return [with_engines(weights, fit) for fit in own]
     held: dict[str, list[str]] = {}
     for layout in MOE_LAYOUTS:
         held.setdefault(layout.name, []).extend(layout.dense_types)
@@ -102,32 +107,76 @@ def every_fit(weights: UpcycledWeights) -> list[Fit]:
         for layout in {layout.name: layout for layout in MOE_LAYOUTS}.values()
         if kind not in held[layout.name]
     ]
-    return [dense, *own, *others, Fit(f"{RemoteCodeLayout.name} (trust_remote_code=True)", RemoteCodeLayout())]
+    remote = replace(REMOTE_FIT, target=f"{REMOTE_CODE} (trust_remote_code=True)")
+    return [with_engines(weights, fit) for fit in (dense, *own, *others, remote)]
 
 
-def choose(weights: UpcycledWeights, *, replicate_dense_layers: bool = False, remote_code: bool = False) -> Fit:
+def traits_of(weights: UpcycledWeights, layout: Layout) -> Traits:
+    """What of an export makes engines differ."""
+    config = weights.config
+    width = config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return Traits(
+        architecture=layout.name,
+        dense_layers=bool(weights.dense_layers) and not layout.replicates,
+        own_head_width=getattr(config, "head_dim", None) not in (None, width),
+        positions=rope.get("rope_type", "default"),
+        window=getattr(config, "sliding_window", None) is not None,
+        biases=any(name.endswith("q_proj.bias") for name in weights.dense),
+        beyond_text=weights.attention is not None or weights.languages is not None,
+    )
+
+
+def with_engines(weights: UpcycledWeights, fit: Fit) -> Fit:
+    """The fit with what each engine does with this form."""
+    return replace(fit, engines=cells_of(traits_of(weights, fit.layout)))
+
+
+def choose(
+    weights: UpcycledWeights,
+    *,
+    replicate_dense_layers: bool = False,
+    remote_code: bool = False,
+    architecture: str | None = None,
+    serve_with: str | None = None,
+) -> Fit:
     """The first form that holds the weights exactly: the dense model if no layer has more than one expert.
 
     Args:
         weights: what is exported.
         replicate_dense_layers: allow copies of a layer's one expert where no architecture keeps the layer dense.
         remote_code: allow a modelling file of its own where no stock architecture is exact.
+        architecture: only this one (`model_type`), with copies in any case where `replicate_dense_layers` asks for
+            them.
+        serve_with: only what this engine (one of `engines.ENGINES`) runs exactly, with copies where that is the way.
 
     Raises:
         GraftError: none does. The message gives each candidate's reasons and what to do instead.
     """
-    found = [
-        fit for fit in stock_fits(weights) if replicate_dense_layers or not isinstance(fit.layout, ReplicatedLayout)
-    ]
-    for fit in found:
-        if not fit.misfits:
+    copies = replicate_dense_layers or serve_with is not None
+    found = [fit for fit in stock_fits(weights) if copies or not fit.layout.replicates]
+    if architecture is not None:
+        found = _of_architecture(found, architecture, replicate_dense_layers)
+    for fit in [*found, REMOTE_FIT] if remote_code else found:
+        if not fit.misfits and not _engine_misfits(weights, fit, serve_with):
             return fit
-    if remote_code:
-        return Fit(RemoteCodeLayout.name, RemoteCodeLayout())
+    if serve_with is not None:
+        raise GraftError(_not_in_engine(weights, [*found, REMOTE_FIT], serve_with))
     raise GraftError(
         f"{_why_not(weights, found)} Pass remote_code=True (from file to file: "
         f'target="remote_code") for a model with its own small modelling file. {_KEEP}.'
     )
+
+
+def choose_remote_code(weights: UpcycledWeights, *, serve_with: str | None = None) -> Fit:
+    """Remote code, wherever a stock architecture would do.
+
+    Raises:
+        GraftError: the engine does not run it.
+    """
+    if _engine_misfits(weights, REMOTE_FIT, serve_with):
+        raise GraftError(_not_in_engine(weights, [*stock_fits(weights), REMOTE_FIT], str(serve_with)))
+    return REMOTE_FIT
 
 
 def choose_layout(
@@ -137,12 +186,56 @@ def choose_layout(
     return choose(weights, replicate_dense_layers=replicate_dense_layers, remote_code=remote_code).layout
 
 
-def explain_choice(weights: UpcycledWeights, chosen: Fit) -> str:
+def explain_choice(weights: UpcycledWeights, chosen: Fit, serve_with: str | None = None) -> str:
     """The choice in one line."""
     if isinstance(chosen.layout, RemoteCodeLayout):
         rejected = [fit for fit in stock_fits(weights) if fit.misfits]
         return f"{chosen.target}, as it holds every plan. {_why_not(weights, rejected)}"
-    return f"{chosen.target}, which holds this {weights.config.model_type!r} model exactly."
+    held = f"{chosen.target}, which holds this {weights.config.model_type!r} model exactly"
+    if serve_with is None:
+        return f"{held}."
+    cell = cells_of(traits_of(weights, chosen.layout))[serve_with]
+    return f"{held}; {serve_with} ({ENGINES[serve_with]}): {cell}."
+
+
+def _of_architecture(found: list[Fit], architecture: str, replicate: bool) -> list[Fit]:
+    """The forms of one architecture, those with copies first where they are asked for.
+
+    Raises:
+        GraftError: the family, or a language's share, has no such form.
+    """
+    names = dict.fromkeys(fit.layout.name for fit in found)
+    if architecture not in names:
+        raise GraftError(
+            f"architecture={architecture!r} is no form of this model; expected one of: {', '.join(names) or 'none'}."
+        )
+    chosen = [fit for fit in found if fit.layout.name == architecture]
+    return sorted(chosen, key=lambda fit: not fit.layout.replicates) if replicate else chosen
+
+
+def _engine_misfits(weights: UpcycledWeights, fit: Fit, engine: str | None) -> tuple[str, ...]:
+    """Why an engine does not run a form exactly; nothing where no engine is asked for."""
+    if engine is None:
+        return ()
+    if engine not in ENGINES:
+        raise GraftError(f"serve_with={engine!r} is no engine of the table; expected one of: {', '.join(ENGINES)}.")
+    return tuple(why_not(traits_of(weights, fit.layout), engine))
+
+
+def _not_in_engine(weights: UpcycledWeights, found: list[Fit], engine: str) -> str:
+    """Why an engine runs none of the forms, and who runs those that are exact."""
+    reasons = [str(replace(fit, misfits=(*fit.misfits, *_engine_misfits(weights, fit, engine)))) for fit in found]
+    elsewhere = {fit.target: _who_runs(weights, fit) for fit in found if not fit.misfits}
+    fitting = "; ".join(f"{target} in {', '.join(names)}" for target, names in elsewhere.items())
+    return (
+        f"{engine} ({ENGINES[engine]}) runs no form of this {weights.config.model_type!r} model exactly. "
+        f"{'. '.join(reasons)}. What fits: {fitting}. Choose one of these engines, or check the form that you want "
+        "yourself and name it with architecture=..., without serve_with."
+    )
+
+
+def _who_runs(weights: UpcycledWeights, fit: Fit) -> list[str]:
+    return [engine for engine, cell in cells_of(traits_of(weights, fit.layout)).items() if runs(cell)]
 
 
 def _why_not(weights: UpcycledWeights, found: list[Fit]) -> str:

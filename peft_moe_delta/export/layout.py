@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
+from ..engines import DENSE
 from .names import DenseNames
 from .weights import UpcycledWeights
 
@@ -52,6 +53,14 @@ _HEAD = "lm_head.weight"
 
 class Layout:
     """The dense architecture itself, for weights without MoE layers; what the others add is in `MoeLayout`."""
+
+    replicates: ClassVar[bool] = False
+    """Whether layers with one expert are written with copies of it."""
+
+    @property
+    def name(self) -> str:
+        """What it is asked for by."""
+        return DENSE
 
     def model_class(self, weights: UpcycledWeights) -> type[PreTrainedModel]:
         """The exported model's class."""
@@ -105,8 +114,14 @@ class Layout:
 class ReplicatedLayout(Layout):
     """An architecture whose layers are all MoE, with equal experts in the layers that have one."""
 
+    replicates = True
+
     def __init__(self, layout: Layout) -> None:
         self.layout = layout
+
+    @property
+    def name(self) -> str:
+        return self.layout.name
 
     def config(self, weights: UpcycledWeights) -> PretrainedConfig:
         return self.layout.config(weights.with_dense_layers_replicated())

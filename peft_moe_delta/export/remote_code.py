@@ -28,6 +28,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedC
 
 from ..architectures import attention_module_name, mlp_module_name
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
+from ..engines import REMOTE_CODE
 from ..routing import LanguageRouting, Routes, choose_experts, classifier_logits, recognised, router_logits
 from ..routing.context import PassTokens, TokenMemory, recognise
 from .layout import Layout, add_legacy_rope
@@ -57,7 +58,9 @@ _HOST = re.compile(r"from transformers import (\w+) as (HostConfig|HostBase|Host
 class RemoteCodeLayout(Layout):
     """The dense host with mixtures in place of its MLPs; routers stay fp32, as the adapter's are."""
 
-    name = "remote code"
+    @property
+    def name(self) -> str:
+        return REMOTE_CODE
 
     def config(self, weights: UpcycledWeights) -> PretrainedConfig:
         fields = weights.config.to_dict()

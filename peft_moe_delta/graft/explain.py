@@ -1,7 +1,7 @@
 """What an adapter can be shipped as, and why, from configs alone: no weight is read.
 
 In: an adapter's folder or Hub id. Out: one `Fit` for every form: stock architectures, what one language runs on, remote
-code, the adapter itself.
+code, the adapter itself; with what each engine does with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from ..architectures import layer_index
 from ..errors import CheckpointError, GraftError
-from ..export import Fit, Layout, UpcycledWeights, choose, every_fit
+from ..export import Fit, Layout, UpcycledWeights, choose, every_fit, with_engines
 from ..export.names import DenseNames
 from ..loading import load_adapter_config, load_config
 from ..tuner.blocks import is_target
@@ -47,7 +47,8 @@ def explain(adapter: str | Path, post_trained: str | Path | None = None) -> list
         for group in table.groups:
             name = f'language="{" or ".join(table.members(group))}"' if table.members(group) else group
             try:
-                chosen = choose(weights.for_group(group))
+                share = weights.for_group(group)
+                chosen = with_engines(share, choose(share))
                 fits.append(dataclasses.replace(chosen, target=f"{name}: {chosen.target}"))
             except GraftError as error:
                 fits.append(Fit(name, Layout(), (str(error),)))

@@ -58,6 +58,8 @@ def graft_checkpoint(
     target: str = "stock",
     language: str | None = None,
     replicate_dense_layers: bool = False,
+    architecture: str | None = None,
+    serve_with: str | None = None,
     shard_size: int | str = "5GB",
     check: bool = False,
     overwrite: bool = False,
@@ -80,6 +82,7 @@ def graft_checkpoint(
             `"adapter"` for an adapter over the post-trained model (scale 1).
         language: for routing by language, what that language runs on.
         replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert.
+        architecture, serve_with: as in `merge_and_graft`.
         shard_size: most bytes of a weights file; a number, or such as `"5GB"`.
         check: build both models in fp32 and compare their logits before the folder appears; needs their memory.
         overwrite: whether to replace an output folder that holds files.
@@ -101,7 +104,9 @@ def graft_checkpoint(
     if target == "adapter":
         graft.check_finite()
     trio.switch.dry = True
-    destination = _destination(target, graft, language, replicate_dense_layers, str(post_trained))
+    wishes = {"language": language, "serve_with": serve_with}
+    of_form = {"replicate_dense_layers": replicate_dense_layers, "architecture": architecture}
+    destination = _destination(target, graft, str(post_trained), wishes, of_form)
     shards = plan_shards(destination.tensors(), _bytes_of(shard_size), destination.single_file)
     report = replace(
         graft.report(str(post_trained), found),
@@ -113,7 +118,7 @@ def graft_checkpoint(
     request: dict[str, Any] = {
         "base": str(base), "post_trained": str(post_trained), "adapter": str(adapter), "target": target,
         "scale": report.scale, "expert_scale": report.expert_scale, "language": language,
-        "replicate_dense_layers": replicate_dense_layers, "shard_size": _bytes_of(shard_size), "check": check,
+        **of_form, "serve_with": serve_with, "shard_size": _bytes_of(shard_size), "check": check,
     }  # fmt: skip
     record: dict[str, Any] = {
         "command": "graft_checkpoint", "request": request, "layout": destination.name,
@@ -150,14 +155,14 @@ def graft_checkpoint(
 
 
 def _destination(
-    target: str, graft: GraftedWeights, language: str | None, replicate_dense_layers: bool, post_trained: str
+    target: str, graft: GraftedWeights, post_trained: str, wishes: Mapping[str, Any], of_form: Mapping[str, Any]
 ) -> Target:
     if target == "adapter":
-        return AdapterTarget(graft, language, post_trained)
+        return AdapterTarget(graft, post_trained=post_trained, **wishes)
     if target == "stock":
-        return StockTarget(graft, language, replicate_dense_layers)
+        return StockTarget(graft, **wishes, **of_form)
     if target == "remote_code":
-        return RemoteCodeTarget(graft, language, replicate_dense_layers)
+        return RemoteCodeTarget(graft, **wishes, **of_form)
     raise GraftError(f"Unknown target {target!r}; expected one of: stock, remote_code, adapter.")
 
 

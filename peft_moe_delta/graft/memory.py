@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..checkpoint import resolve
 from ..errors import GraftError
-from ..export import ReplicatedLayout, UpcycledWeights, build_model, choose, explain_choice
+from ..export import UpcycledWeights, build_model, choose, explain_choice
 from ..loading import load_causal_lm
 from ..tuner import MoeDeltaLayer, MoeDeltaTuner
 from ..tuner.record import AdapterRecord
@@ -86,6 +86,8 @@ def merge_and_graft(
     language: str | None = None,
     replicate_dense_layers: bool = False,
     remote_code: bool = False,
+    architecture: str | None = None,
+    serve_with: str | None = None,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """A stand-alone model in a stock architecture, ready for `save_pretrained` and `push_to_hub`.
@@ -104,6 +106,9 @@ def merge_and_graft(
             attention experts, routing by language for all languages, which then takes `language_ids`), use the dense
             architecture with a small modelling file of its own, which is saved along and loads with
             `trust_remote_code=True`, without this package.
+        architecture: the stock architecture to take, by its `model_type`; None for the first that is exact.
+        serve_with: the engine that is to run it, one of `engines.ENGINES`: takes a form that it runs exactly, with
+            copies of dense layers where that is the way, or says why there is none and what fits.
         tolerance: largest allowed difference of fp32 logits between the result and the grafted adapter.
 
     Returns:
@@ -120,6 +125,8 @@ def merge_and_graft(
         language=language,
         replicate_dense_layers=replicate_dense_layers,
         remote_code=remote_code,
+        architecture=architecture,
+        serve_with=serve_with,
         tolerance=tolerance,
     )
 
@@ -182,6 +189,8 @@ def to_stock(
     language: str | None = None,
     replicate_dense_layers: bool = False,
     remote_code: bool = False,
+    architecture: str | None = None,
+    serve_with: str | None = None,
     tolerance: float = 1e-4,
 ) -> PreTrainedModel:
     """An upcycled model, grafted or not, as a stand-alone stock model; see `merge_and_graft`.
@@ -189,7 +198,13 @@ def to_stock(
     The export is built and compared with the adapter in fp32, and then built in the dense model's own dtype.
     """
     graft, weights = _own_weights(model, language, remote_code)
-    chosen = choose(weights, replicate_dense_layers=replicate_dense_layers, remote_code=remote_code)
+    chosen = choose(
+        weights,
+        replicate_dense_layers=replicate_dense_layers,
+        remote_code=remote_code,
+        architecture=architecture,
+        serve_with=serve_with,
+    )
     in_fp32 = weights.dtype == torch.float32
     exact = model if in_fp32 else copy.deepcopy(model).float()
     exported = build_model(_own_weights(exact, language, remote_code)[1], chosen.layout)
@@ -203,9 +218,9 @@ def to_stock(
         "layout": exported.config.model_type,
         "language": language,
         "max_logit_difference": difference,
-        "replicated_bytes": weights.replicated_bytes if isinstance(chosen.layout, ReplicatedLayout) else 0,
+        "replicated_bytes": weights.replicated_bytes if chosen.layout.replicates else 0,
         "route_agreement": None if in_fp32 else rounded_routes(weights, model, exported),
-        "choice": explain_choice(weights, chosen),
+        "choice": explain_choice(weights, chosen, serve_with),
     }
     exported.graft_report = GraftReport(**(report | found))  # type: ignore[assignment]  # as above
     return exported.eval()

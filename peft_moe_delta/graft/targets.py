@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..checkpoint import SINGLE_FILE
 from ..errors import GraftError
-from ..export import Fit, RemoteCodeLayout, ReplicatedLayout, UpcycledWeights, choose, explain_choice
+from ..export import Fit, UpcycledWeights, choose, choose_remote_code, explain_choice
 from .adapter import WEIGHTS_FILE
 from .report import GraftReport
 from .scale import Scale
@@ -50,14 +50,17 @@ class StockTarget(Target):
     single_file = SINGLE_FILE
     remote_code = False
 
-    def __init__(self, graft: GraftedWeights, language: str | None, replicate_dense_layers: bool) -> None:
+    def __init__(
+        self, graft: GraftedWeights, language: str | None, replicate_dense_layers: bool,
+        architecture: str | None = None, serve_with: str | None = None,
+    ) -> None:  # fmt: skip
         self.language = language
         self.weights = self.share_of(graft)
-        fit = self._fit(replicate_dense_layers)
-        self.layout, self.choice = fit.layout, explain_choice(self.weights, fit)
+        fit = self._fit(replicate_dense_layers, architecture, serve_with)
+        self.layout, self.choice = fit.layout, explain_choice(self.weights, fit, serve_with)
         self.config = self.layout.config(self.weights)
         self.name = self.config.model_type
-        if isinstance(self.layout, ReplicatedLayout):
+        if self.layout.replicates:
             self.replicated_bytes = self.weights.replicated_bytes
 
     def share_of(self, graft: GraftedWeights) -> UpcycledWeights:
@@ -74,8 +77,13 @@ class StockTarget(Target):
             config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
         config.save_pretrained(folder)
 
-    def _fit(self, replicate_dense_layers: bool) -> Fit:
-        return choose(self.weights, replicate_dense_layers=replicate_dense_layers)
+    def _fit(self, replicate_dense_layers: bool, architecture: str | None, serve_with: str | None) -> Fit:
+        return choose(
+            self.weights,
+            replicate_dense_layers=replicate_dense_layers,
+            architecture=architecture,
+            serve_with=serve_with,
+        )
 
 
 class RemoteCodeTarget(StockTarget):
@@ -88,15 +96,18 @@ class RemoteCodeTarget(StockTarget):
         for name, text in self.layout.files(self.weights).items():
             (folder / name).write_text(text, encoding="utf-8")
 
-    def _fit(self, replicate_dense_layers: bool) -> Fit:
-        if replicate_dense_layers:
-            raise GraftError("Remote code keeps dense layers as they are; leave out replicate_dense_layers=True.")
+    def _fit(self, replicate_dense_layers: bool, architecture: str | None, serve_with: str | None) -> Fit:
+        if replicate_dense_layers or architecture is not None:
+            raise GraftError(
+                "Remote code keeps the model's own architecture and its dense layers as they are; leave out "
+                'replicate_dense_layers=True and architecture=..., or take target="stock".'
+            )
         if not self.weights.moe_layers:
             raise GraftError(
                 f"What {self.language!r} runs on is a plain {self.weights.config.model_type!r} model, which needs no "
                 'modelling file of its own. Use target="stock".'
             )
-        return Fit(RemoteCodeLayout.name, RemoteCodeLayout())
+        return choose_remote_code(self.weights, serve_with=serve_with)
 
 
 class AdapterTarget(Target):
@@ -105,7 +116,14 @@ class AdapterTarget(Target):
     single_file = WEIGHTS_FILE
     name = None
 
-    def __init__(self, graft: GraftedWeights, language: str | None, post_trained: str) -> None:
+    def __init__(
+        self, graft: GraftedWeights, language: str | None, post_trained: str, serve_with: str | None = None
+    ) -> None:
+        if serve_with not in (None, "transformers"):
+            raise GraftError(
+                f'An adapter runs in transformers with this package, not in {serve_with}. Take target="stock", or, for '
+                "low-rank experts under routing by language, `peft-moe-delta lora`."
+            )
         if graft.scale != Scale(1.0):
             raise GraftError(
                 "A grafted adapter takes attention, norms and embeddings whole from the post-trained model, so scale "

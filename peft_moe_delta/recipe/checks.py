@@ -86,7 +86,13 @@ def check_graft(recipe: Recipe) -> None:
                 "Name one, or give a number."
             )
         share = exported_share(weights, config, fields.language, remote_code=fields.remote_code)
-        choose(share, replicate_dense_layers=fields.replicate_dense_layers, remote_code=fields.remote_code)
+        choose(
+            share,
+            replicate_dense_layers=fields.replicate_dense_layers,
+            remote_code=fields.remote_code,
+            architecture=fields.architecture,
+            serve_with=fields.serve_with,
+        )
     except PeftMoeDeltaError as error:
         raise RecipeError(
             f"graft: {error} In a recipe: `graft: {{remote_code: true}}`, `{{replicate_dense_layers: true}}` or "

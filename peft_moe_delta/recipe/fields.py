@@ -136,6 +136,9 @@ class Graft:
         remote_code: ship a modelling file with it, which holds what no stock architecture does.
         by_context: ship it once more, routed by context, as remote code in the folder `by_context`; the adapter then
             can tell its languages apart as well.
+        architecture: the stock architecture to take; none for the first that is exact.
+        serve_with: the engine that is to run the stock checkpoint: vllm, llama.cpp, mlx, openvino, sglang or
+            transformers.
     """
 
     expert_scale: Finite | dict[str, Finite] | str = 1.0
@@ -144,6 +147,8 @@ class Graft:
     replicate_dense_layers: bool = False
     remote_code: bool = False
     by_context: bool = False
+    architecture: str | None = None
+    serve_with: str | None = None
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ def graft(
         language=fields.language,
         replicate_dense_layers=fields.replicate_dense_layers,
         remote_code=fields.remote_code,
+        architecture=fields.architecture,
+        serve_with=fields.serve_with,
     )
     del grafted
     _ship(chat, post_trained, folder, own_code=fields.remote_code)

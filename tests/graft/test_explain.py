@@ -4,8 +4,10 @@ import pytest
 
 from builders import pico, upcycle
 from peft_moe_delta.cli import main
-from peft_moe_delta.errors import CheckpointError
+from peft_moe_delta.engines import ENGINES
+from peft_moe_delta.errors import CheckpointError, GraftError
 from peft_moe_delta.graft.explain import explain
+from peft_moe_delta.graft.files import graft_checkpoint
 from peft_moe_delta.graft.memory import to_stock
 
 
@@ -71,9 +73,30 @@ def test_it_agrees_with_exporting(family, experts, tmp_path):
 def test_the_command_prints_one_line_a_form(tmp_path, capsys):
     _, adapter = saved(tmp_path)
     main(["explain", str(adapter)])
-    lines = capsys.readouterr().out.splitlines()
-    assert "yes  mixtral: exact" in lines
-    assert all(line.startswith(("yes  ", "no   ")) for line in lines)
+    forms, _, engines = capsys.readouterr().out.partition("\n\n")
+    assert "yes  mixtral: exact" in forms.splitlines()
+    assert all(line.startswith(("yes  ", "no   ")) for line in forms.splitlines())
+    title, header, *rows = engines.splitlines()
+    assert title.startswith("What engines do with what fits, as measured at ")
+    assert header.split() == ["engine", *ENGINES]
+    assert {row.split()[0]: row.split()[1:4] for row in rows}["mixtral"] == ["ok", "ok", "ok"]
+    assert [row.split()[0] for row in rows] == ["mixtral", "qwen2_moe", "granitemoe", "remote"]
+
+
+def test_memory_files_and_the_command_take_the_form_for_an_engine(make_trio, tmp_path, capsys):
+    trio = make_trio("qwen2")
+    chat = trio.model.merge_and_graft(trio.folder / "post", serve_with="llama.cpp")
+    assert chat.graft_report.layout == "granitemoe" and "; llama.cpp (" in chat.graft_report.choice
+    assert to_stock(trio.model, architecture="granitemoe").config.model_type == "granitemoe"
+    report = graft_checkpoint(*trio.paths, tmp_path / "mlx", serve_with="mlx", check=True)
+    assert (report.layout, report.max_logit_difference < 1e-4) == ("granitemoe", True)
+    main(["graft", *map(str, trio.paths), str(tmp_path / "out"), "--for", "llama.cpp"])
+    assert "granitemoe, which holds this 'qwen2' model exactly; llama.cpp (" in capsys.readouterr().out
+    for target, message in (("remote_code", "remote code in llama.cpp: unsupported"), ("adapter", "not in llama.cpp")):
+        with pytest.raises(GraftError, match=message):
+            graft_checkpoint(*trio.paths, tmp_path / target, target=target, serve_with="llama.cpp")
+    with pytest.raises(GraftError, match=r"leave out .*architecture="):
+        graft_checkpoint(*trio.paths, tmp_path / "x", target="remote_code", architecture="qwen2_moe")
 
 
 def test_what_is_no_adapter_is_refused(tmp_path):

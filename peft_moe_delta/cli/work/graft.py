@@ -6,6 +6,7 @@ from argparse import Namespace
 
 from ...checkpoint import ADAPTER_FILES, resolve
 from ...checkpoint import verify as verified
+from ...engines import ENGINES, MEASURED
 from ...errors import RecipeError
 from ...graft.explain import adapter_config
 from ...graft.explain import explain as explained
@@ -36,11 +37,15 @@ def graft(arguments: Namespace) -> str:
         target=arguments.target,
         language=arguments.language,
         replicate_dense_layers=arguments.replicate_dense_layers,
+        architecture=arguments.architecture,
+        serve_with=arguments.serve_with,
         shard_size=arguments.shard_size,
         check=arguments.check,
         overwrite=arguments.overwrite,
     )
     lines = [f"{report.layout or 'adapter'} checkpoint: {arguments.output}"]
+    if arguments.serve_with is not None and report.choice is not None:
+        lines.append(report.choice)
     if report.max_logit_difference is not None:
         lines.append(f"largest difference of fp32 logits from the adapter: {report.max_logit_difference:.3g}")
     if report.route_agreement is not None:
@@ -56,4 +61,10 @@ def verify(arguments: Namespace) -> str:
 
 def explain(arguments: Namespace) -> str:
     fits = explained(arguments.adapter, arguments.post_trained)
-    return "\n".join(f"{'no ' if fit.misfits else 'yes'}  {fit}" for fit in fits)
+    lines = [f"{'no ' if fit.misfits else 'yes'}  {fit}" for fit in fits]
+    rows = [("engine", *ENGINES)] + [
+        (fit.target, *(fit.engines[engine] for engine in ENGINES)) for fit in fits if fit.engines and not fit.misfits
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"What engines do with what fits, as measured at {MEASURED}:", *table])
