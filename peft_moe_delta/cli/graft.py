@@ -1,4 +1,4 @@
-"""`graft`, `verify` and `explain`: from files to files, whether they still are what was written, and what would fit."""
+"""`graft`, `lora`, `verify`, `explain`: files from files, whether they are still what was written, what would fit."""
 
 from __future__ import annotations
 
@@ -50,12 +50,21 @@ def _add_explain_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--post-trained", help="the model it is to be grafted onto; default: the adapter's base model")
 
 
+def _add_lora_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("adapter", help="a grafted adapter (`graft --target adapter`): folder or Hub id")
+    parser.add_argument("output", type=new_folder, help="the folder to make, with a LoRA for each new language")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
+
+
 COMMANDS = (
     Command(
         "graft",
         "graft an adapter onto the post-trained model, from files to files",
         _add_graft_arguments,
         "graft:graft",
+    ),
+    Command(
+        "lora", "an adapter's languages as LoRA folders, for servers that load many", _add_lora_arguments, "graft:lora"
     ),
     Command("verify", "check a grafted folder against its manifest", _add_verify_arguments, "graft:verify"),
     Command("explain", "what an adapter can be shipped as, and why", _add_explain_arguments, "graft:explain"),

@@ -6,6 +6,7 @@
 - `weights`: the graft of a whole model, wherever its tensors lie
 - `memory`: `graft`, `merge_and_graft`
 - `files`: `graft_checkpoint`, which reads a `trio`, writes one of the `targets`, and `side_files` beside it
+- `lora`: `to_lora`, languages as LoRA folders
 - `kinship`, `doubts`, `check`: what belongs together, what looks doubtful, what was made computes what it should
 - `delta`, `stored`, `picture`: `PostTrainingDelta`, its file, its picture
 - `report`, `explain`: what a graft says of itself; what an adapter can be shipped as

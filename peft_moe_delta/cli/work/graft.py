@@ -1,8 +1,9 @@
-"""`graft`, `verify` and `explain`, carried out."""
+"""`graft`, `lora`, `verify` and `explain`, carried out."""
 
 from __future__ import annotations
 
 from argparse import Namespace
+from pathlib import Path
 
 from ...checkpoint import ADAPTER_FILES, resolve
 from ...checkpoint import verify as verified
@@ -11,6 +12,7 @@ from ...errors import RecipeError
 from ...graft.explain import adapter_config
 from ...graft.explain import explain as explained
 from ...graft.files import graft_checkpoint
+from ...graft.lora import to_lora
 from ..options import number_of, pairs_of
 
 
@@ -51,6 +53,14 @@ def graft(arguments: Namespace) -> str:
     if report.route_agreement is not None:
         lines.append(f"routes that agree with the adapter's in 16 bits: {report.route_agreement:.2%}")
     return "\n".join(lines)
+
+
+def lora(arguments: Namespace) -> str:
+    made = to_lora(arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    return "\n".join(
+        f"{code}: {Path(arguments.output) / name if name else 'the model itself, without a LoRA'}"
+        for code, name in made.items()
+    )
 
 
 def verify(arguments: Namespace) -> str:
