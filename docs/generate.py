@@ -1,11 +1,11 @@
-"""What is made from the code: recipe reference and JSON Schema, command line, the engines' table of the serving page.
+"""What is made from the code: the recipe reference with its JSON Schema, the command line, the table of engines.
 
     python docs/generate.py            # writes them
     python docs/generate.py --check    # only says whether they are what the code says
 
-In: the dataclasses of recipes and growth files, the commands' argparse declarations, and `export.engines`. Out:
-Markdown pages and a schema that lies in the package, committed so that they can be read without building anything. A
-test fails when they are stale.
+In: the dataclasses of recipes and growth files, the commands' argparse declarations, and `engines`. Out: two Markdown
+pages, the table in docs/serving.md and a schema that lies in the package, committed so that they can be read without
+building anything. A test fails when they are stale.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+from peft_moe_delta import engines
 from peft_moe_delta.cli import COMMANDS, failure
-from peft_moe_delta.engines import ENGINES, MEASURED
-from peft_moe_delta.export import engines
 from peft_moe_delta.kinds import Switch, Within
 from peft_moe_delta.recipe.fields import Recipe
 from peft_moe_delta.recipe.growth import Growth
 
 ROOT = Path(__file__).parents[1]
+TABLE_BEGINS, TABLE_ENDS = "<!-- the table of engines.py -->", "<!-- end of the table -->"
 SCHEMA = "peft_moe_delta/recipe/recipe.schema.json"
-TABLE_BEGINS, TABLE_ENDS = "<!-- the engines' table, from export/engines.py -->", "<!-- end of the table -->"
 PIPE = "\\|"  # inside a table's cell
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
 JSON_TYPES = {
@@ -229,8 +228,8 @@ def serving_page() -> str:
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     before, _, rest = page.partition(TABLE_BEGINS)
     after = rest.partition(TABLE_ENDS)[2]
-    versions = "\n".join(f"- {name}: {version}" for name, version in ENGINES.items())
-    source = f"Measured at {MEASURED} with\n\n{versions}"
+    versions = "\n".join(f"- {name}: {version}" for name, version in engines.ENGINES.items())
+    source = f"Measured at {engines.MEASURED} with\n\n{versions}"
     return f"{before}{TABLE_BEGINS}\n\n{engines.markdown()}\n\n{source}\n\n{TABLE_ENDS}{after}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from ..engines import ENGINES
+from ..engines import ARCHITECTURES, ENGINES
 from .options import Command, new_folder
 
 
@@ -32,7 +32,10 @@ def _add_graft_arguments(parser: ArgumentParser) -> None:
         "--for", dest="serve_with", choices=tuple(ENGINES),
         help="the engine that is to run it: takes a form that it runs exactly, or says what fits",
     )  # fmt: skip
-    parser.add_argument("--architecture", help="the stock architecture to take (default: the first that is exact)")
+    parser.add_argument(
+        "--architecture", choices=ARCHITECTURES,
+        help="the stock architecture to take (default: the first that is exact)",
+    )  # fmt: skip
     parser.add_argument("--shard-size", default="5GB", help="most bytes of a weights file (5GB)")
     parser.add_argument("--check", action="store_true", help="compare logits with the adapter's; builds both models")
     parser.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
@@ -61,10 +64,7 @@ COMMANDS = (
         "graft:graft",
     ),
     Command(
-        "lora",
-        "an adapter's languages as LoRA folders, for servers that load many",
-        _add_lora_arguments,
-        "graft:lora",
+        "lora", "an adapter's languages as LoRA folders, for servers that load many", _add_lora_arguments, "graft:lora"
     ),
     Command("verify", "check a grafted folder against its manifest", _add_verify_arguments, "graft:verify"),
     Command("explain", "what an adapter can be shipped as, and why", _add_explain_arguments, "graft:explain"),

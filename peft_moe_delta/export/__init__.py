@@ -10,6 +10,7 @@ from .choice import (
     every_fit,
     explain_choice,
     stock_fits,
+    traits_of,
     with_engines,
 )
 from .gate import check_equal_logits
@@ -36,5 +37,6 @@ __all__ = [
     "every_fit",
     "explain_choice",
     "stock_fits",
+    "traits_of",
     "with_engines",
 ]

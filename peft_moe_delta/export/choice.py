@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from ..engines import ENGINES
+from ..engines import ENGINES, REMOTE_CODE, Traits, cells_of, runs, why_not
 from ..errors import GraftError
-from .engines import Traits, cells_of, runs, why_not
 from .flex_olmo import FlexOlmoLayout
 from .granite_moe import GemmaGraniteMoeLayout, GraniteMoeLayout, Qwen2GraniteMoeLayout
 from .layout import Layout, MoeLayout, ReplicatedLayout
 from .mixtral import MixtralLayout, Phi3MixtralLayout
 from .qwen_moe import Qwen2MoeLayout, Qwen3MoeLayout
-from .remote_code import REMOTE_CODE, RemoteCodeLayout
+from .remote_code import RemoteCodeLayout
 from .weights import UpcycledWeights
 
 MOE_LAYOUTS: tuple[MoeLayout, ...] = (
@@ -112,9 +111,25 @@ def every_fit(weights: UpcycledWeights) -> list[Fit]:
     return [with_engines(weights, fit) for fit in (dense, *own, *others, remote)]
 
 
+def traits_of(weights: UpcycledWeights, layout: Layout) -> Traits:
+    """What of an export makes engines differ."""
+    config = weights.config
+    width = config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    return Traits(
+        architecture=layout.name,
+        dense_layers=bool(weights.dense_layers) and not layout.replicates,
+        own_head_width=getattr(config, "head_dim", None) not in (None, width),
+        positions=rope.get("rope_type", "default"),
+        window=getattr(config, "sliding_window", None) is not None,
+        biases=any(name.endswith("q_proj.bias") for name in weights.dense),
+        beyond_text=weights.attention is not None or weights.languages is not None,
+    )
+
+
 def with_engines(weights: UpcycledWeights, fit: Fit) -> Fit:
     """The fit with what each engine does with this form."""
-    return replace(fit, engines=cells_of(Traits.of(weights, fit.layout)))
+    return replace(fit, engines=cells_of(traits_of(weights, fit.layout)))
 
 
 def choose(
@@ -133,7 +148,7 @@ def choose(
         remote_code: allow a modelling file of its own where no stock architecture is exact.
         architecture: only this one (`model_type`), with copies in any case where `replicate_dense_layers` asks for
             them.
-        serve_with: only what this engine runs exactly (`engines.ENGINES`), with copies where that is the way.
+        serve_with: only what this engine (one of `engines.ENGINES`) runs exactly, with copies where that is the way.
 
     Raises:
         GraftError: none does. The message gives each candidate's reasons and what to do instead.
@@ -179,7 +194,7 @@ def explain_choice(weights: UpcycledWeights, chosen: Fit, serve_with: str | None
     held = f"{chosen.target}, which holds this {weights.config.model_type!r} model exactly"
     if serve_with is None:
         return f"{held}."
-    cell = cells_of(Traits.of(weights, chosen.layout))[serve_with]
+    cell = cells_of(traits_of(weights, chosen.layout))[serve_with]
     return f"{held}; {serve_with} ({ENGINES[serve_with]}): {cell}."
 
 
@@ -204,7 +219,7 @@ def _engine_misfits(weights: UpcycledWeights, fit: Fit, engine: str | None) -> t
         return ()
     if engine not in ENGINES:
         raise GraftError(f"serve_with={engine!r} is no engine of the table; expected one of: {', '.join(ENGINES)}.")
-    return tuple(why_not(Traits.of(weights, fit.layout), engine))
+    return tuple(why_not(traits_of(weights, fit.layout), engine))
 
 
 def _not_in_engine(weights: UpcycledWeights, found: list[Fit], engine: str) -> str:
@@ -220,7 +235,7 @@ def _not_in_engine(weights: UpcycledWeights, found: list[Fit], engine: str) -> s
 
 
 def _who_runs(weights: UpcycledWeights, fit: Fit) -> list[str]:
-    return [engine for engine, cell in cells_of(Traits.of(weights, fit.layout)).items() if runs(cell)]
+    return [engine for engine, cell in cells_of(traits_of(weights, fit.layout)).items() if runs(cell)]
 
 
 def _why_not(weights: UpcycledWeights, found: list[Fit]) -> str:

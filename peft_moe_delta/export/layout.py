@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig, PreTrainedModel
 
+from ..engines import DENSE
 from .names import DenseNames
 from .weights import UpcycledWeights
 
@@ -47,7 +48,6 @@ SAME_EXPERT_NAMES: Mapping[str, str] = {
 }
 """`MoeLayout.expert_names` of the architectures that call an expert's matrices what Llama calls the MLP's."""
 
-DENSE = "dense"
 _HEAD = "lm_head.weight"
 
 

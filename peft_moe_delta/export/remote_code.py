@@ -28,12 +28,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PretrainedC
 
 from ..architectures import attention_module_name, mlp_module_name
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
+from ..engines import REMOTE_CODE
 from ..routing import LanguageRouting, Routes, choose_experts, classifier_logits, recognised, router_logits
 from ..routing.context import PassTokens, TokenMemory, recognise
 from .layout import Layout, add_legacy_rope
 from .weights import UpcycledWeights
 
-REMOTE_CODE = "remote code"
 MODULE = "modeling_moe_delta"
 _TEMPLATE = Path(__file__).with_name(f"{MODULE}.py")
 _ATTENTION_TEMPLATE = Path(__file__).with_name("modeling_attention.py")

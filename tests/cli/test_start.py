@@ -94,7 +94,7 @@ def test_the_version_is_the_installed_one():
 def test_with_work_to_do_the_tuner_is_registered(tmp_path):
     _, adapter = saved(tmp_path)
     status, line, imported = started("-m", "peft_moe_delta", "explain", str(adapter))
-    assert status == 0 and line.startswith("remote code")  # of the table of engines
+    assert status == 0 and line.startswith("remote code ")  # the last row of the engines' table
     assert {"torch", "peft"} < imported
 
 

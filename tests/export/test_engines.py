@@ -9,10 +9,18 @@ import pytest
 from builders import LANGUAGES, pico
 from export.test_export import CASES, GRANITE_SCALES, LAYERS, LLAMA3, UNIFORM, WITH_DENSE
 from export.upcycled import Mixture, plan_of, upcycle
-from peft_moe_delta.engines import ENGINES
+from peft_moe_delta.engines import ARCHITECTURES, ENGINES, NOT_TRIED, OK, ROWS, cells_of, runs
 from peft_moe_delta.errors import GraftError
-from peft_moe_delta.export import Layout, RemoteCodeLayout, build_model, check_equal_logits, choose, stock_fits
-from peft_moe_delta.export.engines import NOT_TRIED, OK, ROWS, Traits, cells_of, runs
+from peft_moe_delta.export import (
+    MOE_LAYOUTS,
+    Layout,
+    RemoteCodeLayout,
+    build_model,
+    check_equal_logits,
+    choose,
+    stock_fits,
+    traits_of,
+)
 from peft_moe_delta.languages import LanguageTable
 
 MORE = {
@@ -37,7 +45,7 @@ def by_language(weights):
 def test_what_is_chosen_for_an_engine_is_exact_there(case):
     weights = weights_of(*FORMS[case])
     for fit in stock_fits(weights):
-        assert cells_of(Traits.of(weights, fit.layout))["transformers"] == OK, "every form has a row"
+        assert cells_of(traits_of(weights, fit.layout))["transformers"] == OK, "every form has a row"
     for engine in ENGINES:
         try:
             chosen = choose(weights, serve_with=engine)
@@ -45,14 +53,14 @@ def test_what_is_chosen_for_an_engine_is_exact_there(case):
             assert str(error).startswith(f"{engine} (") and "What fits: " in str(error)
             assert "transformers" in str(error).partition("What fits: ")[2] and engine != "transformers"
         else:
-            assert not chosen.misfits and runs(cells_of(Traits.of(weights, chosen.layout))[engine])
+            assert not chosen.misfits and runs(cells_of(traits_of(weights, chosen.layout))[engine])
 
 
 def test_every_row_speaks_of_some_export():
     weights = [weights_of(*case) for case in FORMS.values()]
-    traits = [Traits.of(w, fit.layout) for w in weights for fit in stock_fits(w)]
-    remote = [Traits.of(w, RemoteCodeLayout()) for w in (weights[0], by_language(weights[0]))]
-    traits += [*remote, Traits.of(weights[0].for_group("original"), Layout())]
+    traits = [traits_of(w, fit.layout) for w in weights for fit in stock_fits(w)]
+    remote = [traits_of(w, RemoteCodeLayout()) for w in (weights[0], by_language(weights[0]))]
+    traits += [*remote, traits_of(weights[0].for_group("original"), Layout())]
     assert [row.form for row in ROWS if not any(map(row.applies, traits))] == []
 
 
@@ -138,5 +146,6 @@ def test_an_architecture_of_another_family_is_refused():
 
 
 def test_not_tried_is_not_exact():
+    assert tuple(dict.fromkeys(layout.name for layout in MOE_LAYOUTS)) == ARCHITECTURES
     assert runs(OK) and runs("ok, by its Transformers backend") and runs("not run")
     assert not any(map(runs, (NOT_TRIED, "silently wrong", "silently wrong, but ok with a flag", "ignored")))

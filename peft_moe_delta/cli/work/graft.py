@@ -55,6 +55,14 @@ def graft(arguments: Namespace) -> str:
     return "\n".join(lines)
 
 
+def lora(arguments: Namespace) -> str:
+    made = to_lora(arguments.adapter, arguments.output, overwrite=arguments.overwrite)
+    return "\n".join(
+        f"{code}: {Path(arguments.output) / name if name else 'the model itself, without a LoRA'}"
+        for code, name in made.items()
+    )
+
+
 def verify(arguments: Namespace) -> str:
     files = verified(arguments.folder)["files"]
     size = sum(file["bytes"] for file in files.values())
@@ -70,11 +78,3 @@ def explain(arguments: Namespace) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, "", f"What engines do with what fits, as measured at {MEASURED}:", *table])
-
-
-def lora(arguments: Namespace) -> str:
-    made = to_lora(arguments.adapter, arguments.output, overwrite=arguments.overwrite)
-    return "\n".join(
-        f"{code}: {Path(arguments.output) / name if name else 'the model itself, without a LoRA'}"
-        for code, name in made.items()
-    )
