@@ -150,7 +150,10 @@ def _differing(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     for name in both:
         one, other = (side[name].shape[is_embedding(name) :] for side in (ours, theirs))
         if not ours[name].numbers or not theirs[name].numbers:
-            one, other = sorted(one), sorted(other)  # a quantised copy of GPT-2 keeps its matrices the other way round
+            one, other = (
+                tuple(sorted(one)),
+                tuple(sorted(other)),
+            )  # a quantised copy of GPT-2 keeps its matrices the other way round
         if one and other:
             _same("shapes", list(one), list(other), name)
     in_fp16 = "float16" in (*saved["dtypes"], *found["dtypes"])
