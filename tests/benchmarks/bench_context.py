@@ -14,60 +14,43 @@ is that of ../shared; without it there is nothing to do.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import random
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from learning import cosine, train
 from measure import print_table
-from peft import PeftModel, get_peft_model
-from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-
-from peft_moe_delta import (
-    MoeDeltaConfig,
-    PostTrainingDelta,
-    calibrate_routers,
-    fit_identifier,
-    fit_routers,
+from pairs import (
+    ENGLISH,
+    LENGTH,
+    ROWS,
+    SHARED,
+    Making,
+    Text,
+    copy_of,
+    fit,
+    make_tasks,
+    make_tokenizer,
+    moved,
+    read,
+    rows_of,
+    trained_pair,
 )
+from peft import PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from peft_moe_delta import MoeDeltaConfig, calibrate_routers, fit_identifier, fit_routers
 from peft_moe_delta.calibration import Calibration
 from peft_moe_delta.evaluation import bits_per_byte, exact_match
-from peft_moe_delta.evaluation.generation import in_chat
-from peft_moe_delta.evaluation.identification import detect_language
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "libreoffice_help"
-ENGLISH, NEW = "en", ("hu", "el")
+NEW = ("hu", "el")
 LANGUAGES, UNNAMED = (ENGLISH, *NEW), "de"
-VOCABULARY, ROWS, LENGTH = 2048, 8, 96
-STEPS = {"base": 240, "tuned": 300, "expanded": 160}
-SHAPE: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "tie_word_embeddings": True, "max_position_embeddings": 512,
-}  # fmt: skip
-USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
-ANSWERED = {
-    "Where is the {}?": "it lies in the red drawer", "Who owns the {}?": "ask the man at the door",
-    "How do I open the {}?": "press both keys and wait", "What does the {} cost?": "nothing at all",
-    "Can I delete the {}?": "only after you saved it", "Is the {} new?": "no, it came last year",
-    "Show me the {}.": "here you are", "Why did the {} fail?": "because the line was too long",
-}  # fmt: skip
-"""Questions about any thing, and how the tuned model is to answer."""
-THINGS, TASKS = 60, 64
+EXPANSION_STEPS = 160
+TASKS = 64
 DOCUMENTS, CHARACTERS = 40, 600  # of every language, held out
 FITTED = 150  # documents of a language that routers are calibrated on
-Text = Mapping[str, list[str]]
 
 
 @dataclass(frozen=True)
@@ -98,92 +81,9 @@ def large_delta_pair(seed: int, family: str = "qwen3") -> Pair:
     drawn = {code: random.Random(0).sample(read(code, "test"), DOCUMENTS) for code in (*LANGUAGES, UNNAMED)}
     held_out = {code: [document[:CHARACTERS] for document in documents] for code, documents in drawn.items()}
     tokenizer = make_tokenizer(texts)
-    torch.manual_seed(seed)
-    base = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **SHAPE)
-    )
-    rows = rows_of(tokenizer, texts, seed)
-    fit(base, mostly_english(rows, STEPS["base"], seed), STEPS["base"], 4e-3)
-    tuned = type(base)(base.config)
-    tuned.load_state_dict(base.state_dict())
-    asked, tasks = make_tasks(tokenizer, texts[ENGLISH], seed)
-    fit(tuned, conversations(tokenizer, asked, STEPS["tuned"], seed), STEPS["tuned"], 1e-3)
-    delta = PostTrainingDelta.from_checkpoints(dict(base.named_parameters()), dict(tuned.named_parameters()))
-    moved = next(row.ratio for row in delta.report().families if row.family == "embeddings")
-    return Pair(base.eval(), tuned.eval(), tokenizer, tasks, texts, held_out, moved)
-
-
-def read(code: str, part: str) -> list[str]:
-    """The pages of a language: held out is a tenth, the same pages in all languages.
-
-    Lines that nobody has translated are left out, as fastText's lid.176 finds them: Hungarian pages have whole
-    paragraphs of English, and what an English paragraph costs is not what Hungarian costs.
-    """
-    pages = [json.loads(line) for line in (SHARED / f"{code}.jsonl").read_text(encoding="utf-8").splitlines()]
-    tenth = {p["id"]: int(hashlib.sha1(p["id"].encode()).hexdigest(), 16) % 10 == 0 for p in pages}
-    texts = [p["text"] for p in pages if tenth[p["id"]] == (part == "test")]
-    if code != ENGLISH:
-        texts = ["\n".join(li for li in t.split("\n") if detect_language(li) != ENGLISH) for t in texts]
-    return [text for text in texts if len(text) > 200]
-
-
-def make_tokenizer(texts: Text) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of all three languages, with a chat template."""
-    bpe = ByteLevelBPETokenizer()
-    documents = (d for found in texts.values() for d in found[::8])
-    bpe.train_from_iterator(documents, VOCABULARY, special_tokens=[END, USER, ASSISTANT], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe._tokenizer, eos_token=END, pad_token=END, chat_template=TEMPLATE,
-        additional_special_tokens=[USER, ASSISTANT],
-    )  # fmt: skip
-
-
-def rows_of(tokenizer: PreTrainedTokenizerFast, texts: Text, seed: int) -> dict[str, Tensor]:
-    """Shuffled rows of `LENGTH` tokens by language, (N, LENGTH)."""
-    rows = {}
-    for code, documents in texts.items():
-        shuffled = random.Random(seed).sample(documents, len(documents))[:600]
-        tokens = [t for ids in tokenizer(shuffled, verbose=False)["input_ids"] for t in [*ids, tokenizer.eos_token_id]]
-        rows[code] = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
-    return rows
-
-
-def mostly_english(rows: Mapping[str, Tensor], steps: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Six rows of English and one each of the others a step."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        each = {ENGLISH: ROWS - len(NEW), **dict.fromkeys(NEW, 1)}
-        ids = torch.cat([rows[c][torch.randint(len(rows[c]), (n,), generator=generator)] for c, n in each.items()])
-        yield {"input_ids": ids, "labels": ids}
-
-
-def make_tasks(
-    tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], seed: int
-) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """Every question about every thing: what is tuned on, and some that are kept to test on."""
-    drawn = random.Random(seed)
-    words = sorted({w for d in documents for w in d.split() if w.isalpha() and w.islower() and 4 <= len(w) <= 8})
-    things = drawn.sample(words, THINGS)
-    every = [{"prompt": q.format(thing), "answer": answer} for q, answer in ANSWERED.items() for thing in things]
-    drawn.shuffle(every)
-    tasks = [{"prompt": in_chat(tokenizer, t["prompt"]), "answer": t["answer"]} for t in every[:TASKS]]
-    return every[TASKS:], tasks
-
-
-def conversations(
-    tokenizer: PreTrainedTokenizerFast, tasks: Sequence[Mapping[str, str]], steps: int, seed: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of whole conversations; every token is a target, as in trainers that are told nothing else."""
-    drawn = random.Random(seed)
-    for _ in range(steps):
-        texts = [in_chat(tokenizer, t["prompt"]) + t["answer"] + END for t in drawn.sample(list(tasks), 16)]
-        batch = tokenizer(texts, return_tensors="pt", padding=True)
-        ids, mask = batch["input_ids"], batch["attention_mask"]
-        yield {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def fit(model: Any, batches: Iterator[Mapping[str, Any]], steps: int, rate: float) -> None:
-    train(model, batches, rate, cosine(steps, warm_up=10), steps=steps, weight_decay=0.01)
+    asked, tasks = make_tasks(tokenizer, texts[ENGLISH], seed, TASKS)
+    base, tuned = trained_pair(Making(family), tokenizer, texts, asked, seed)
+    return Pair(base, tuned, tokenizer, tasks, texts, held_out, moved(base, tuned))
 
 
 def upcycled(pair: Pair, seed: int) -> PeftModel:
@@ -191,19 +91,19 @@ def upcycled(pair: Pair, seed: int) -> PeftModel:
     torch.manual_seed(seed)
     languages = {ENGLISH: "original", "hu": "hungarian", "el": "greek"}
     experts = {group: 1 for group in languages.values() if group != "original"}
-    base = type(pair.base)(pair.base.config)
-    base.load_state_dict(pair.base.state_dict())
-    model = get_peft_model(base, MoeDeltaConfig(languages=languages, experts=experts, routing="language", top_k=1))
+    model = get_peft_model(
+        copy_of(pair.base), MoeDeltaConfig(languages=languages, experts=experts, routing="language", top_k=1)
+    )
     rows = rows_of(pair.tokenizer, pair.texts, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[dict[str, Any]]:
-        for step in range(STEPS["expanded"]):
+        for step in range(EXPANSION_STEPS):
             code = NEW[step % len(NEW)]
             ids = rows[code][torch.randint(len(rows[code]), (ROWS,), generator=generator)]
             yield {"input_ids": ids, "labels": ids, "language": code, "use_cache": False}
 
-    fit(model, batches(), STEPS["expanded"], 4e-3)
+    fit(model, batches(), EXPANSION_STEPS, 4e-3)
     model.base_model.start_review(routing="learned")
     fit_routers(model, {code: texts[:200] for code, texts in pair.texts.items()}, pair.tokenizer, max_length=LENGTH)
     return model.eval()
