@@ -20,7 +20,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: fuzz help docs demo demo-quick figures test test-slow test-peft-contract test-portable test-browser bench \
-  cards lint wheel-test clean
+  cards lint wheel-test clean evidence evidence-quick
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,19 @@ bench: $(INSTALLED)  ## every tests/benchmarks/bench_*.py, one after another
 	@test -n "$(BENCHMARKS)" || { echo "no tests/benchmarks/bench_*.py found" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(RUN) $(BIN)/python $$script; done
 
+# Text of languages that the demo does not have comes from the same wheels.
+EVIDENCE := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python tests/benchmarks/evidence.py
+
+evidence: $(INSTALLED)  ## the frontier study: goes on where it was stopped, then makes its tables and pictures (hours)
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also en hu el ru de
+	$(RUN) $(EVIDENCE) run --workers $(WORKERS)
+	$(EVIDENCE) pages
+
+evidence-quick: $(INSTALLED)  ## one seed, one length and few methods of it, into build/evidence (under 15 minutes)
+	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also en hu el ru de
+	$(RUN) $(EVIDENCE) run --quick --results build/evidence/scores --workers $(WORKERS)
+	$(EVIDENCE) pages --results build/evidence/scores --page build/evidence/evidence.md
+
 cards: $(INSTALLED)  ## the finished model cards and the README's picture again, from the demo's run where there is one
 	@for card in model_cards/*/; do \
 	  for file in card.json report.json; do \
@@ -82,7 +95,7 @@ test-browser: $(INSTALLED)  ## the report's page in a headless browser; installs
 docs: $(INSTALLED)  ## the documentation as a site, build/docs/site, with every link checked
 	$(BIN)/python docs/generate.py
 	rm -rf build/docs/pages && mkdir -p build/docs/pages/figures
-	cp examples/figures/*.png build/docs/pages/figures/
+	cp examples/figures/*.png $(wildcard docs/figures/*.svg) build/docs/pages/figures/
 	for page in docs/*.md; do sed 's|\.\./examples/figures/|figures/|' $$page > build/docs/pages/$$(basename $$page); done
 	$(PYTHON) -m venv --clear build/docs/env
 	build/docs/env/bin/python -m pip install --quiet --disable-pip-version-check -r docs/requirements.txt

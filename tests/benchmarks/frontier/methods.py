@@ -1,0 +1,254 @@
+"""The methods, an entry each: `(pair, text, rate, steps, seed)` -> a `Family`.
+
+All of them read the same new-language text in the same order. A method that is not ours gets the graft where its idea
+does not forbid it: what is compared is where new languages are kept, not who has a delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pairs import ENGLISH, LENGTH, copy_of, fit
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_moe_delta import MoeDeltaConfig, allocate_experts, fit_identifier, fit_routers, group_languages
+from peft_moe_delta.allocation import LanguageStatistics, Measurement, measure_languages
+from peft_moe_delta.graft.memory import tuner_of
+
+from .blocks import expanded, new_blocks
+from .family import Family, added, calibrated_family, dense_family, grafted_family, trainable
+from .material import Material, Pair
+
+RANK = 8
+MEASURED: Mapping[str, Any] = {
+    "tokens": 2000, "steps": 10, "step_sequences": 2, "sequence_length": LENGTH, "learning_rate": 1e-3,
+}  # fmt: skip
+"""How much plans are made on; DMoE's own rate would hardly move a model of this size."""
+REVIEWED = 8  # one step of review for so many of expansion
+Make = Callable[[Pair, Material, float, int, int], Family]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method.
+
+    Attributes:
+        title: what tables call it.
+        make: trains it.
+        trains: whether there is anything to train, and so a rate and a number of steps.
+    """
+
+    title: str
+    make: Make
+    trains: bool = True
+
+
+# -- dense ------------------------------------------------------------------------------------------------------------
+
+
+def base(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    return Family(lambda a, s: pair.base, shares=(1.0,), scales=(1.0,))
+
+
+def post_trained(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """Nothing but the delta, which may be scaled."""
+    model = copy_of(pair.base)
+    return Family(dense_family(pair.base, pair.tuned, model, 0).at, shares=(1.0,))
+
+
+def dense(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """Continual pre-training of all weights of the base, plus the delta (ParamDelta, arXiv 2504.21023)."""
+    return dense_family(pair.base, pair.tuned, *read_on(copy_of(pair.base), text, rate, steps, seed))
+
+
+def dense_post_trained(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """Continual pre-training of the post-trained model itself."""
+    return dense_family(pair.tuned, pair.tuned, *read_on(copy_of(pair.tuned), text, rate, steps, seed))
+
+
+def lora(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """LoRA on every linear map of the base, with as many parameters as ours of low rank, plus the delta."""
+    model = copy_of(pair.base)
+    a_rank = trainable(with_lora(copy_of(pair.base), 1))
+    ours = added(upcycled(pair.base, text, expert_rank=RANK))
+    adapted, trained = read_on(with_lora(model, round(ours / a_rank)), text, rate, steps, seed)
+    return dense_family(pair.base, pair.tuned, adapted.merge_and_unload(), trained)
+
+
+def block_expansion(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """New blocks that begin as copies and add nothing, trained alone (LLaMA-Pro, arXiv 2401.02415), plus the delta.
+
+    As many as have the parameters of our experts. Blocks that were copied get the delta of their originals, where those
+    put it through: a linear map of weights, as any upcycling is.
+    """
+    count = new_blocks(pair.base, added(upcycled(pair.base, text)))
+    before, after = (expanded(pair.making, model, text, count) for model in (pair.base, pair.tuned))
+    model = expanded(pair.making, pair.base, text, count, train_new=True)
+    return dense_family(before, after, *read_on(model, text, rate, steps, seed))
+
+
+def read_on(model: Any, text: Material, rate: float, steps: int, seed: int) -> tuple[Any, int]:
+    """Train what wants a gradient on the new languages. Returns the model, and how many parameters that was."""
+    trained = trainable(model)
+    fit(model, ({"input_ids": ids, "labels": ids} for _, ids in text.new_text(steps, seed)), steps, rate)
+    return model, trained
+
+
+def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
+
+
+# -- experts ----------------------------------------------------------------------------------------------------------
+
+
+def ours_over_post_trained(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """Experts of the post-trained model itself, without a graft."""
+    model = expand(upcycled(pair.tuned, text), text, rate, steps, seed)
+    return grafted_family(model, pair.tuned, told=True, scales=(1.0,))
+
+
+def ours_by_language(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    model = expand(upcycled(pair.base, text), text, rate, steps, seed)
+    return grafted_family(model, pair.tuned, told=True)
+
+
+def ours_by_language_low_rank(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    model = expand(upcycled(pair.base, text, expert_rank=RANK), text, rate, steps, seed)
+    return grafted_family(model, pair.tuned, told=True)
+
+
+def ours_by_context(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """As by language, but the language is read from the text so far."""
+    model = expand(upcycled(pair.base, text), text, rate, steps, seed)
+    fit_identifier(model, text.train, text.tokenizer)
+    tuner_of(model).active_config.change(routing="context")
+    return grafted_family(model, pair.tuned)
+
+
+def ours_learned(pair: Pair, text: Material, rate: float, steps: int, seed: int, top_k: int = 1) -> Family:
+    """Experts expanded by language, behind routers that are calibrated after the graft: a stock checkpoint."""
+    model = expand(upcycled(pair.base, text), text, rate, steps, seed)
+    model.start_review(routing="learned")
+    tuner_of(model).active_config.change(top_k=top_k)
+    fit_routers(model, {code: found[:200] for code, found in text.train.items()}, text.tokenizer, max_length=LENGTH)
+    return calibrated_family(model, pair, text, seed)
+
+
+def ours_learned_top_2(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    return ours_learned(pair, text, rate, steps, seed, top_k=2)
+
+
+def moe_lpr(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """Shared experts and routers that learn together, then a review (MoE-LPR, arXiv 2408.11396); no delta."""
+    return grafted_family(reviewed(pair, text, rate, steps, seed), pair.tuned, scales=(0.0,))
+
+
+def moe_lpr_grafted(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """MoE-LPR's experts with the delta, as DeltaMoE (arXiv 2605.18083) has it."""
+    return calibrated_family(reviewed(pair, text, rate, steps, seed), pair, text, seed)
+
+
+def layer_moe(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """The same with as many experts, but more of them where languages look less alike (LayerMoE, arXiv 2505.22582)."""
+    measured = statistics_of(pair, text, "similarity", seed)
+    languages = shared_group(text)
+    plan = allocate_experts(measured, "inverse_similarity", budget_of(pair, text), languages=languages)
+    model = reviewed(pair, text, rate, steps, seed, languages=languages, experts=plan)
+    return calibrated_family(model, pair, text, seed)
+
+
+def dmoe(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """Languages in two groups by how they move the weights, experts in the layers that move most; a tenth of the steps
+    under hard routing, then top-2 with the routers told the groups (DMoE, arXiv 2506.12388). As many experts as ours.
+    """
+    measured = statistics_of(pair, text, "deviation", seed)
+    groups = group_languages(measured.between_languages(), text.new, num_groups=2, original=[ENGLISH], resamples=0)
+    budget, layers = budget_of(pair, text), max(1, 3 * pair.base.config.num_hidden_layers // 4)
+    languages = groups.as_languages()
+    plan = allocate_experts(
+        measured, "deviation_threshold", languages=languages, top_layers=layers, experts_per_group=budget // layers // 2
+    )
+    model = upcycled(pair.base, text, languages=languages, experts=plan, top_k=2)
+    hard = max(1, steps // 10)
+    expand(model, text, rate, steps, seed, until=hard)
+    named = [group for group in set(languages.values()) if group != "original"]
+    model.start_expansion(routing="learned", language_prior_coef=1.28, language_prior_groups=sorted(named))
+    expand(model, text, rate, steps, seed, begin=hard)
+    review(model, text, rate, steps, seed)
+    return calibrated_family(model, pair, text, seed)
+
+
+def statistics_of(pair: Pair, text: Material, source: str, seed: int) -> LanguageStatistics:
+    """What a plan is made from, measured on training text."""
+    measurement = Measurement(**MEASURED, seed=seed)
+    return measure_languages(pair.base, text.tokenizer, text.train, sources=[source], measurement=measurement)
+
+
+def upcycled(model: PreTrainedModel, text: Material, **changes: Any) -> PeftModel:
+    """A copy of a model with an expert in each layer for every new language, by language, but for `changes`."""
+    own = {code: code for code in text.new}
+    options = {"languages": {ENGLISH: "original", **own}, "experts": dict.fromkeys(own, 1), "routing": "language"}
+    return get_peft_model(copy_of(model), MoeDeltaConfig(**{**options, "top_k": 1, **changes}))
+
+
+def reviewed(pair: Pair, text: Material, rate: float, steps: int, seed: int, **changes: Any) -> PeftModel:
+    """MoE-LPR's two stages, with as many experts in a layer as there are new languages, but for `changes`."""
+    shared = {"languages": shared_group(text), "experts": {"expanded": len(text.new)}}
+    options = {**shared, "routing": "learned", "top_k": 2, **changes}
+    model = expand(upcycled(pair.base, text, **options), text, rate, steps, seed)
+    return review(model, text, rate, steps, seed)
+
+
+def expand(
+    model: PeftModel, text: Material, rate: float, steps: int, seed: int, begin: int = 0, until: int | None = None
+) -> PeftModel:
+    """Train experts on the new languages, each batch with the name of its language; a part of the steps for a stage."""
+    batches = list(text.new_text(steps, seed))[begin:until]
+    fit(model, (named(code, ids) for code, ids in batches), max(1, len(batches)), rate)
+    return model
+
+
+def review(model: PeftModel, text: Material, rate: float, steps: int, seed: int) -> PeftModel:
+    """Train the routers on all languages, so that English goes to expert 0."""
+    number = max(1, steps // REVIEWED)
+    model.start_review()
+    fit(model, (named(codes, ids) for codes, ids in text.all_text(number, seed)), number, rate)
+    return model
+
+
+def named(language: Any, ids: Any) -> dict[str, Any]:
+    return {"input_ids": ids, "labels": ids, "language": language, "use_cache": False}
+
+
+def shared_group(text: Material) -> dict[str, str]:
+    """All new languages in one group."""
+    return {ENGLISH: "original", **dict.fromkeys(text.new, "expanded")}
+
+
+def budget_of(pair: Pair, text: Material) -> int:
+    """New experts over all layers: one in each for every new language."""
+    return len(text.new) * int(pair.base.config.num_hidden_layers)
+
+
+METHODS: Mapping[str, Method] = {
+    "base": Method("base", base, trains=False),
+    "post-trained": Method("post-trained", post_trained, trains=False),
+    "dense": Method("dense CPT + delta", dense),
+    "dense-post-trained": Method("dense CPT of the post-trained", dense_post_trained),
+    "lora": Method("LoRA CPT + delta", lora),
+    "block-expansion": Method("block expansion + delta", block_expansion),
+    "moe-lpr": Method("MoE-LPR, no delta", moe_lpr),
+    "moe-lpr-grafted": Method("MoE-LPR + delta", moe_lpr_grafted),
+    "layer-moe": Method("LayerMoE plan + delta", layer_moe),
+    "dmoe": Method("DMoE groups + delta", dmoe),
+    "ours-over-post-trained": Method("ours over the post-trained, told", ours_over_post_trained),
+    "ours-by-language": Method("ours by language, told", ours_by_language),
+    "ours-low-rank": Method("ours by language, rank 8, told", ours_by_language_low_rank),
+    "ours-by-context": Method("ours by context", ours_by_context),
+    "ours-learned": Method("ours learned, top-1", ours_learned),
+    "ours-learned-top-2": Method("ours learned, top-2", ours_learned_top_2),
+}
+"""In the order of tables; CPT: continual pre-training."""
