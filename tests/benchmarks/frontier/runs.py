@@ -88,7 +88,7 @@ def carry_out(run: Run, pair: Pair, text: Material, folder: Path) -> None:
 
 
 def point(family: Family, share: float, scale: float, text: Material, reference: Scores) -> dict[str, Any]:
-    """Scores of one `(a, s)`; text of another domain only where the delta is whole."""
+    """Scores of one `(a, s)`; text of another domain only where everything is kept, and later at the chosen point."""
     model = family.at(share, scale)
     validation = score(model, text, "validation", told=family.told)
     found = {
@@ -98,7 +98,7 @@ def point(family: Family, share: float, scale: float, text: Material, reference:
         "validation": totals(validation, text.held_out["validation"]),
         "test": score(model, text, "test", told=family.told),
     }
-    return found | ({"other": score(model, text, "other", told=family.told)} if scale == 1.0 else {})
+    return found | ({"other": score(model, text, "other", told=family.told)} if share == scale == 1.0 else {})
 
 
 def validate(run: Run, pair: Pair, text: Material) -> float:
