@@ -179,7 +179,7 @@ def sizes_of_documents() -> list[int]:
     file = RESULTS / DOCUMENTS
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))["test"]["el"]
-    return [random.Random(i).randint(360, 760) for i in range(48)]
+    return [random.Random(i).randint(360, 760) for i in range(40)]
 
 
 @pytest.mark.parametrize(("noise", "by_seed"), [(0.05, 0.0), (0.05, 0.004), (0.05, 0.02), (0.02, 0.05)])

@@ -25,7 +25,7 @@ from .methods import METHODS
 from .runs import Run, carry_out, validate
 from .scores import DOCUMENTS
 
-RATES = (5e-4, 1.5e-3, 4.5e-3, 1.35e-2)
+RATES = (1e-3, 3e-3, 9e-3)
 
 
 @dataclass(frozen=True)
@@ -142,4 +142,4 @@ def carry_out_all(study: Study, workers: int) -> int:
 def quick(study: Study) -> Study:
     """One seed, one length, one learning rate and few methods."""
     few = ("base", "post-trained", "dense", "lora", "ours-by-language", "ours-by-context", "ours-learned")
-    return replace(study, lengths={"qwen3": (40,)}, seeds=(0,), methods=few, rates=(4.5e-3,))
+    return replace(study, lengths={"qwen3": (40,)}, seeds=(0,), methods=few, rates=(3e-3,))
