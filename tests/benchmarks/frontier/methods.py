@@ -27,6 +27,7 @@ MEASURED: Mapping[str, Any] = {
     "tokens": 2000, "steps": 10, "step_sequences": 2, "sequence_length": LENGTH, "learning_rate": 1e-3,
 }  # fmt: skip
 """How much plans are made on; DMoE's own rate would hardly move a model of this size."""
+IDENTIFIED = 400  # documents of each language that an identifier counts
 REVIEWED = 8  # one step of review for so many of expansion
 Make = Callable[[Pair, Material, float, int, int], Family]
 
@@ -123,7 +124,7 @@ def ours_by_language_low_rank(pair: Pair, text: Material, rate: float, steps: in
 def ours_by_context(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
     """As by language, but the language is read from the text so far."""
     model = expand(upcycled(pair.base, text), text, rate, steps, seed)
-    fit_identifier(model, text.train, text.tokenizer)
+    fit_identifier(model, {code: found[:IDENTIFIED] for code, found in text.train.items()}, text.tokenizer)
     tuner_of(model).active_config.change(routing="context")
     return grafted_family(model, pair.tuned)
 
