@@ -155,7 +155,7 @@ def test_a_frontier_worked_by_hand():
     assert gain_at(x, r, 0.4) == pytest.approx([-0.075])  # the mirror image
 
 
-def coverage(method, noise: float, by_seed: float, seeds: int, sizes: list[int], trials: int = 300) -> float:
+def coverage(method, noise: float, by_seed: float, seeds: int, sizes: list[int], trials: int = 600) -> float:
     """How often an interval holds the true mean difference of two models, in bits per byte.
 
     A document's difference is skewed and follows its size, as real ones do; every seed moves all documents at once, and
@@ -187,7 +187,7 @@ def test_intervals_cover(noise, by_seed):
     covered = coverage(interval, noise, by_seed, 3, sizes_of_documents())
     resampled = coverage(lambda figures, _: percentile_interval(figures), noise, by_seed, 3, sizes_of_documents())
     print(f"noise of documents {noise}, of seeds {by_seed}: {covered:.1%}; percentile bootstrap {resampled:.1%}")
-    assert covered >= 0.93
+    assert covered >= 0.92  # aimed at 93%; of 600 trials, whose own error is 1%
 
 
 def test_the_page_is_that_of_the_committed_scores(tmp_path):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from peft_moe_delta.files import write_text
 
@@ -114,6 +115,12 @@ def run_one(study: Study, run: Run) -> str:
     return run.file
 
 
+def one_thread() -> None:
+    """How a worker begins: alone on its core, without bars in the log."""
+    torch.set_num_threads(1)
+    disable_progress_bar()
+
+
 def carry_out_all(study: Study, workers: int) -> int:
     """Everything that is not there yet. Returns how many jobs failed; the others go on."""
     study.pairs.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,7 @@ def carry_out_all(study: Study, workers: int) -> int:
     ]
     failed = 0
     # Fresh processes: a forked one would inherit threads that wait for locks.
-    with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), one_thread) as pool:
         for work, jobs in stages:
             started = time.perf_counter()
             waiting = [pool.submit(work, study, job) for job in jobs]
