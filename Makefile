@@ -25,7 +25,7 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED)  ## the whole job on a real model: prints the table (about 20 minutes on 2 cores)
+demo: $(INSTALLED)  ## the whole job on a real model: prints the table (about 40 minutes on 2 busy cores)
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also de
 	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml
 
