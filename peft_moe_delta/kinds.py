@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import reprlib
 import sys
 import types
@@ -73,6 +74,12 @@ def read_fields(kind: Any, data: Any, where: str) -> Any:
     if origin in (list, tuple):
         return origin(read_fields(arguments[0], value, f"{where}[{index}]") for index, value in enumerate(data))
     return float(data) if kind is float else data
+
+
+def bytes_of(size: int | str) -> int:
+    """`"5GB"` -> 5,000,000,000; 0 for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
 
 
 def _read_section(kind: Any, data: Any, where: str) -> Any:

@@ -15,11 +15,12 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import PeftMoeDeltaError
-from . import allocation, delta, evaluate, graft, mix, pipeline, publish
+from . import allocation, budget, delta, evaluate, graft, mix, pipeline, publish
 from .options import Command
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
+    *budget.COMMANDS,
     *allocation.COMMANDS,
     *mix.COMMANDS,
     *delta.COMMANDS,
