@@ -4,6 +4,10 @@ PYTHON ?= python3
 WORKERS ?= 2
 # Of the 12 ways in which test-portable runs the learning tests.
 RUNS ?= 12
+# Of test-gpu and bench-gpu: `cpu` tries them without a card. GPU_PYTHON is an interpreter with a CUDA build of torch and
+# what the tests import, where .venv has another build.
+DEVICE ?= cuda
+GPU_PYTHON ?=
 # More for pip, for example where to find a CPU build of torch.
 PIP_FLAGS ?=
 
@@ -16,11 +20,13 @@ BENCHMARKS := $(sort $(wildcard tests/benchmarks/bench_*.py))
 RUN := OMP_WAIT_POLICY=PASSIVE THP_MEM_ALLOC_ENABLE=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000
 # One thread a process: many threads in several processes on few cores slow torch down several times over.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n $(WORKERS)
+ONE_CARD := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=. OMP_NUM_THREADS=1 \
+  TOKENIZERS_PARALLELISM=false $(or $(GPU_PYTHON),$(BIN)/python)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: fuzz help docs demo demo-quick figures test test-slow test-peft-contract test-portable test-browser \
-  test-quantised bench evidence evidence-quick cards lint wheel-test clean
+.PHONY: fuzz help docs demo demo-quick figures test test-slow test-gpu test-peft-contract test-portable test-browser \
+  test-quantised bench bench-gpu evidence evidence-quick cards lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +49,12 @@ test: $(INSTALLED)  ## the tests, but for the slow ones
 
 test-slow: $(INSTALLED)  ## the slow tests alone
 	$(PYTEST) -m slow
+
+test-gpu: $(if $(GPU_PYTHON),,$(INSTALLED))  ## one card against the CPU; skips without one, DEVICE=cpu tries the tests themselves
+	DEVICE=$(DEVICE) $(ONE_CARD) -m pytest tests/gpu
+
+bench-gpu: $(if $(GPU_PYTHON),,$(INSTALLED))  ## layer, training step and decoding on one card: build/gpu/bench.json
+	$(ONE_CARD) tests/benchmarks/bench_gpu.py --device $(DEVICE) --output build/gpu/bench.json
 
 test-portable: $(INSTALLED)  ## each learning test's margin over 12 instruction sets, threads and seeds; RUNS=1: the oldest
 	$(BIN)/python tests/portable.py --runs $(RUNS) --workers $(WORKERS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import reprlib
 import sys
 import types
@@ -101,6 +102,12 @@ def _read_choice(choices: Sequence[str], data: Any, where: str) -> str:
         expected = " or ".join(f'"{choice}"' for choice in choices)
         raise RecipeError(f"{where} must be {expected}; got {reprlib.repr(data)}.{did_you_mean([data], choices)}")
     return str(data)
+
+
+def bytes_of(size: int | str) -> int:
+    """`"5GB"` -> 5,000,000,000; 0 for what is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
+    return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
 
 
 def _read_section(kind: Any, data: Any, where: str) -> Any:

@@ -36,6 +36,7 @@ LEVELS = {
     "export": 3,
     "tuner": 4,
     "allocation": 5,
+    "budget": 5,
     "identifier": 5,
     "mixing": 5,
     "monitor": 5,

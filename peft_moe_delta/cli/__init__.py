@@ -16,13 +16,14 @@ from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 
 from ..program import NAME, VERSION
-from . import allocation, delta, evaluate, graft, mix, pipeline, publish
+from . import allocation, budget, delta, evaluate, graft, mix, pipeline, publish
 from .failure import failure_of
 from .options import Command
 from .parser import Parser, printable
 
 COMMANDS: tuple[Command, ...] = (
     *pipeline.COMMANDS,
+    *budget.COMMANDS,
     *allocation.COMMANDS,
     *mix.COMMANDS,
     *delta.COMMANDS,

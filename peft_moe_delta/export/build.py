@@ -16,7 +16,7 @@ from .weights import UpcycledWeights
 
 
 def build_model(weights: UpcycledWeights, layout: Layout) -> PreTrainedModel:
-    """The stand-alone model, in evaluation mode, in `weights.dtype`, sharing no memory with `weights`.
+    """The stand-alone model, in evaluation mode, in `weights.dtype` on `weights.device`, sharing no memory with them.
 
     Raises:
         GraftError: the architecture lacks a tensor of the layout, or wants one that the layout does not write.
@@ -39,4 +39,4 @@ def build_model(weights: UpcycledWeights, layout: Layout) -> PreTrainedModel:
         )
     for parameter in model.parameters():  # from_pretrained keeps the tensors it is given, here the dense model's own
         parameter.data = parameter.data.clone()
-    return model
+    return model.to(weights.device)  # a layout makes some tensors of its own, and the model its buffers, on the CPU

@@ -222,7 +222,16 @@ class UpcycledWeights:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype of the dense MLPs, which the exported model has throughout."""
-        return self.dense[next(name for names in self.mlp_names.values() for name in names.values())].dtype
+        return self._dense_mlp.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the dense MLPs, which the exported model is built on."""
+        return self._dense_mlp.device
+
+    @property
+    def _dense_mlp(self) -> Tensor:
+        return self.dense[next(name for names in self.mlp_names.values() for name in names.values())]
 
     def expert(self, layer: int, position: int) -> Mapping[str, Tensor]:
         """Tensors of the expert at a position of `selected(layer)`, named as inside the dense MLP, in `dtype`."""

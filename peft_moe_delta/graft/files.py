@@ -32,6 +32,7 @@ from ..checkpoint import (
     write_shards,
 )
 from ..errors import CheckpointError, GraftError
+from ..kinds import bytes_of
 from .check import check_output
 from .doubts import doubts
 from .memory import warn_of
@@ -200,8 +201,7 @@ def _is_done(output: Path, record: Mapping[str, Any], trio: Trio) -> bool:
 
 def _bytes_of(size: int | str) -> int:
     """`"5GB"` -> 5,000,000,000."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", str(size).strip().upper())
-    number = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
+    number = bytes_of(size)
     if number < 1:
         raise GraftError(f'shard_size must be a number of bytes or such as "5GB"; got {size!r}.')
     return number

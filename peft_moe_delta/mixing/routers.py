@@ -233,7 +233,7 @@ def _sums(tuner: MoeDeltaTuner, beside: bool) -> Iterator[dict[str, tuple[Tensor
             x = args[0] if args else kwargs["hidden_states"]
             x_TD = x.reshape(-1, x.shape[-1])
             mask_T = module.context.state(len(x_TD), training=False).mask_T
-            x_TD = x_TD if mask_T is None else x_TD[mask_T]
+            x_TD = x_TD if mask_T is None else x_TD[mask_T.to(x_TD.device)]
             offset_T = x_TD.new_zeros(len(x_TD))
             if beside:
                 offset_T = module.router(adapter)(x_TD)[:, : _earlier_rows(module, adapter)].logsumexp(dim=-1)

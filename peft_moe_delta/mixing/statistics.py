@@ -37,8 +37,9 @@ class RouterStatistics:
     def add(self, language: str, group: str, sums: Mapping[str, tuple[Tensor, Tensor]], tokens: float) -> None:
         """Add a language: for every router `sum x x^T` and `sum x` over its tokens, which the sums are divided by."""
         for name, (outer, total) in sums.items():
-            self.A[name] = self.A.get(name, torch.zeros_like(outer)) + outer / tokens
-            columns = self.b.setdefault(name, {})
+            # An earlier fit may have been read from a file, onto another device.
+            self.A[name] = self.A.get(name, torch.zeros_like(outer)).to(outer.device) + outer / tokens
+            columns = self.b[name] = {g: kept.to(total.device) for g, kept in self.b.get(name, {}).items()}
             columns[group] = columns.get(group, torch.zeros_like(total)) + total / tokens
         self.languages.append(language)
 

@@ -157,7 +157,7 @@ class PassTokens:
         """Read them off a call's arguments."""
         mask, place, cache = (arguments.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
         mask_BS = mask[:, -shape[1] :].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        ids_BS = torch.full(shape, -1) if ids_BS is None else ids_BS
+        ids_BS = torch.full(shape, -1, device=arguments["inputs_embeds"].device) if ids_BS is None else ids_BS
         if mask_BS is not None:
             ids_BS = ids_BS.masked_fill(~mask_BS.to(ids_BS.device), -1)
         starts_BS = None

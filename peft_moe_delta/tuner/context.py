@@ -220,7 +220,7 @@ class ForwardContext:
         mask_T = mask[:, -shape[1] :].reshape(-1).bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
         if language_ids is not None:
             known_T = (language_ids != PADDING_LANGUAGE_ID).reshape(-1)
-            mask_T = known_T if mask_T is None else mask_T & known_T
+            mask_T = known_T if mask_T is None else mask_T & known_T.to(mask_T.device)
         self.auxiliary = None
         self.current = ForwardState(
             shape,

@@ -23,6 +23,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..checkpoint import CheckpointReader, first_few
 from ..errors import CheckpointError
@@ -240,7 +241,8 @@ def _is_readable(weights: Mapping[str, Tensor], name: str) -> bool:
         return math.prod(weights.shapes[name]) > 0
     tensor = weights[name]
     sharded = hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor")
-    return not is_quantised(tensor) and not tensor.is_meta and not sharded and tensor.numel() > 0
+    empty = tensor.is_meta or isinstance(tensor, FakeTensor)
+    return not is_quantised(tensor) and not empty and not sharded and tensor.numel() > 0
 
 
 def _dtype(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
