@@ -48,10 +48,15 @@ def test_an_adapter_of_an_earlier_version_grafts_to_the_same_bytes(known, tmp_pa
     model = PeftModel.from_pretrained(base, known / "adapter")
     graft = model.graft if form == "grafted" else model.merge_and_graft
     graft(known / "post", **options).save_pretrained(tmp_path / form)
-    assert of_folder(tmp_path / form) == expected
+    assert without_gates(of_folder(tmp_path / form)) == without_gates(expected)
     where = (known / "base", known / "post", known / "adapter", tmp_path / "files")
     graft_checkpoint(*where, target="adapter" if form == "grafted" else "stock", **options)
-    assert of_folder(tmp_path / "files") == expected
+    assert without_gates(of_folder(tmp_path / "files")) == without_gates(expected)
+
+
+def without_gates(parts):
+    """An empty shared expert has a gate of ones now, where it was one of zeros: llama.cpp divided zero by zero."""
+    return {name: value for name, value in parts.items() if not name.endswith("shared_expert_gate.weight")}
 
 
 def made_by(package, output, cases):
@@ -78,4 +83,8 @@ def test_everything_has_the_bytes_it_had_before(tmp_path):
         if case.startswith("gpt_neox") and "embed_out.weight" in found[case]["stock"]:
             # A dense GPT-NeoX model is saved under its family's own name for the head, in memory as from files.
             parts["stock"]["embed_out.weight"] = parts["stock"].pop("lm_head.weight")
-        assert found[case] == parts, case
+        for form in parts.keys() | found[case].keys():
+            ours, theirs = found[case].get(form), parts.get(form)
+            if isinstance(ours, dict) and isinstance(theirs, dict):
+                ours, theirs = without_gates(ours), without_gates(theirs)
+            assert ours == theirs, (case, form)
