@@ -39,4 +39,5 @@ def build_model(weights: UpcycledWeights, layout: Layout) -> PreTrainedModel:
         )
     for parameter in model.parameters():  # from_pretrained keeps the tensors it is given, here the dense model's own
         parameter.data = parameter.data.clone()
-    return model.to(weights.device)  # a layout makes some tensors of its own, and the model its buffers, on the CPU
+    # A layout makes some tensors of its own, and the model its buffers, on the CPU.
+    return model.to(weights.device)  # type: ignore[arg-type]  # `to` loses its self
