@@ -38,9 +38,11 @@ class Job:
         adapter: what it gets; planned in the stage that it says, which is expansion unless it was changed.
         batch_size: rows of a pass.
         sequence_length: tokens of a row.
-        dtype: of the base weights. Experts over 16-bit weights are fp32, as PEFT makes them.
+        dtype: of the base weights.
         autocast: whether products are computed in bf16 (`bf16=True` of `TrainingArguments`).
         checkpointing: whether decoder layers are computed again in the backward pass, instead of kept.
+        experts_as_base: whether experts over 16-bit weights are in their dtype (`autocast_adapter_dtype=False`) and
+            not in fp32, as PEFT makes them.
     """
 
     model: PretrainedConfig
@@ -50,6 +52,7 @@ class Job:
     dtype: torch.dtype = torch.float32
     autocast: bool = True
     checkpointing: bool = False
+    experts_as_base: bool = False
 
     @property
     def tokens(self) -> int:
@@ -121,7 +124,8 @@ def build(job: Job) -> nn.Module:
         # Under its newer name where transformers has it, from 5.23 on.
         enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    return get_peft_model(base, copy.deepcopy(job.adapter)).train()
+    adapter = copy.deepcopy(job.adapter)
+    return get_peft_model(base, adapter, autocast_adapter_dtype=not job.experts_as_base).train()
 
 
 def rows(job: Job) -> dict[str, Tensor]:

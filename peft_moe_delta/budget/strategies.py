@@ -192,8 +192,15 @@ def _advice(job: Job, one: Measured, memory: int) -> Iterator[str]:
     room = SHARE * memory - one.activations - _gathered(one)
     if room > 0:
         yield f"{SHARDED} has room for it on {math.ceil(shared / room)} GPUs of this size"
-    else:
+        return
+    length = job.sequence_length if job.batch_size > 1 else max(2, job.sequence_length // 2)
+    less = measure(replace(job, batch_size=1, sequence_length=length)).activations
+    yield (
+        f"in a pass of 1 x {length:,} tokens they are {less / 1e9:,.1f} GB, and a step may be several passes whose "
+        "gradients add up"
+    )
+    if job.autocast and not job.experts_as_base:
         yield (
-            f"fewer tokens a pass: activations take {one.activations / job.tokens / 1e6:,.2f} MB for each of "
-            f"{job.tokens:,}; a smaller batch_size, with gradients accumulated over more passes, is the same step"
+            "autocast keeps a bf16 copy of fp32 experts through a pass, which experts in the base's dtype do not need "
+            "(--expert-dtype base)"
         )

@@ -32,6 +32,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="of the base's weights: float32 as `run` loads them (default), bfloat16 in a training of your own",
     )  # fmt: skip
     add(
+        "--expert-dtype", choices=("float32", "base"), default="float32",
+        help="of the experts: float32 as PEFT makes them (default), or the base's (autocast_adapter_dtype=False)",
+    )  # fmt: skip
+    add(
         "--precision", choices=("bf16", "fp32"), default="bf16",
         help="of the arithmetic (bf16), whatever this machine would choose",
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What three large models take to train, from their published sizes alone: the tables of docs/training.md.
 
-One full expert by language over a bf16 base, and what else would fit, on 8 GPUs of 80 GB. Nothing is measured on a GPU:
+One full expert by language over a bf16 base, and what else would fit, on 8 GPUs of 80 GB. No GPU has measured this:
 `peft-moe-delta plan` says the same of a recipe.
 """
 

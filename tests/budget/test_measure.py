@@ -38,8 +38,8 @@ def job(family: str = "llama", sizes: dict[str, Any] | None = None, **changes: A
 ADAPTER = ("experts", "routing", "expert_rank", "classifier_layers", "top_k")
 JOBS = {
     "llama, learned, bf16 arithmetic": job(experts={"expanded": 3}, autocast=True),
-    "qwen3 in bf16, by language, low-rank": job(
-        "qwen3", {"head_dim": 16}, routing="language", expert_rank=4, dtype=torch.bfloat16
+    "qwen3 in bf16, experts too, by language": job(
+        "qwen3", {"head_dim": 16}, routing="language", expert_rank=4, dtype=torch.bfloat16, experts_as_base=True
     ),
     "gpt2, classifier, checkpointing": job(
         "gpt2", experts={"expanded": 2}, routing="classifier", classifier_layers=[0], checkpointing=True

@@ -23,5 +23,6 @@ def plan(given: tuple[Recipe, Namespace]) -> str:
         dtype=getattr(torch, arguments.base_dtype),
         autocast=arguments.precision == "bf16",
         checkpointing=arguments.checkpointing,
+        experts_as_base=arguments.expert_dtype == "base",
     )
     return plan_budget(job, arguments.gpus, arguments.memory).table()
