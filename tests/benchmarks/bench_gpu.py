@@ -22,7 +22,7 @@ from bench_decode import trained
 from bench_layer import mixtral_step, plain_step, upcycled_step
 from bench_training import lora
 from measure import take_turns
-from models import HUNGARIAN, dense, upcycled
+from models import HUNGARIAN, dense, perturb, upcycled
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -118,8 +118,11 @@ def layers(bench: Bench, dtype: torch.dtype) -> Iterator[tuple[str, Case]]:
             (f"{LEARNED}, rank {RANK}", EXPERTS - 1, {"top_k": TOP_K, "expert_rank": RANK}),
             ("ours, by language, 1 expert", 1, {"routing": "language"}),
         ):
-            layer = upcycled(dense(dtype, **shape), experts, **options).base_model.layers()[0]
-            yield name, partial(upcycled_step, layer, x, gradient, told)
+            model = upcycled(dense(dtype, **shape), experts, **options)
+            case = partial(upcycled_step, model.base_model.layers()[0], x, gradient, told)
+            yield name, case
+            model.base_model.set_experts_implementation("grouped_mm")
+            yield f"{name}, grouped_mm", case
         config = MixtralConfig(**shape, num_local_experts=EXPERTS, num_experts_per_tok=TOP_K)
         mixtral = MixtralForCausalLM._from_config(config, dtype=dtype)
     for kind in ("eager", "grouped_mm"):
@@ -159,7 +162,9 @@ def decoders(bench: Bench) -> Iterator[tuple[str, nn.Module]]:
     yield "dense", model_of(bench, torch.bfloat16).eval()
     learned = trained(upcycled(model_of(bench, torch.bfloat16), 2, top_k=TOP_K))
     yield f"adapter, learned, top-{TOP_K} of 3", learned
-    yield "exported Mixtral, the same", learned.merge_and_graft(model_of(bench, torch.bfloat16))
+    post_trained = model_of(bench, torch.bfloat16)
+    perturb(post_trained, share=0.01)
+    yield "exported Mixtral, the same", learned.merge_and_graft(post_trained)
     by_language = trained(upcycled(model_of(bench, torch.bfloat16), 1, routing="language"))
     by_language.set_language("hu")
     yield "adapter, by language, 1 expert", by_language

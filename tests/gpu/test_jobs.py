@@ -103,19 +103,18 @@ def test_text_is_scored(device):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_graft_and_its_export(family, dtype, device):
-    base = pico(family)
-    model, post_trained = upcycle(base, trained=True), perturbed(base, scale=0.05)
-    expected = logits(model.graft(perturbed(base, scale=0.05)), token_batch())
-    there = on(model, device, dtype)
-    exported = there.merge_and_graft(post_trained.to(dtype))
+    model, post_trained = upcycle(pico(family), trained=True), perturbed(pico(family), scale=0.05)
+    there, theirs = on(model, device, dtype), on(post_trained, torch.device("cpu"), dtype)
+    expected = logits(model.graft(post_trained), token_batch())
+    exported = there.merge_and_graft(theirs)
     assert {p.device.type for p in exported.parameters()} == {device.type}
     assert_near(logits(exported, token_batch().to(device)), expected, dtype)
 
 
 @pytest.mark.filterwarnings("ignore:Grafting looks doubtful")
 def test_remote_code_by_language(device):
-    base = pico()
-    model = upcycle(base, trained=True, routing="language")
-    expected = logits(model.graft(perturbed(base, scale=0.05)), token_batch(), language="hu")
-    exported = on(model, device).merge_and_graft(perturbed(base, scale=0.05), remote_code=True)
+    model = upcycle(pico(), trained=True, routing="language")
+    there = on(model, device)
+    expected = logits(model.graft(perturbed(pico(), scale=0.05)), token_batch(), language="hu")
+    exported = there.merge_and_graft(perturbed(pico(), scale=0.05), remote_code=True)
     assert_near(logits(exported, token_batch().to(device), language="hu"), expected)

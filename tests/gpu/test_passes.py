@@ -43,6 +43,15 @@ def test_a_pass_equals_the_cpu(kind, dtype, device):
     assert_near(run(on(model, device, dtype), moved(padded(), device)), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["learned", "learned, low-rank", "language"])
+def test_grouped_experts_equal_the_cpu(kind, dtype, device):
+    model = upcycle(pico(), trained=True, **KINDS[kind])
+    there = on(model, device, dtype)
+    there.base_model.set_experts_implementation("grouped_mm")
+    assert_near(run(there, moved(padded(), device)), run(model, padded()), dtype)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt2", "bloom"])
 def test_families(family, device):
     model = upcycle(pico(family), trained=True)
@@ -85,5 +94,5 @@ def test_one_language_compiles_as_one_graph(rank, device):
 @pytest.mark.parametrize("kind", ["learned", "language"])
 def test_tokens_of_several_languages_compile(kind, device):
     model = upcycle(pico(), trained=True, **KINDS[kind])
-    compiled = torch.compile(on(model, device), backend="aot_eager")
+    compiled = torch.compile(on(model, device), backend="aot_eager", fullgraph=True)
     assert_near(run(compiled, moved(padded(), device)), run(model, padded()))
