@@ -117,7 +117,7 @@ class Budget:
             lines.append(f"| {strategy} | {' | '.join(figures)} | {'yes' if strategy.fits(self.memory) else 'no'} |")
         lines.append("")
         if self.advice:
-            lines.append(f"As it is, it does not fit. To make it fit: {'; '.join(self.advice)}.")
+            lines.append(f"As it is, it does not fit. What helps: {'; '.join(self.advice)}.")
         return "\n".join([*lines, f"What fits: {'; '.join(map(str, self.fitting)) or 'nothing of these'}."])
 
 
@@ -196,8 +196,8 @@ def _advice(job: Job, one: Measured, memory: int) -> Iterator[str]:
     length = job.sequence_length if job.batch_size > 1 else max(2, job.sequence_length // 2)
     less = measure(replace(job, batch_size=1, sequence_length=length)).activations
     yield (
-        f"in a pass of 1 x {length:,} tokens they are {less / 1e9:,.1f} GB, and a step may be several passes whose "
-        "gradients add up"
+        f"a pass of 1 x {length:,} tokens has {less / 1e9:,.1f} GB of activations, and a step may be several passes "
+        "whose gradients add up"
     )
     if job.autocast and not job.experts_as_base:
         yield (
