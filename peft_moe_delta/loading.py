@@ -41,7 +41,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name))
+    # Said outright: beside a modelling file of its own, transformers would ask at the terminal, and wait.
+    return _loaded("tokenizer", name, lambda: AutoTokenizer.from_pretrained(name, trust_remote_code=False))
 
 
 def tokenizer_of(model: Any) -> PreTrainedTokenizerBase:

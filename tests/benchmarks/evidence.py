@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+from frontier.material import PAIRS
 from frontier.pictures import draw
 from frontier.scores import Results
 from frontier.study import Study, carry_out_all, quick
@@ -34,7 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
               "examples/demo_inputs.py --output build/demo/inputs --also en hu el ru de")  # fmt: skip
         return 0
     study = Study(arguments.shared, arguments.interface, arguments.results, ROOT / "build" / "frontier" / "pairs")
-    failed = carry_out_all(quick(study) if arguments.quick else study, arguments.workers)
+    study = quick(study) if arguments.quick else study
+    wanted = arguments.pairs or study.lengths
+    study = replace(study, lengths={name: steps for name, steps in study.lengths.items() if name in wanted})
+    failed = carry_out_all(study, arguments.workers)
     if failed:
         print(f"{failed} runs failed; the same command tries them again.", file=sys.stderr)
     return min(failed, 1)
@@ -55,6 +60,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     doing = commands.add_parser("run", help="train and score what is not there yet")
     doing.add_argument("--quick", action="store_true", help="one seed, one length, one learning rate, few methods")
+    doing.add_argument("--pairs", nargs="+", choices=list(PAIRS), help="these pairs of models alone")
     doing.add_argument("--workers", type=int, default=2, help="runs side by side, of one thread each")
     doing.add_argument("--shared", type=Path, default=SHARED, help="folder of LibreOffice's help")
     doing.add_argument("--interface", type=Path, default=ROOT / "build" / "demo" / "inputs" / "more_text")

@@ -31,6 +31,7 @@ from peft_moe_delta.attention import Borrowed, OwnSlot, SharedKeyValues
 from peft_moe_delta.errors import GraftError
 from peft_moe_delta.export.remote_code import modelling_source
 from peft_moe_delta.graft.memory import to_stock
+from peft_moe_delta.loading import load_tokenizer
 from peft_moe_delta.routing import Routes, choose_experts, classifier_logits, router_logits
 from peft_moe_delta.routing.context import PassTokens, TokenMemory, recognise
 from peft_moe_delta.tuner import route_agreement
@@ -297,10 +298,12 @@ def test_its_tensor_parallel_plan_cuts_experts_as_the_mlp_and_leaves_routers_who
     assert bool(plan) == (family != "gpt2")
 
 
-def test_its_tokenizer_loads_without_trust_in_code(tmp_path):
+def test_its_tokenizer_loads_without_trust_in_code(tmp_path, capsys):
     to_stock(adapter(), remote_code=True).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)("the cat")["input_ids"]
+    load_tokenizer(tmp_path)
+    assert "custom code" not in capsys.readouterr().out  # transformers would ask
 
 
 def test_by_language_it_takes_a_code_as_the_adapter_does():
