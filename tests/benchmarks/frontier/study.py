@@ -26,7 +26,7 @@ from .methods import METHODS
 from .runs import Run, carry_out, validate
 from .scores import DOCUMENTS
 
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,10 @@ def try_rate(study: Study, run: Run) -> str:
 
 
 def run_one(study: Study, run: Run) -> str:
-    if not (study.results / run.file).is_file():
-        rated = study.with_rate(run)
-        carry_out(rated, pair(run.pair, run.seed, study.text, study.pairs), study.text(), study.results)
+    rated, file = study.with_rate(run), study.results / run.file
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["rate"] != rated.rate:
+        file.unlink()  # of rates that were tried before others
+    carry_out(rated, pair(run.pair, run.seed, study.text, study.pairs), study.text(), study.results)
     return run.file
 
 
@@ -130,7 +131,7 @@ def carry_out_all(study: Study, workers: int) -> int:
     stages: list[tuple[Callable[[Study, Any], str], list[Any]]] = [
         (make_pair, [kind for kind in study.kinds if not (study.pairs / "{}-{}".format(*kind)).is_dir()]),
         (try_rate, [trial for trial in study.trials if not study.trial_file(trial).is_file()]),
-        (run_one, [run for run in study.runs if not (study.results / run.file).is_file()]),
+        (run_one, study.runs),
     ]
     failed = 0
     # Fresh processes: a forked one would inherit threads that wait for locks.
