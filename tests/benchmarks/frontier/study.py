@@ -73,14 +73,15 @@ class Study:
 
     @property
     def runs(self) -> list[Run]:
-        """The runs, those of the first seed first; their rates are not chosen yet."""
-        return [
+        """The runs, the shortest first, so that what is there at any time has all seeds; rates are not chosen yet."""
+        found = [
             Run(name, method, steps, seed)
             for seed in self.seeds
             for name, lengths in self.lengths.items()
             for method in self.methods
             for steps in (lengths if METHODS[method].trains else (0,))
         ]
+        return sorted(found, key=lambda run: run.steps)
 
     def trial_file(self, run: Run) -> Path:
         return self.results / "rates" / f"{run.pair}-{run.method}-{run.rate:g}.json"
