@@ -7,13 +7,15 @@ intervals need no model. It is written whole or not at all, and a run whose file
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from pairs import ENGLISH, LENGTH
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,9 +24,11 @@ from peft_moe_delta.evaluation import bits_per_byte, exact_match, language_confu
 from peft_moe_delta.evaluation.generation import generate
 from peft_moe_delta.files import write_text
 
+from .curves import area, frontier
 from .family import Family
 from .material import UNNAMED, HeldOut, Material, Pair, codes_of, digest_of
 from .methods import METHODS
+from .scores import AXES, LOWEST, means
 
 PROMPTS, BEGINNING, WRITTEN = 12, 60, 32  # of each new language; characters; tokens
 Scores = dict[str, dict[str, Any]]
@@ -101,15 +105,34 @@ def point(family: Family, share: float, scale: float, text: Material, reference:
     return found | ({"other": score(model, text, "other", told=family.told)} if share == scale == 1.0 else {})
 
 
-def validate(run: Run, pair: Pair, text: Material) -> float:
-    """The best criterion of a run at the whole delta, on validation text alone: what learning rates are chosen by."""
+def validate(run: Run, pair: Pair, text: Material) -> dict[str, float]:
+    """What a learning rate is chosen by, on validation text alone and at the whole delta, where there is one.
+
+    Returns:
+        `reach`, the area under the frontier as tables have it, the mean over its pairs of measures, new languages' text
+        as a share of the post-trained model's bits; and the best `criterion`, which decides where `reach` is the same.
+    """
     family = run.family(pair, text)
-    reference = score(pair.tuned, text, "validation", told=False)
-    scale = family.scales[-1]
-    return max(
-        criterion(score(family.at(share, scale), text, "validation", told=family.told), reference, text)
-        for share in family.shares
-    )
+    reference, scale = score(pair.tuned, text, "validation", told=False), family.scales[-1]
+    found = [score(family.at(share, scale), text, "validation", told=family.told) for share in family.shares]
+    begins = [reference] if scale == 1.0 else []
+    held = text.held_out["validation"]
+    before, *points = (means(totals(one, held)) for one in (reference, *begins, *found))
+    return {
+        "reach": round(reach(before, points), 5),
+        "criterion": round(max(criterion(one, reference, text) for one in found), 5),
+    }
+
+
+def reach(before: Mapping[str, float], points: Sequence[Mapping[str, float]]) -> float:
+    """The mean area under a method's frontiers; 0 for a pair of measures of which the one is never kept."""
+    areas = []
+    for kept, gained in AXES:
+        kept_P, gained_P = (np.array([one[name] - before[name] for one in points]) for name in (kept, gained))
+        chosen = frontier(kept_P, gained_P)
+        found = float(area(kept_P[None, chosen], gained_P[None, chosen], LOWEST[kept])[0])
+        areas.append(0.0 if math.isnan(found) else found / (abs(before["new"]) if gained == "new" else 1.0))
+    return statistics.fmean(areas)
 
 
 def score(model: Any, text: Material, part: str, *, told: bool) -> Scores:

@@ -92,7 +92,7 @@ class Study:
             return replace(run, rate=self.rates[0] if METHODS[run.method].trains else 0.0)
         trials = [replace(run, steps=self.tried, seed=self.seeds[0], rate=rate) for rate in self.rates]
         found = [json.loads(self.trial_file(trial).read_text(encoding="utf-8")) for trial in trials]
-        return replace(run, rate=max(found, key=lambda one: one["criterion"])["rate"])
+        return replace(run, rate=max(found, key=lambda one: (one["reach"], one["criterion"]))["rate"])
 
 
 def make_pair(study: Study, kind: tuple[str, int]) -> str:
@@ -105,7 +105,7 @@ def try_rate(study: Study, run: Run) -> str:
     if not file.is_file():
         found = validate(run, pair(run.pair, run.seed, study.text, study.pairs), study.text())
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps({"rate": run.rate, "criterion": round(found, 5), "steps": run.steps}) + "\n")
+        write_text(file, json.dumps({"rate": run.rate, "steps": run.steps, **found}) + "\n")
     return f"rate {run.rate:g} of {run.method}, {run.pair}"
 
 
