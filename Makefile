@@ -26,7 +26,7 @@ ONE_CARD := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=. OMP_NU
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: fuzz help docs demo demo-quick figures test test-slow test-gpu test-peft-contract test-portable test-browser \
-  test-quantised bench bench-gpu evidence evidence-quick cards lint wheel-test clean
+  test-quantised bench bench-gpu evidence evidence-quick cards distributed lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -88,6 +88,9 @@ evidence-quick: $(INSTALLED)  ## one seed, one length and few methods of it, int
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also en hu el ru de
 	$(RUN) $(EVIDENCE) run --quick --results build/evidence/scores --workers $(WORKERS)
 	$(EVIDENCE) pages --results build/evidence/scores --page build/evidence/evidence.md
+
+distributed: $(INSTALLED)  ## what equals one process under DDP, FSDP and ZeRO, as the table of docs/training.md
+	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed_table.py --write
 
 cards: $(INSTALLED)  ## the finished model cards and the README's picture again, from the demo's run where there is one
 	@for card in model_cards/*/; do \

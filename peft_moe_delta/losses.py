@@ -1,16 +1,16 @@
 """The auxiliary losses of a router, as pure functions.
 
-In: router logits or probabilities of one layer. Out: a scalar tensor (fp32) and the number of tokens it speaks for.
-Returned sums and counts let the caller average over the tokens of a pass; `share_of_step` then makes micro-batches add
-up (see `tuner/context.py`).
+In: router logits or probabilities of one layer. Out: a `SummedLoss`, sums over tokens (fp32), so that the caller can
+average over the tokens of a pass, on several processes over those of all; `share_of_step` then makes micro-batches add
+up (see `tuner/passes.py`).
 
 Shape legend: T tokens, E experts, K chosen experts a token, S sets of allowed experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,30 @@ from torch.nn import functional as F
 
 IGNORED_LABEL = -100
 """The label of a token that is no target."""
+
+
+def _plain(counts: Tensor) -> Tensor:
+    return counts.new_ones(())
+
+
+class SummedLoss(NamedTuple):
+    """A loss of some tokens as sums over them, of which those of other tokens can be added.
+
+    Attributes:
+        parts: (P,) or any other shape, fp32, with the gradient.
+        tokens: how many tokens it speaks for, an fp32 scalar.
+        counts: what the weights of the parts depend on, fp32, without gradient; empty where they are 1.
+        weigh: counts, of these tokens or of more, -> the parts' weights.
+    """
+
+    parts: Tensor
+    tokens: Tensor
+    counts: Tensor
+    weigh: Callable[[Tensor], Tensor] = _plain
+
+    def total(self, counts: Tensor | None = None) -> Tensor:
+        """The sum over these tokens, a scalar; `counts` are those of all tokens that the mean is of, None for these."""
+        return (self.parts * self.weigh(self.counts if counts is None else counts)).sum()
 
 
 def share_of_step(inputs: Mapping[str, Any], num_items: Tensor | int | None) -> Tensor | float:
@@ -46,7 +70,7 @@ def share_of_step(inputs: Mapping[str, Any], num_items: Tensor | int | None) -> 
     return (targets != IGNORED_LABEL).sum() / torch.as_tensor(num_items, device=targets.device).clamp(min=1)
 
 
-def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Tensor) -> SummedLoss:
     """Cross-entropy of the router towards a set of experts, on the unrestricted softmax.
 
     `L = - sum_t log sum_{e in target(t)} softmax(logits_t)_e`. With target {0} on original-language tokens this is the
@@ -60,18 +84,18 @@ def language_prior_loss(*, logits_TE: Tensor, targets_TE: Tensor, counted_T: Ten
         counted_T: bool, False for padding.
 
     Returns:
-        The sum over counted tokens (0 where there are none, never NaN) and their number, both fp32 scalars.
+        The sum over counted tokens (0 where there are none, never NaN).
     """
     counted_T = counted_T & targets_TE.any(dim=-1)
     logits_TE = logits_TE.float()
     target_T = logits_TE.masked_fill(~targets_TE, -torch.inf).where(counted_T[:, None], 0.0).logsumexp(dim=-1)
     loss_T = (logits_TE.logsumexp(dim=-1) - target_T).where(counted_T, 0.0)
-    return loss_T.sum(), counted_T.sum().float()
+    return _additive(loss_T, counted_T)
 
 
 def load_balancing_loss(
     *, probabilities_TE: Tensor, indices_TK: Tensor, sets_T: Tensor, allowed_SE: Tensor, counted_T: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> SummedLoss:
     """Load balancing within each set of allowed experts: `L_s = |A_s| sum_{e in A_s} f_e P_e`, 1 at balance.
 
     `f_e` is the share of the set's (token, rank) choices that went to expert e, `P_e` its mean router probability
@@ -87,7 +111,8 @@ def load_balancing_loss(
         counted_T: bool, False for padding.
 
     Returns:
-        `sum_s n_s L_s` and `sum_s n_s`, with n_s the counted tokens of set s: their ratio is the token-weighted mean.
+        `sum_s n_s L_s` over `sum_s n_s` tokens, with n_s the counted tokens of set s: their ratio is the token-weighted
+        mean. Parts (S, E) are `|A_s| sum_t P_te`, counts (S, E) the choices of which `f_e` is the share.
     """
     num_sets, num_experts = allowed_SE.shape
     size_T = allowed_SE.sum(dim=-1)[sets_T]
@@ -101,15 +126,19 @@ def load_balancing_loss(
     chosen_TE = weight_T.new_zeros(len(sets_T), num_experts + 1)
     chosen_TE = chosen_TE.scatter_add_(1, indices_TK, torch.ones_like(indices_TK, dtype=torch.float32))[:, :num_experts]
     choices_SE = weight_T.new_zeros(num_sets, num_experts).index_add_(0, sets_T, chosen_TE * weight_T[:, None])
-    share_SE = choices_SE / choices_SE.sum(dim=-1, keepdim=True).clamp(min=1.0)
 
     summed_SE = weight_T.new_zeros(num_sets, num_experts)
     summed_SE = summed_SE.index_add(0, sets_T, probabilities_TE.float() * weight_T[:, None])
     # n_s P_e is the plain sum, so n_s L_s needs no division
-    return (allowed_SE.sum(dim=-1) * (share_SE * summed_SE).sum(dim=-1)).sum(), tokens_S.sum()
+    parts_SE = allowed_SE.sum(dim=-1, keepdim=True) * summed_SE
+    return SummedLoss(parts_SE, tokens_S.sum(), choices_SE, _shares)
 
 
-def classifier_loss(*, logits_T: Tensor, original_T: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+def _shares(choices_SE: Tensor) -> Tensor:
+    return choices_SE / choices_SE.sum(dim=-1, keepdim=True).clamp(min=1.0)
+
+
+def classifier_loss(*, logits_T: Tensor, original_T: Tensor, counted_T: Tensor) -> SummedLoss:
     """Cross-entropy of a layer's gate: is a token of an original language? (LayerMoE, arXiv 2505.22582)
 
     Where both answers occur, each weighs half, however much text there is of each: 0 is then the threshold at which
@@ -122,16 +151,21 @@ def classifier_loss(*, logits_T: Tensor, original_T: Tensor, counted_T: Tensor) 
         counted_T: bool, False for padding.
 
     Returns:
-        The weighted sum over counted tokens and their number, both fp32 scalars.
+        The weighted sum over counted tokens. Parts (2,) and counts (2,) are of the original languages and of others.
     """
     loss_T = F.binary_cross_entropy_with_logits(logits_T.float(), original_T.float(), reduction="none")
-    tokens, original = counted_T.sum().float(), (original_T & counted_T).sum().float()
-    mixed = (original > 0) & (original < tokens)
-    half_T = tokens / 2 / torch.where(original_T, original, tokens - original).clamp(min=1)
-    return (loss_T * torch.where(mixed, half_T, 1.0)).where(counted_T, 0.0).sum(), tokens
+    sides_2T = torch.stack([original_T & counted_T, ~original_T & counted_T])
+    counts = sides_2T.sum(dim=-1).float()
+    return SummedLoss(loss_T.where(sides_2T, 0.0).sum(dim=-1), counts.sum(), counts, _halves)
 
 
-def router_z_loss(*, logits_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(counts: Tensor) -> Tensor:
+    """Half of all tokens for each side, where there are two."""
+    halves = counts.sum() / 2 / counts.clamp(min=1)
+    return torch.where((counts > 0).all(), halves, 1.0)
+
+
+def router_z_loss(*, logits_TE: Tensor, counted_T: Tensor) -> SummedLoss:
     """`sum_t logsumexp(logits_t)^2`, which keeps logits small (ST-MoE, arXiv 2202.08906; BAM, arXiv 2408.08274).
 
     Args:
@@ -139,6 +173,10 @@ def router_z_loss(*, logits_TE: Tensor, counted_T: Tensor) -> tuple[Tensor, Tens
         counted_T: bool, False for padding.
 
     Returns:
-        The sum over counted tokens and their number, both fp32 scalars.
+        The sum over counted tokens.
     """
-    return logits_TE.logsumexp(dim=-1).square().where(counted_T, 0.0).sum(), counted_T.sum().float()
+    return _additive(logits_TE.logsumexp(dim=-1).square().where(counted_T, 0.0), counted_T)
+
+
+def _additive(loss_T: Tensor, counted_T: Tensor) -> SummedLoss:
+    return SummedLoss(loss_T.sum(), counted_T.sum().float(), loss_T.new_zeros(0))

@@ -18,7 +18,10 @@ from .graft.memory import graft, merge_and_graft
 from .tuner import MoeDeltaTuner
 from .tuner.growing import StartFrom, add_languages, remove_group
 from .tuner.initialisation import Source, load_experts
+from .tuner.processes import check_whole, keep_findable
 from .vocabulary.extend import add_tokens
+
+GRAFT = "peft-moe-delta graft BASE POST_TRAINED adapter OUTPUT"
 
 
 class MoeDeltaModel(MoeDeltaTuner):
@@ -124,6 +127,7 @@ class MoeDeltaModel(MoeDeltaTuner):
             PlanError: a group name in use, counts that do not fit, an unknown group in `start_from`, or an adapter with
                 `modules_to_save`.
         """
+        check_whole(self, "add_languages")
         add_languages(self, languages, experts, start_from)
         if experts:
             self.start_expansion()
@@ -137,10 +141,12 @@ class MoeDeltaModel(MoeDeltaTuner):
             PlanError: it is not the group that was added last.
             LanguageError: languages of other groups came after its own, and their ids would change.
         """
+        check_whole(self, "remove_group")
         remove_group(self, group)
 
     def load_experts(self, checkpoints: Mapping[str, Source | Sequence[Source]]) -> None:
         """Give groups' experts the weights of dense checkpoints; see `initialisation.load_experts`."""
+        check_whole(self, "load_experts")
         load_experts(self, checkpoints)
 
     def add_tokens(self, tokens: list[str], first_id: int, pieces: list[list[int]]) -> None:
@@ -155,14 +161,17 @@ class MoeDeltaModel(MoeDeltaTuner):
             PlanError: the adapter has new tokens already, or the ids leave a gap.
             ArchitectureError: the model's embeddings cannot grow.
         """
+        check_whole(self, "add_tokens")
         add_tokens(self, tokens, first_id, pieces)
 
     def graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PeftModel:
         """The same experts over the post-trained checkpoint; see `graft.memory`."""
+        check_whole(self, "graft", f"{GRAFT} --target adapter")
         return graft(self, post_trained, **options)
 
     def merge_and_graft(self, post_trained: str | Path | PreTrainedModel, **options: Any) -> PreTrainedModel:
         """A stand-alone stock model with the post-training delta on every expert; see `graft.memory`."""
+        check_whole(self, "merge_and_graft", GRAFT)
         return merge_and_graft(self, post_trained, **options)
 
     def _start_stage(self, **changes: Any) -> None:
@@ -171,3 +180,4 @@ class MoeDeltaModel(MoeDeltaTuner):
         replace(config, **changes).check_top_k(self.plan())  # refuses what does not fit before anything is changed
         config.change(**changes)
         self.set_adapter(self.active_adapters)
+        keep_findable(self.model)

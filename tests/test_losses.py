@@ -15,9 +15,10 @@ LOG3 = math.log(3.0)
 def prior(logits, targets, counted=None):
     logits = torch.as_tensor(logits)
     counted = [True] * len(logits) if counted is None else counted
-    return language_prior_loss(
+    loss = language_prior_loss(
         logits_TE=logits, targets_TE=torch.tensor(targets, dtype=torch.bool), counted_T=torch.tensor(counted)
     )
+    return loss.total(), loss.tokens
 
 
 @pytest.mark.parametrize(
@@ -103,11 +104,12 @@ def test_double_softmax_starves_badly_routed_tokens_of_gradient():
 
 
 def classify(logits, original, counted=None):
-    return classifier_loss(
+    loss = classifier_loss(
         logits_T=torch.tensor(logits),
         original_T=torch.tensor(original),
         counted_T=torch.tensor([True] * len(logits) if counted is None else counted),
     )
+    return loss.total(), loss.tokens
 
 
 def test_classifier_loss_by_hand():
@@ -132,21 +134,22 @@ def test_classifier_loss_does_not_depend_on_how_much_there_is_of_either():
     """A gate that tells nothing apart ends at even odds, not at the odds of the mix."""
     bias = torch.zeros((), requires_grad=True)
     original = torch.tensor([True] + [False] * 9)
-    loss, _ = classifier_loss(logits_T=bias.expand(10), original_T=original, counted_T=torch.ones(10, dtype=torch.bool))
-    loss.backward()
+    counted = torch.ones(10, dtype=torch.bool)
+    classifier_loss(logits_T=bias.expand(10), original_T=original, counted_T=counted).total().backward()
     assert bias.grad.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def balance(probabilities, indices, sets=None, allowed=None, counted=None):
     probabilities = torch.as_tensor(probabilities)
     count, experts = probabilities.shape
-    return load_balancing_loss(
+    loss = load_balancing_loss(
         probabilities_TE=probabilities,
         indices_TK=torch.tensor(indices),
         sets_T=torch.tensor([0] * count if sets is None else sets),
         allowed_SE=torch.tensor([[True] * experts] if allowed is None else allowed),
         counted_T=torch.tensor([True] * count if counted is None else counted),
     )
+    return loss.total(), loss.tokens
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -250,3 +253,33 @@ def layer_direction(model, layer, tokens):
         model.eval()(input_ids=tokens, language="hu")
     hook.remove()
     return seen[0].flatten(0, 1).mean(0)
+
+
+@pytest.mark.parametrize("tokens", [[0, 40], [0, 10, 40], [0, 1, 2, 40]], ids=str)
+def test_parts_weighed_by_the_joint_counts_add_up_to_the_loss_of_all(tokens):
+    """What processes do: the losses of parts are those of the whole where the counts are, and are not by themselves."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(40, 4, generator=generator)
+    probabilities, indices = logits.softmax(-1), logits.topk(2).indices
+    sets = torch.randint(2, (40,), generator=generator)
+    allowed = torch.tensor([[True, True, True, False], [True, False, True, True]])
+    counted = torch.rand(40, generator=generator) < 0.8
+
+    def losses(part):
+        return (
+            classifier_loss(logits_T=logits[part, 0], original_T=sets[part] == 0, counted_T=counted[part]),
+            load_balancing_loss(
+                probabilities_TE=probabilities[part],
+                indices_TK=indices[part],
+                sets_T=sets[part],
+                allowed_SE=allowed,
+                counted_T=counted[part],
+            ),
+        )
+
+    parts = [losses(slice(a, b)) for a, b in zip(tokens, tokens[1:], strict=False)]
+    for whole, *of_parts in zip(losses(slice(None)), *parts, strict=True):
+        counts = torch.stack([part.counts for part in of_parts]).sum(dim=0)
+        torch.testing.assert_close(sum(part.total(counts) for part in of_parts), whole.total())
+        if len(parts) > 1:
+            assert abs(sum(part.total() for part in of_parts) - whole.total()) > 1e-3

@@ -47,6 +47,7 @@ from ..mixing.statistics import RouterStatistics
 from ..model import MoeDeltaModel
 from ..padding import beginning_of_prompt, padded
 from ..routing import routing_named
+from ..tuner.processes import check_whole
 from ..tuner.recording import recording
 from .conversations import made_up_conversations, turn_of_user
 from .report import CHAT, TEXT, Calibration, Routed, Trial
@@ -107,8 +108,10 @@ def calibrate_routers(
     Raises:
         LanguageError: an unknown language, a group without text, or conversations where no language is original.
         DataError: a language with fewer than two documents, no tokenizer or chat template, or a bad number.
+        PeftMoeDeltaError: a model that is sharded over processes.
     """
     tuner = cast("MoeDeltaModel", model.base_model)
+    check_whole(tuner, "calibrate_routers")
     if tuner.active_config.routing_rule.needs_language:
         raise LanguageError(
             f"Under routing {tuner.active_config.routing!r} no router is asked, so there is nothing to calibrate. It "

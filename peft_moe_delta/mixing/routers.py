@@ -44,6 +44,7 @@ from ..loading import tokenizer_of
 from ..padding import padded
 from ..routing import routing_named
 from ..tuner import MoeDeltaLayer, MoeDeltaTuner
+from ..tuner.processes import check_whole
 from .statistics import RouterStatistics
 
 EARLIER_WEIGHT = 2.0
@@ -95,8 +96,10 @@ def fit_routers(
     Raises:
         LanguageError: an unknown language, one that is in `statistics` already, or a group without any.
         DataError: a language without text, no tokenizer, a bad number, or `only="newest"` with `statistics`.
+        PeftMoeDeltaError: a model that is sharded over processes.
     """
     tuner: Any = model.base_model
+    check_whole(tuner, "fit_routers")
     table = tuner.active_config.language_table
     if only not in (None, "newest", "gates") or (only == "newest" and statistics is not None):
         raise DataError(

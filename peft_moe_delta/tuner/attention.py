@@ -23,7 +23,9 @@ from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
 from .dispatch import with_idle
 from .experts import full_expert, input_dtype, low_rank_expert, unhooked
-from .layer import MoeDeltaLayer, parallel
+from .layer import MoeDeltaLayer, Parts
+from .processes import parallel
+from .router import Router
 
 
 class MoeDeltaAttention(MoeDeltaLayer):
@@ -48,7 +50,8 @@ class MoeDeltaAttention(MoeDeltaLayer):
         name = self.in_force
         if name is None:
             return self.base_layer(hidden_states, *args, past_key_values=past_key_values, **kwargs)
-        weights_BSE, usable = self._weights(hidden_states, name)
+        parts = self._parts(name)
+        weights_BSE, usable = self._weights(hidden_states, name, parts.router)
         settings = self.settings[name]
         shared = SharedKeyValues(past_key_values, hidden_states.dtype)
         slots: dict[int, int] = {}
@@ -64,23 +67,23 @@ class MoeDeltaAttention(MoeDeltaLayer):
         inputs = dict.fromkeys(slots or usable, hidden_states)
         # Attention cannot be called without a token, so nobody's hooks see expert 0 either: it runs or not.
         outputs = {0: attend(0, unhooked(self.base_layer), inputs.pop(0))} if 0 in inputs else {}
-        outputs |= self.new_experts(name)(inputs, attend)
+        outputs |= parts.experts(inputs, attend)
         y_BSD: Any = 0
         for index, output_BSD in outputs.items():
             if weights_BSE is not None:
                 y_BSD = y_BSD + weights_BSE[..., index, None] * output_BSD
             elif index in usable:
                 y_BSD = output_BSD
-        return self._with_idle(y_BSD, name, usable).to(hidden_states.dtype), None
+        return self._with_idle(y_BSD, parts, usable).to(hidden_states.dtype), None
 
-    def _weights(self, x_BSD: Tensor, name: str) -> tuple[Tensor | None, list[int]]:
+    def _weights(self, x_BSD: Tensor, name: str, router: Router) -> tuple[Tensor | None, list[int]]:
         """Weights of the experts, fp32, and which of them any token may use; no weights where there is only one."""
         settings, x_TD = self.settings[name], x_BSD.reshape(-1, x_BSD.shape[-1])
         state = self.context.state(len(x_TD), self.training)
-        state.expect(settings.tables.logit_losses)
+        state.expect(dict.fromkeys(settings.tables.logit_losses, 0), x_TD.device)
         reach = self._reach(state, name, x_TD)
         usable = list(reach.usable)
-        logits_TE = self.router(name)(x_TD) if settings.calls_router else None
+        logits_TE = router(x_TD) if settings.calls_router else None
         if len(usable) == 1 and not (state.recording and settings.needs_logits):
             return None, usable
         if logits_TE is None:  # nobody has a choice, but not everybody has the same expert
@@ -105,8 +108,8 @@ class MoeDeltaAttention(MoeDeltaLayer):
         output: Tensor = expert(x_BSD, *args, past_key_values=cache, **kwargs)[0]
         return output
 
-    def _with_idle(self, y_BSD: Tensor, name: str, used: Sequence[int]) -> Tensor:
+    def _with_idle(self, y_BSD: Tensor, parts: Parts, used: Sequence[int]) -> Tensor:
         """As `MoeDeltaLayer._needs_idle`: parameters of idle experts take part with nothing."""
         if not torch.is_grad_enabled() or not (parallel() or not y_BSD.requires_grad):
             return y_BSD
-        return with_idle(y_BSD, self._idle(used, name, [self.router(name)]))
+        return with_idle(y_BSD, self._idle(used, parts.experts, [parts.router]))

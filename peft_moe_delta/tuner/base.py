@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _get_tuner_state_dict_key_prefixes
 from torch import Tensor, nn
 
 from ..architectures import (
@@ -37,6 +37,7 @@ from .identifier import AUTO, Identifiers
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete, check_keys
 from .optimizers import note_what_trains
+from .processes import check_unsharded, is_stand_in, whole_tensors
 from .settings import LayerSettings
 from .vocabulary import GrownLayer, check_can_grow, grow, ungrow
 
@@ -187,6 +188,7 @@ class MoeDeltaTuner(BaseTuner):
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
+        check_unsharded(self.model)
         blocks = mlp_blocks(self.model, peft_config)
         if peft_config.attention_experts is not None:
             attention = attention_module_name(self.model.config.model_type)
@@ -215,7 +217,8 @@ class MoeDeltaTuner(BaseTuner):
             for name, block in (blocks[layer] for layer in layers)
         ]
         if (saved := peft_config.record.base_fingerprint) is not None:
-            check_fingerprint(saved, weights, mlps, verify_weights=peft_config.verify_base)
+            verified = peft_config.verify_base and not is_stand_in()
+            check_fingerprint(saved, weights, mlps, verify_weights=verified)
         peft_config.change(base_fingerprint=fingerprint(weights, len(mlps)))
         self._plan_under_way = plan
 
@@ -279,6 +282,13 @@ class MoeDeltaTuner(BaseTuner):
         ForwardContext.of(self.model).detach(self.model)
         ungrow(self.model)
         return self.model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """What `save_pretrained` writes of a state dict: as by default, but whole where it is on several processes."""
+        return whole_tensors(model, state_dict, _get_tuner_state_dict_key_prefixes(model, adapter_name))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

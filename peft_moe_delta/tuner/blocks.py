@@ -17,6 +17,7 @@ from ..errors import ArchitectureError
 from .config import MoeDeltaConfig
 from .context import ForwardContext
 from .layer import MoeDeltaLayer
+from .processes import gathered
 
 
 def mlp_blocks(model: PreTrainedModel, config: MoeDeltaConfig) -> dict[int, tuple[str, nn.Module]]:
@@ -33,11 +34,12 @@ def mlp_blocks(model: PreTrainedModel, config: MoeDeltaConfig) -> dict[int, tupl
         )
     for name, module in _targets(model, config):
         check_unadapted(name, block_of(module))
-        check_mlp(name, block_of(module), hidden_size(model))
-        if config.expert_rank is None:
-            check_floats(name, block_of(module))
-        else:
-            check_low_rank(name, block_of(module), config.expert_rank)
+        with gathered(block_of(module).parameters()):
+            check_mlp(name, block_of(module), hidden_size(model))
+            if config.expert_rank is None:
+                check_floats(name, block_of(module))
+            else:
+                check_low_rank(name, block_of(module), config.expert_rank)
         if layer_index(name) in blocks:
             raise ArchitectureError(
                 f"`target_modules` {config.target_modules} matches two modules in layer {layer_index(name)}, "

@@ -12,9 +12,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -26,8 +24,10 @@ from ..errors import LanguageError, PeftMoeDeltaError
 from ..languages import PADDING_LANGUAGE_ID
 from ..losses import share_of_step
 from . import generation
+from .checkpointing import keep_through_checkpointing
 from .identifier import AUTO, Identifiers
 from .passes import ForwardState
+from .processes import prepare_for_engine
 
 Sums = dict[str, tuple[float, float]]
 """Name of a statistic -> what was summed, and over how many."""
@@ -236,7 +236,8 @@ class ForwardContext:
             identifiers.read(self.current, ids_BS, kwargs, auto=auto)
         if self.current.recording:
             self._refuse_diverged(model)
-            self._keep_through_checkpointing(model)
+            prepare_for_engine(model)
+            keep_through_checkpointing(self, model)
         return args, kwargs
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -246,7 +247,7 @@ class ForwardContext:
         if self.tokens is not None and state is not None and state.seen is not None:
             groups, seen = state.seen
             self.tokens[groups] = seen + self.tokens[groups].to(seen.device) if groups in self.tokens else seen
-        auxiliary = state.auxiliary_loss() if state is not None and output is not None else None
+        auxiliary = state.auxiliary_loss(self.record) if state is not None and output is not None else None
         loss = output.get("loss") if isinstance(output, dict) else None
         shown = auxiliary if loss is None else loss
         if shown is not None and state is not None and state.recording and not torch.compiler.is_compiling():
@@ -296,30 +297,6 @@ class ForwardContext:
                     "and give the trainer a TrainingMonitor(), which stops before such a step."
                 )
 
-    def _keep_through_checkpointing(self, model: nn.Module) -> None:
-        """Let gradient checkpointing recompute a layer with the languages of the pass it belongs to.
-
-        transformers keeps `torch.utils.checkpoint.checkpoint` on each checkpointed module, with the user's arguments;
-        `context_fn` is that function's own hook for such state.
-        """
-        for module in model.modules():
-            function = module.__dict__.get("_gradient_checkpointing_func")
-            if function is None or not getattr(module, "gradient_checkpointing", False):
-                continue
-            arguments = getattr(function, "keywords", {})
-            given = arguments.get("context_fn")
-            if isinstance(given, _CheckpointContexts):
-                if given.context is self:
-                    continue
-                given = given.given  # left over from an adapter that was unloaded
-            if arguments.get("use_reentrant", True):
-                raise PeftMoeDeltaError(
-                    "Gradient checkpointing with use_reentrant=True loses the languages of tokens when it recomputes a "
-                    'layer. Use gradient_checkpointing_kwargs={"use_reentrant": False}.'
-                )
-            contexts = _CheckpointContexts(self, given)
-            module.__dict__["_gradient_checkpointing_func"] = partial(function, context_fn=contexts)
-
 
 class LanguageForward:
     """The base model's own `forward`, with a signature that also names `language` and `language_ids`.
@@ -341,40 +318,6 @@ class LanguageForward:
         if self.wrapped is not None:
             return self.wrapped(*args, **kwargs)
         return type(self.model).forward(self.model, *args, **kwargs)
-
-
-@dataclass(frozen=True)
-class _CheckpointContexts:
-    """`context_fn` of `torch.utils.checkpoint`: contexts for a layer's forward pass and for its recomputation.
-
-    Attributes:
-        context: whose forward pass it is.
-        given: the `context_fn` of the user.
-    """
-
-    context: ForwardContext
-    given: Callable[[], tuple[Any, Any]] | None
-
-    def __call__(self) -> tuple[Any, Any]:
-        forward, recompute = (nullcontext(), nullcontext()) if self.given is None else self.given()
-        state = self.context.current
-        return forward, recompute if state is None else self._replayed(state, recompute)
-
-    @contextmanager
-    def _replayed(self, state: ForwardState, recompute: Any) -> Iterator[None]:
-        # The same operations must run again, but what they deposit was counted the first time.
-        context = self.context
-        replay = ForwardState(
-            state.shape, mask_T=state.mask_T, recording=state.recording, grouped=state.grouped, seen=state.seen,
-            _found=state._found,
-        )  # fmt: skip
-        before, context.current = context.current, replay
-        statistics, context.statistics = context.statistics, {}
-        try:
-            with recompute:
-                yield
-        finally:
-            context.current, context.statistics = before, statistics
 
 
 def _ids_for(shape: tuple[int, int], language_ids: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..matrices import check_gradient, features, float_weight, is_quantised, linear_maps
 from ..tensors import low_rank_weight
+from .processes import is_stand_in
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
 
@@ -108,6 +109,41 @@ def unhooked(module: nn.Module) -> nn.Module:
     return view
 
 
+class _Together(torch.autograd.Function):
+    """Parameters as they are; their gradients arrive all at once, zeros for those that nothing used."""
+
+    @staticmethod
+    def forward(ctx: Any, *parameters: Tensor) -> tuple[Tensor, ...]:
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
+
+
+def arriving_together(modules: Sequence[nn.Module | None]) -> list[Any]:
+    """The modules, or views of them whose parameters get their gradients in one order, whatever the batch holds.
+
+    DeepSpeed's ZeRO-2 adds up what comes from all processes in the order in which it comes, without looking. (It and
+    ZeRO-1 are known by what they put onto parameters. Others go by names, and need nothing.)
+    """
+    present = [module for module in modules if module is not None]
+    trained = [p for module in present for p in parameters_of(module) if p.requires_grad and hasattr(p, "_hp_mapping")]
+    if not trained or not torch.is_grad_enabled():
+        return list(modules)
+    instead = dict(zip(map(id, trained), _Together.apply(*trained), strict=True))
+    return [module if module is None else _substituted(module, instead) for module in modules]
+
+
+def _substituted(module: nn.Module, instead: Mapping[int, Tensor]) -> nn.Module:
+    """A view of a module with other tensors in the place of parameters, by their `id`."""
+    view = object.__new__(type(module))
+    parts = {name: part if part is None else _substituted(part, instead) for name, part in module._modules.items()}
+    own = {name: instead.get(id(parameter), parameter) for name, parameter in module._parameters.items()}
+    view.__dict__ = {**module.__dict__, "_parameters": own, "_modules": parts}
+    return view
+
+
 def parameters_of(module: nn.Module) -> Iterator[Tensor]:
     """As `module.parameters()`, at a tenth of the cost: no names, nothing is looked for twice."""
     yield from (parameter for _, parameter in _owned(module))
@@ -132,11 +168,11 @@ def full_expert(mlp: nn.Module, keep: Mapping[int, Any] = _NOTHING) -> nn.Module
 
     `keep` maps the `id` of a part to what stands in its place, as `copy.deepcopy` takes it.
     """
-    on_meta = _building_on_meta()
-    memo = {
-        id(p): nn.Parameter(torch.empty_like(p, device="meta") if on_meta else p.detach().clone())
-        for p in mlp.parameters()
-    }
+    on_meta, empty = _building_on_meta(), is_stand_in()
+    memo: dict[int, Any] = {}
+    for p in mlp.parameters():
+        copied = torch.empty_like(p, device="meta" if on_meta else None) if on_meta or empty else p.detach().clone()
+        memo[id(p)] = nn.Parameter(copied)
     return _without_hooks(copy.deepcopy(mlp, {**memo, **keep}))
 
 

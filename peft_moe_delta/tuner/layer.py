@@ -10,6 +10,7 @@ steps (of gates, `gate_TS`).
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,13 +24,31 @@ from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
 from .dispatch import Dispatch, weighs, with_idle
-from .experts import Experts, expert_weights, full_expert, hooked, input_dtype, low_rank_expert, parameters_of
+from .experts import (
+    Experts,
+    arriving_together,
+    expert_weights,
+    full_expert,
+    hooked,
+    input_dtype,
+    low_rank_expert,
+    parameters_of,
+)
 from .grouped import GroupedExperts, can_be_grouped
 from .passes import ForwardState, Reach, TokenGroups
+from .processes import gathered, parallel
 from .router import Classifier, Router
 from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
 
 EXPERTS, ROUTER, CLASSIFIER = "moe_delta_experts", "moe_delta_router", "moe_delta_classifier"
+
+
+class Parts(NamedTuple):
+    """What trains of an adapter in a layer."""
+
+    experts: Experts
+    router: Router
+    classifier: Classifier | None
 
 
 class MoeDeltaLayer(nn.Module, BaseTunerLayer):
@@ -59,7 +78,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
     def add_experts(self, adapter_name: str, settings: LayerSettings, hidden_size: int) -> None:
         """Grow an adapter's experts and router beside the MLP."""
         counts, steps = settings.counts, settings.config.steps
-        new = [self.new_expert(settings.config) for _ in range(sum(counts) - 1)]
+        with gathered(self.base_layer.parameters()):
+            new = [self.new_expert(settings.config) for _ in range(sum(counts) - 1)]
         begun_with = sum(count for count, step in zip(counts, steps, strict=True) if step == 0)
         router = Router(hidden_size, begun_with, next(self.base_layer.parameters()).device)
         for group, (count, step) in enumerate(zip(counts, steps, strict=True)):
@@ -140,11 +160,12 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         # Router, gate, expert 0, new experts: hooks see each called in every pass or in none, whatever the batch holds,
         # so that processes whose batches differ run the same modules in the same order.
         settings = self.settings[name]
+        parts = self._parts(name)
         state = self.context.state(len(x_TD), self.training)
-        state.expect(settings.losses)
+        state.expect(settings.losses, x_TD.device)
         reach = self._reach(state, name, x_TD)
-        logits_TE = self.router(name)(x_TD) if settings.calls_router else None
-        gate_TS = self._gate(name, x_TD)
+        logits_TE = parts.router(x_TD) if settings.calls_router else None
+        gate_TS = parts.classifier(x_TD) if parts.classifier is not None and settings.classifies else None
         records = state.recording and (len(reach.usable) > 1 or settings.needs_logits)
         sets_T, allowed_SE, routes = None, reach.allowed_SE, None
         if reach.forced is None or records:
@@ -161,24 +182,31 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         if dispatch is None:
             assert routes is not None
             dispatch = Dispatch.of(routes.indices_TK, routes.probabilities_TE.shape[1], on_device=state.on_device)
-        experts = self.experts(name)
+        experts = [self.base_layer, *parts.experts]
         if dispatch.ends_E is not None and not can_be_grouped(experts):
             dispatch = dispatch.on_host()
-        used: Container[int] = range(len(experts))
+        used: Container[int] = ()
         if dispatch.ends_E is not None:
-            outputs = [self._run_as_one(experts, dispatch, x_TD)]
+            used, outputs = range(len(dispatch.ends_E)), [self._run_as_one(experts, dispatch, x_TD)]
         else:
             used = inputs = dispatch.rows(x_TD)
-            outputs = self._run_all(inputs, x_TD, name)
+            outputs = self._run_all(inputs, x_TD, parts.experts)
         y_TD = dispatch.combine(outputs, x_TD, routes)
         if not self._needs_idle(reach, y_TD):
             return y_TD
-        taught = records and (
-            settings.tables.logit_losses or (routes is not None and settings.config.load_balancing > 0)
-        )
-        router = None if taught or (routes is not None and weighs(routes)) else self.router(name)
-        gate = None if records and gate_TS is not None else self.classifier(name)
-        return with_idle(y_TD, self._idle(used, name, (router, gate)))
+        balances = routes is not None and settings.config.load_balancing > 0
+        taught = records and (settings.tables.logit_losses or balances)
+        router = None if taught or (routes is not None and weighs(routes)) else parts.router
+        gate = None if records and gate_TS is not None else parts.classifier
+        if parallel():
+            # Engines that shard go by what a layer's output depends on, which must not depend on the batch.
+            router, gate = parts.router, parts.classifier
+        return with_idle(y_TD, self._idle(used, parts.experts, (router, gate)))
+
+    def _parts(self, name: str) -> Parts:
+        """What of an adapter trains here, for one pass."""
+        parts = self.new_experts(name), self.router(name), self.classifier(name)
+        return Parts(*(arriving_together(parts) if parallel() else parts))
 
     @staticmethod
     def _choose(
@@ -192,7 +220,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         config = settings.config
         return choose_experts(logits_TE, config.experts_per_token, allowed_TE, renormalise=config.norm_topk_prob)
 
-    def _run_all(self, inputs: dict[int, Tensor], x_TD: Tensor, name: str) -> list[Tensor]:
+    def _run_all(self, inputs: dict[int, Tensor], x_TD: Tensor, experts: Experts) -> list[Tensor]:
         """What the experts with rows make of them, by index."""
         new = {index: rows for index, rows in inputs.items() if index}
         outputs = []
@@ -201,7 +229,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         elif parallel() or hooked(self.base_layer):
             # Whoever is told of expert 0's call, or shards its parameters, is told in every pass.
             self._run(0, self.base_layer, x_TD[: fewest_rows(self.base_layer)])
-        return [*outputs, *self.new_experts(name)(new, self._run).values()]
+        return [*outputs, *experts(new, self._run).values()]
 
     def _run_as_one(self, experts: Sequence[nn.Module], dispatch: Dispatch, x_TD: Tensor) -> Tensor:
         """What the experts make of their rows, (R, D), in one product for each matrix."""
@@ -220,9 +248,9 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             return False
         return parallel() or len(reach.usable) > 1 or not y_TD.requires_grad
 
-    def _idle(self, used: Container[int], name: str, others: Iterable[nn.Module | None] = ()) -> list[Tensor]:
+    def _idle(self, used: Container[int], experts: Experts, others: Iterable[nn.Module | None] = ()) -> list[Tensor]:
         """Parameters of experts without tokens, and of other modules that take no part."""
-        idle = [expert for index, expert in enumerate(self.experts(name)) if index not in used]
+        idle = [expert for index, expert in enumerate([self.base_layer, *experts]) if index not in used]
         return [p for module in (*idle, *others) if module is not None for p in parameters_of(module)]
 
     def _reach(self, state: ForwardState, name: str, x_TD: Tensor) -> Reach:
@@ -273,15 +301,14 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         config, context, device = settings.config, self.context, routes.indices_TK.device
         counted_T = state.counted(routes.indices_TK)
         group_T = torch.zeros_like(routes.indices_TK[:, 0]) if groups is None else groups.group_T
-        balance, balanced = load_balancing_loss(
+        balance = load_balancing_loss(
             probabilities_TE=routes.probabilities_TE,
             indices_TK=routes.indices_TK,
             sets_T=torch.zeros_like(group_T) if sets_T is None else sets_T,
             allowed_SE=allowed_SE,
             counted_T=counted_T,
         )
-        context.record(BALANCE_LOSS, balance, balanced)
-        state.deposit(BALANCE_LOSS, config.load_balancing, balance, counted_T.sum())
+        state.deposit(BALANCE_LOSS, config.load_balancing, balance)
         if logits_TE is not None:
             self._record_logits(settings, state, logits_TE, groups)
         on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
@@ -301,12 +328,11 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             if name == PRIOR_LOSS:
                 coefficient = config.language_prior
                 targets_TE = self._prior_targets(settings, logits_TE.device, groups)
-                loss, tokens = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
+                loss = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
             else:
                 coefficient = config.router_z_loss_coef
-                loss, tokens = router_z_loss(logits_TE=logits_TE, counted_T=counted_T)
-            self.context.record(name, loss, tokens)
-            state.deposit(name, coefficient, loss, counted_T.sum())
+                loss = router_z_loss(logits_TE=logits_TE, counted_T=counted_T)
+            state.deposit(name, coefficient, loss)
 
     @staticmethod
     def _prior_targets(settings: LayerSettings, device: torch.device, groups: TokenGroups | None) -> Tensor:
@@ -333,9 +359,8 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
                 "the language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
             )
         logits_T = logits_TS.amin(dim=-1) if config.record.train_earlier_rows else logits_TS[:, config.newest_step]
-        loss, tokens = classifier_loss(logits_T=logits_T, original_T=groups.group_T == 0, counted_T=counted_T)
-        self.context.record(GATE_LOSS, loss, tokens)
-        state.deposit(GATE_LOSS, config.classifier_loss, loss, tokens)
+        loss = classifier_loss(logits_T=logits_T, original_T=groups.group_T == 0, counted_T=counted_T)
+        state.deposit(GATE_LOSS, config.classifier_loss, loss)
 
     # What PEFT's base class assumes of a leaf layer with one weight, said for an MLP block.
 
@@ -387,8 +412,3 @@ MERGE_REFUSED = (
     "A mixture of experts cannot be folded into one dense MLP: which expert serves a token depends on the token. "
     "Use merge_and_graft(post_trained) for a stand-alone model, with language=... for the dense model of one language."
 )
-
-
-def parallel() -> bool:
-    """Whether this is one of several processes."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -9,7 +9,8 @@ sets of experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from ..errors import LanguageError
 from ..languages import PADDING_LANGUAGE_ID, LanguageTable
+from ..losses import SummedLoss
 from ..routing import Routes
 from .dispatch import Dispatch, constant
+from .processes import parallel, summed_over_processes
 from .settings import LayerTables
 
 
@@ -85,6 +88,23 @@ def _only(allowed_SE: Tensor, sets_T: Tensor) -> Tensor:
 
 
 @dataclass
+class _Place:
+    """Where a layer leaves one of its losses, or nothing where the pass had none for it.
+
+    Attributes:
+        name: the loss's.
+        counts: how many numbers its weights depend on.
+        device: the layer's.
+    """
+
+    name: str
+    counts: int
+    device: torch.device
+    coefficient: float = 0.0
+    loss: SummedLoss | None = None
+
+
+@dataclass
 class ForwardState:
     """One forward pass.
 
@@ -101,7 +121,8 @@ class ForwardState:
         grouped: whether experts run as one where they can, so that the host need not know how many tokens each has.
         remember: to be told of the pass's output, for a cache that remembers its tokens; None where nobody does.
         seen: the groups and how many tokens there are of each, where something is recorded.
-        layers: by loss, how many of the layers that have run have it, whether or not this pass deposited any.
+        places: the losses that the layers that have run may leave, in order, whether or not this pass left any: the
+            same on every process, whatever is in its batch.
     """
 
     shape: tuple[int, int]
@@ -115,8 +136,7 @@ class ForwardState:
     grouped: bool = False
     remember: Callable[[Any], None] | None = None
     seen: tuple[tuple[str, ...], Tensor] | None = None
-    layers: dict[str, int] = field(default_factory=dict)
-    losses: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    places: list[_Place] = field(default_factory=list)
     _found: dict[tuple[Any, torch.device], Any] = field(default_factory=dict)
     """What was found out for one layer and holds for all of its kind, by that and the device."""
 
@@ -202,31 +222,59 @@ class ForwardState:
         rows = tuple(table.group_of[table.id_of(code)] for code in codes)
         return TokenGroups(constant(rows, device).repeat_interleave(sequence), frozenset(rows))
 
-    def expect(self, losses: Iterable[str]) -> None:
-        """Count a layer among those that have these losses."""
-        for name in losses:
-            self.layers[name] = self.layers.get(name, 0) + 1
+    def expect(self, losses: Mapping[str, int], device: torch.device) -> None:
+        """Count a layer among those that have these losses; name -> how many numbers its weights depend on."""
+        self.places += [_Place(name, counts, device) for name, counts in losses.items()]
 
-    def deposit(self, name: str, coefficient: float, total: Tensor, tokens: Tensor) -> None:
-        """Leave a layer's loss, summed over some of its `tokens`."""
-        if coefficient and name in self.layers:
-            self.losses.append((name, coefficient * total, tokens))
+    def deposit(self, name: str, coefficient: float, loss: SummedLoss) -> None:
+        """Leave the loss of the layer that expected it last, summed over some of its tokens."""
+        place = next((place for place in reversed(self.places) if place.name == name), None)
+        if place is not None:
+            place.coefficient, place.loss = coefficient, loss
 
-    def auxiliary_loss(self) -> Tensor | None:
+    def auxiliary_loss(self, note: Callable[[str, Tensor, Tensor], None] | None = None) -> Tensor | None:
         """Each loss's mean over counted tokens and over the layers that have it, times the pass's share of its step.
 
         None where no layer deposited anything; 0, never NaN, where no token counts or the step has no target. Each
         deposit is a sum over tokens, with or without a target of the model's own loss: a prompt that is masked for
         that loss is routed all the same, so what is masked must not change a router's loss. A layer has a loss, or has
         not, whoever is in the batch, so a loss weighs the same in every pass.
+
+        On several processes the counts, the tokens and the shares are those of all, in one collective a pass. So the
+        losses of the processes add up to what one process would find for the joint batch.
+
+        Args:
+            note: is told each loss's name, its sum over this process's tokens and their number.
         """
-        if not self.losses:
+        if not self.recording or not self.places:
             return None
-        device = self.losses[0][1].device
-        total = torch.stack([total.to(device) / self.layers[name] for name, total, _ in self.losses])
-        tokens = torch.stack([tokens.to(device) for _, _, tokens in self.losses])
-        mean = (total / tokens.clamp(min=1)).sum()
-        return mean * (self.share.to(device) if isinstance(self.share, Tensor) else self.share)
+        device = self.places[0].device
+        share, tokens, counts = self._joint_counts(device)
+        layers = Counter(place.name for place in self.places)
+        means = []
+        for place, joint in zip(self.places, counts, strict=True):
+            if (loss := place.loss) is None:
+                continue
+            total = loss.total(None if joint is None else joint.to(place.device).view(loss.counts.shape))
+            if note is not None:
+                note(place.name, total, loss.tokens)
+            if place.coefficient:
+                means.append((place.coefficient / layers[place.name]) * total.to(device))
+        return torch.stack(means).sum() / tokens.clamp(min=1) * share if means else None
+
+    def _joint_counts(self, device: torch.device) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+        """Share and counted tokens, and each place's counts, of all processes; None for its own where there is one."""
+        tokens = self.shape[0] * self.shape[1] if self.mask_T is None else self.mask_T.sum()
+        share, tokens = (torch.as_tensor(n, dtype=torch.float32, device=device) for n in (self.share, tokens))
+        if not parallel():
+            return share, tokens, [None] * len(self.places)
+        own = [
+            torch.zeros(place.counts, device=device) if place.loss is None else place.loss.counts.reshape(-1).to(device)
+            for place in self.places
+        ]
+        joint = summed_over_processes(torch.cat([share.view(1), tokens.view(1), *own]))
+        share, tokens, *counts = joint.split([1, 1, *(place.counts for place in self.places)])
+        return share[0], tokens[0], counts
 
 
 def _with_padding(group_T: Tensor, padding_T: Tensor, groups: frozenset[int]) -> TokenGroups:

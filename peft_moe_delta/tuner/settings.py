@@ -175,15 +175,21 @@ class LayerSettings:
         return self.has_classifier and self.tables.gated
 
     @property
-    def losses(self) -> tuple[str, ...]:
-        """The auxiliary losses that an MLP's layer has, by name, whatever its coefficients are."""
-        balance = (BALANCE_LOSS,) * self.tables.offers_choice
-        return balance + self.tables.logit_losses + (GATE_LOSS,) * self.classifies
+    def losses(self) -> dict[str, int]:
+        """The auxiliary losses that an MLP's layer has, whatever its coefficients are.
+
+        By name, with how many numbers the weights of its parts depend on (`SummedLoss.counts`): the choices of each
+        set's tokens for each expert, and the tokens on either side of the gate.
+        """
+        tables = self.tables
+        sets = (len(tables.allowed) if tables.restricted or self.classifies else 1) + self.classifies
+        balance = {BALANCE_LOSS: sets * len(tables.owners)} if tables.offers_choice else {}
+        return balance | dict.fromkeys(tables.logit_losses, 0) | ({GATE_LOSS: 2} if self.classifies else {})
 
     @property
     def needs_logits(self) -> bool:
         """Whether a training pass needs the router's and the gate's logits even where nobody has a choice."""
-        return self.config.language_prior > 0 or (self.classifies and self.config.classifier_loss > 0)
+        return bool(self.tables.logit_losses) or (self.classifies and self.config.classifier_loss > 0)
 
     @property
     def calls_router(self) -> bool:

@@ -9,6 +9,7 @@ import torch
 from builders import HIDDEN, LANGUAGES, logits, pico, token_batch, upcycle
 from peft_moe_delta.errors import LanguageError, PeftMoeDeltaError
 from peft_moe_delta.languages import LanguageTable
+from peft_moe_delta.losses import SummedLoss
 from peft_moe_delta.tuner.context import LOOK_EVERY, ForwardContext
 from peft_moe_delta.tuner.passes import ForwardState
 
@@ -31,10 +32,11 @@ def test_padding_is_known_on_the_device_of_the_rows(mask_T):
 
 @pytest.mark.parametrize("share", [1.0, torch.tensor(0.25)], ids=["number", "tensor"])
 def test_layers_on_several_devices_share_one_loss(share):
-    state = ForwardState((1, 3), share=share)
+    state = ForwardState((1, 3), share=share, recording=True)
     for device in (OTHER, CPU):
-        state.expect(["z"])
-        state.deposit("z", 1.0, torch.tensor(1.0, device=device), torch.tensor(3, device=device))
+        state.expect({"z": 0}, device)
+        one, none = torch.tensor(1.0, device=device), torch.zeros(0, device=device)
+        state.deposit("z", 1.0, SummedLoss(one, 3 * one, none))
     loss = state.auxiliary_loss()
     assert (loss.device, loss.shape) == (OTHER, ())
 

@@ -127,7 +127,7 @@ def test_a_layer_without_a_choice_asks_no_router(recording):
     layer = layer_of(1.0, 10.0, routing="language", top_k=1)
     layer.router("default").register_forward_hook(lambda *_: pytest.fail("called"))
     _, state = run(layer.train(recording), torch.randn(2, D), recording, language_ids=torch.tensor([[0, 1]]))
-    assert not state.losses
+    assert not state.places
     assert layer.context.read_statistics() == (
         {"expert_0_share/original": 1, "expert_0_share/g0": 0} if recording else {}
     )

@@ -68,6 +68,26 @@ def test_modules_run_in_one_order_whatever_the_batch_holds(case, grouped):
         assert list(dict.fromkeys(parts)) == [part for part in known if part in parts]
 
 
+@pytest.mark.parametrize("grouped", [True], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_arrive_in_one_order_where_deepspeed_takes_them_as_they_come(case, grouped):
+    """ZeRO-2 adds up what comes from all processes in the order in which it comes; its mark on parameters is enough."""
+    model = upcycle(pico(), trained=True, **CASES[case]).train()
+    arrived = []
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        parameter._hp_mapping = None
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: arrived.append(name))
+    orders = set()
+    for ids in BATCHES:
+        arrived.clear()
+        tokens = token_batch()
+        model(input_ids=tokens, labels=tokens, language_ids=torch.tensor(ids)).loss.backward()
+        orders.add(tuple(arrived))
+    assert len(orders) == 1
+    assert set(*orders) == set(trained)
+
+
 class Operations(TorchDispatchMode):
     """Counts what reaches the dispatcher."""
 
