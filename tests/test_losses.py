@@ -1,5 +1,6 @@
 """The routers' two losses against values and gradients worked by hand, and the prior loss doing its job on a toy."""
 
+import itertools
 import math
 
 import pytest
@@ -277,7 +278,7 @@ def test_parts_weighed_by_the_joint_counts_add_up_to_the_loss_of_all(tokens):
             ),
         )
 
-    parts = [losses(slice(a, b)) for a, b in zip(tokens, tokens[1:], strict=False)]
+    parts = [losses(slice(a, b)) for a, b in itertools.pairwise(tokens)]
     for whole, *of_parts in zip(losses(slice(None)), *parts, strict=True):
         counts = torch.stack([part.counts for part in of_parts]).sum(dim=0)
         torch.testing.assert_close(sum(part.total(counts) for part in of_parts), whole.total())

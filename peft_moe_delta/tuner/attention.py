@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from .config import MoeDeltaConfig
+from .deposits import Deposits
 from .dispatch import with_idle
 from .experts import full_expert, input_dtype, low_rank_expert, unhooked
 from .layer import MoeDeltaLayer, Parts
@@ -89,7 +90,7 @@ class MoeDeltaAttention(MoeDeltaLayer):
         if logits_TE is None:  # nobody has a choice, but not everybody has the same expert
             return reach.forced_routes.probabilities_TE.view(*x_BSD.shape[:-1], -1), usable
         if state.recording:
-            self._record_logits(settings, state, logits_TE, reach.groups)
+            Deposits(self.context, settings, state, reach.groups).of_logits(logits_TE)
         allowed_TE = reach.allowed(self._sets(reach, name, None)[0])
         if allowed_TE is not None:
             logits_TE = logits_TE.masked_fill(~allowed_TE, -torch.inf)

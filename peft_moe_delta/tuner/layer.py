@@ -17,12 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..architectures import takes_residual
-from ..errors import LanguageError
-from ..losses import classifier_loss, language_prior_loss, load_balancing_loss, router_z_loss
 from ..matrices import fewest_rows
 from ..routing import Routes, choose_experts, recognised
 from .config import MoeDeltaConfig, check_one_active
 from .context import ForwardContext
+from .deposits import Deposits
 from .dispatch import Dispatch, weighs, with_idle
 from .experts import (
     Experts,
@@ -35,10 +34,10 @@ from .experts import (
     parameters_of,
 )
 from .grouped import GroupedExperts, can_be_grouped
-from .passes import ForwardState, Reach, TokenGroups
+from .passes import ForwardState, Reach
 from .processes import gathered, parallel
 from .router import Classifier, Router
-from .settings import BALANCE_LOSS, GATE_LOSS, PRIOR_LOSS, LayerSettings
+from .settings import LayerSettings
 
 EXPERTS, ROUTER, CLASSIFIER = "moe_delta_experts", "moe_delta_router", "moe_delta_classifier"
 
@@ -175,9 +174,12 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             routes = self._choose(settings, reach, logits_TE, reach.allowed(sets_T), records)
         if records:
             made = reach.forced_routes if routes is None else routes
-            self._record(settings, state, logits_TE, made, reach.groups, sets_T, allowed_SE)
+            deposit = Deposits(self.context, settings, state, reach.groups)
+            deposit.of_routes(made, sets_T, allowed_SE)
+            if logits_TE is not None:
+                deposit.of_logits(logits_TE)
             if gate_TS is not None and settings.config.classifier_loss > 0:
-                self._record_classifier(settings, state, gate_TS, reach.groups)
+                deposit.of_gate(gate_TS)
         dispatch = reach.forced
         if dispatch is None:
             assert routes is not None
@@ -286,81 +288,6 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             x_TD = x_TD.to(input_dtype(expert) or dtype)
         y_TD = expert(x_TD, torch.zeros_like(x_TD)) if self._takes_residual else expert(x_TD)
         return y_TD.to(dtype)
-
-    def _record(
-        self,
-        settings: LayerSettings,
-        state: ForwardState,
-        logits_TE: Tensor | None,
-        routes: Routes,
-        groups: TokenGroups | None,
-        sets_T: Tensor | None,
-        allowed_SE: Tensor,
-    ) -> None:
-        """Deposit this layer's auxiliary losses and statistics."""
-        config, context, device = settings.config, self.context, routes.indices_TK.device
-        counted_T = state.counted(routes.indices_TK)
-        group_T = torch.zeros_like(routes.indices_TK[:, 0]) if groups is None else groups.group_T
-        balance = load_balancing_loss(
-            probabilities_TE=routes.probabilities_TE,
-            indices_TK=routes.indices_TK,
-            sets_T=torch.zeros_like(group_T) if sets_T is None else sets_T,
-            allowed_SE=allowed_SE,
-            counted_T=counted_T,
-        )
-        state.deposit(BALANCE_LOSS, config.load_balancing, balance)
-        if logits_TE is not None:
-            self._record_logits(settings, state, logits_TE, groups)
-        on_zero_T = (routes.indices_TK[:, 0] == 0) & counted_T
-        if groups is None:
-            context.record("expert_0_share", on_zero_T.sum(), counted_T.sum())
-            return
-        shares = torch.zeros(2, len(settings.counts), device=device)
-        shares = shares.index_add(1, group_T, torch.stack([on_zero_T, counted_T]).float())
-        context.record(settings.tables.share_names, *shares)
-
-    def _record_logits(
-        self, settings: LayerSettings, state: ForwardState, logits_TE: Tensor, groups: TokenGroups | None
-    ) -> None:
-        """Deposit the losses of any router, soft or top-k: language prior and z-loss, where they are in force."""
-        config, counted_T = settings.config, state.counted(logits_TE)
-        for name in settings.tables.logit_losses:
-            if name == PRIOR_LOSS:
-                coefficient = config.language_prior
-                targets_TE = self._prior_targets(settings, logits_TE.device, groups)
-                loss = language_prior_loss(logits_TE=logits_TE, targets_TE=targets_TE, counted_T=counted_T)
-            else:
-                coefficient = config.router_z_loss_coef
-                loss = router_z_loss(logits_TE=logits_TE, counted_T=counted_T)
-            state.deposit(name, coefficient, loss)
-
-    @staticmethod
-    def _prior_targets(settings: LayerSettings, device: torch.device, groups: TokenGroups | None) -> Tensor:
-        if groups is None:
-            raise LanguageError(
-                f"The language-prior loss (coefficient {settings.config.language_prior}, stage "
-                f"{settings.config.record.stage!r}) needs the language of every token, and none was given. Use "
-                "LanguageCollator, or set language_prior_coef=0."
-            )
-        return settings.tables.tensor("prior_targets", device)[groups.group_T]
-
-    def _record_classifier(
-        self,
-        settings: LayerSettings,
-        state: ForwardState,
-        logits_TS: Tensor,
-        groups: TokenGroups | None,
-    ) -> None:
-        """Deposit the loss of this layer's gate, whose newest row learns to tell the original languages from others."""
-        config, counted_T = settings.config, state.counted(logits_TS)
-        if groups is None:
-            raise LanguageError(
-                f"The classifiers' loss (coefficient {config.classifier_loss}, stage {config.record.stage!r}) needs "
-                "the language of every token, and none was given. Use LanguageCollator, or set classifier_coef=0."
-            )
-        logits_T = logits_TS.amin(dim=-1) if config.record.train_earlier_rows else logits_TS[:, config.newest_step]
-        loss = classifier_loss(logits_T=logits_T, original_T=groups.group_T == 0, counted_T=counted_T)
-        state.deposit(GATE_LOSS, config.classifier_loss, loss)
 
     # What PEFT's base class assumes of a leaf layer with one weight, said for an MLP block.
 
