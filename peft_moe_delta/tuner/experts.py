@@ -131,7 +131,10 @@ def arriving_together(modules: Sequence[nn.Module | None]) -> list[Any]:
     trained = [p for module in present for p in parameters_of(module) if p.requires_grad and hasattr(p, "_hp_mapping")]
     if not trained or not torch.is_grad_enabled():
         return list(modules)
-    instead = dict(zip(map(id, trained), _Together.apply(*trained), strict=True))
+    # Each through a node of its own: of nodes that may run, autograd takes the youngest, but those that add gradients
+    # up are all alike to it, and which of several ready ones comes first depends on what else is waiting.
+    own = [parameter.view_as(parameter) for parameter in trained]
+    instead = dict(zip(map(id, trained), _Together.apply(*own), strict=True))
     return [module if module is None else _substituted(module, instead) for module in modules]
 
 

@@ -62,11 +62,20 @@ def make_model(changes: dict[str, Any]) -> nn.Module:
     return model
 
 
+def documents_of(languages: tuple[str, str], step: int) -> list[list[dict[str, Any]]]:
+    """The documents of each process in one step."""
+    halves = zip((LENGTHS[:2], LENGTHS[2:]), languages, strict=True)
+    return [documents(n, codes.split(), seed=10 * step + i) for i, (n, codes) in enumerate(halves)]
+
+
 def batches(languages: tuple[str, str], step: int, model: nn.Module) -> list[dict[str, Tensor]]:
     """The batch of each process in one step."""
-    collate = LanguageCollator(make_tokenizer(), model)
-    halves = zip((LENGTHS[:2], LENGTHS[2:]), languages, strict=True)
-    return [collate(documents(n, codes.split(), seed=10 * step + i)) for i, (n, codes) in enumerate(halves)]
+    return [LanguageCollator(make_tokenizer(), model)(found) for found in documents_of(languages, step)]
+
+
+def joint_batch(languages: tuple[str, str], step: int, model: nn.Module) -> dict[str, Tensor]:
+    """The same documents as one batch."""
+    return LanguageCollator(make_tokenizer(), model)(sum(documents_of(languages, step), []))
 
 
 def targets(batch: dict[str, Tensor]) -> int:
