@@ -75,7 +75,8 @@ def batches(languages: tuple[str, str], step: int, model: nn.Module) -> list[dic
 
 def joint_batch(languages: tuple[str, str], step: int, model: nn.Module) -> dict[str, Tensor]:
     """The same documents as one batch."""
-    return LanguageCollator(make_tokenizer(), model)(sum(documents_of(languages, step), []))
+    every = [document for found in documents_of(languages, step) for document in found]
+    return LanguageCollator(make_tokenizer(), model)(every)
 
 
 def targets(batch: dict[str, Tensor]) -> int:
