@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .errors import DataError
 from .matrices import squared_norm
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
 from .tuner.experts import LowRankLinear
@@ -36,6 +38,10 @@ class TrainingMonitor(TrainerCallback):
       steps out itself and goes on, this is left to it.
     - At every log and at the end: an expert that has moved away from its MLP by more than the MLP's own norm.
     - At the end: a group that has seen very little text for its experts' size.
+
+    Raises:
+        DataError: a streamed data set on several processes whose batches one process cuts up for the others: rows get
+            lost, or do not fit together.
     """
 
     def __init__(self) -> None:
@@ -44,6 +50,12 @@ class TrainingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if args.world_size > 1 and isinstance(kwargs.get("train_dataloader"), DataLoaderDispatcher):
+            raise DataError(
+                "With a streamed data set accelerate makes batches on one process and cuts them up for the others: "
+                "packed rows vanish, and padded ones differ in length. Let every process make its own: "
+                'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
+            )
         self._resumed = state.global_step > 0
         for layer in _layers(kwargs["model"]):
             layer.context.tokens = {}

@@ -48,17 +48,16 @@ class LanguageCollator:
     Each document is a mapping with `input_ids` (or `text`, tokenised here and closed with the end-of-text token), a
     `language` code (or one code a token), and optionally `labels` and an `attention_mask`, whose zeros are left out.
 
-    Returns, all int64: `input_ids`, `labels` (-100 where there is no target), and
+    Returns, all int64 (B, S): `input_ids`, `labels` (-100 where there is no target), `language_ids` (-100 for padding),
+    and
 
-    - padded (default): `attention_mask` (B, S) and `language_ids` (B,), or (B, S) where documents mix languages.
-      Padding is known by its place, not by its token: end-of-text stays a target where it doubles as padding. Padded on
-      the left, a document has `position_ids` that begin with it, and its first token, which only padding precedes, is
-      no target.
-    - packed: documents laid end to end in rows of `max_length`; `language_ids` (B, S), -100 in the rest of the last
-      row; `position_ids` (B, S) that restart with every document and row, from which most of transformers' models keep
-      documents from attending to each other. Falcon, BLOOM and MPT do not; so a packed pass of a few tokens is tried
-      on the model, and a model that mixes documents is refused. FlashAttention tells documents apart within one row
-      only, so it gets all rows as one.
+    - padded (default): `attention_mask`. Padding is known by its place, not by its token: end-of-text stays a target
+      where it doubles as padding. Padded on the left, a document has `position_ids` that begin with it, and its first
+      token, which only padding precedes, is no target.
+    - packed: documents laid end to end in rows of `max_length`, of which the last is filled up; `position_ids` that
+      restart with every document and row, from which most of transformers' models keep documents from attending to
+      each other. Falcon, BLOOM and MPT do not; so a packed pass of a few tokens is tried on the model, and a model that
+      mixes documents is refused. FlashAttention tells documents apart within one row only, so it gets all rows as one.
 
     The first ten documents of each language are looked at, and a warning says so if they are in another one.
 
@@ -180,11 +179,8 @@ class LanguageCollator:
         }
         if left:
             batch["position_ids"] = _rows([list(range(len(row))) for row in labels], width, 0, left)
-        if all(len(set(d.languages)) == 1 for d in documents):
-            batch["language_ids"] = torch.tensor([d.languages[0] for d in documents])
-        else:
-            batch["language_ids"] = _rows([d.languages[:length] for d in documents], width, PADDING_LANGUAGE_ID, left)
-        return batch
+        languages = [d.languages[:length] for d in documents]
+        return batch | {"language_ids": _rows(languages, width, PADDING_LANGUAGE_ID, left)}
 
     @torch.no_grad()
     def _keeps_apart(self, model: nn.Module) -> bool:
@@ -226,11 +222,13 @@ class LanguageCollator:
 
 
 class RoutingCallback(TrainerCallback):
-    """Adds the routers' figures to the Trainer's log: auxiliary losses and the share of tokens on expert 0 per group.
+    """Adds the routers' figures to the Trainer's log: auxiliary losses, the share of tokens on expert 0 per group, and
+    what was read.
 
     Means since the last training log, over the tokens of all processes: `load_balancing_loss`, `language_prior_loss`,
-    `expert_0_share/<group>`. They reach `log_history`, what Trainer prints, and callbacks given after this one. Those
-    of `report_to` come first; for them: `trainer.callback_handler.callbacks.insert(0, RoutingCallback())`.
+    `expert_0_share/<group>`; and over the passes of all: `tokens_per_pass/<group>`, without padding. They reach
+    `log_history`, what Trainer prints, and callbacks given after this one. Those of `report_to` come first; for them:
+    `trainer.callback_handler.callbacks.insert(0, RoutingCallback())`.
     """
 
     def on_train_begin(

@@ -244,9 +244,8 @@ class ForwardContext:
         state, self.current = self.current, None
         if output is not None and state is not None and state.remember is not None:
             state.remember(output)
-        if self.tokens is not None and state is not None and state.seen is not None:
-            groups, seen = state.seen
-            self.tokens[groups] = seen + self.tokens[groups].to(seen.device) if groups in self.tokens else seen
+        if state is not None and state.seen is not None:
+            self._count(*state.seen)
         auxiliary = state.auxiliary_loss(self.record) if state is not None and output is not None else None
         loss = output.get("loss") if isinstance(output, dict) else None
         shown = auxiliary if loss is None else loss
@@ -270,6 +269,12 @@ class ForwardContext:
             return None
         output["loss"] = loss + auxiliary.to(loss)
         return output
+
+    def _count(self, groups: tuple[str, ...], seen: Tensor) -> None:
+        """What a training pass has read of each group."""
+        self.record(tuple(f"tokens_per_pass/{group}" for group in groups), seen, torch.ones_like(seen))
+        if self.tokens is not None:
+            self.tokens[groups] = seen + self.tokens[groups].to(seen.device) if groups in self.tokens else seen
 
     def _refuse_diverged(self, model: nn.Module) -> None:
         """Stop a training whose weights have become NaN, which the loss in Trainer's log does not say.

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor, distributed, nn
 from transformers import Trainer
 
-from peft_moe_delta import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
+from peft_moe_delta import AuxiliaryLossMixin, LanguageCollator, RoutingCallback, TrainingMonitor
+from peft_moe_delta.errors import DataError
 from training.common import (
     GradientRecorder,
     checkpoint,
@@ -111,18 +113,34 @@ class MixedTrainer(AuxiliaryLossMixin, Trainer):
     """Adds the auxiliary loss itself."""
 
 
-TRAINERS = {"Trainer": Trainer, "Trainer with the mixin": MixedTrainer}
+TRAINERS = {"Trainer": Trainer, "Trainer with the mixin": MixedTrainer, "streamed and packed": Trainer}
 
 
-def with_trainer(name: str, folder: Path, size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+def with_trainer(
+    name: str, folder: Path, size: int, dispatch: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One step of a Trainer on four documents, of which a process sees `size` at a time: gradients, and the log."""
     recorder = GradientRecorder()
     model = expert_model(routing="language", stage="review", language_prior_coef=5.0)
-    data = documents((5, 5, 5, 5), ["en", "hu", "en", "az"])  # as many targets to a token in every pass
-    arguments = {"per_device_train_batch_size": size, "max_grad_norm": 0.0, "ddp_find_unused_parameters": False}
-    callbacks = [recorder, RoutingCallback()]
+    data: Any = documents((5, 5, 5, 5), ["en", "hu", "en", "az"])  # as many targets to a token in every pass
+    arguments: dict[str, Any] = {"per_device_train_batch_size": size, "max_grad_norm": 0.0}
+    arguments["ddp_find_unused_parameters"] = False
+    if name == "streamed and packed":
+        data = Dataset.from_list(data).to_iterable_dataset()
+        arguments |= {"collator": {"packing": True, "max_length": 10}}
+        arguments |= {"accelerator_config": {"dispatch_batches": dispatch}}
+    callbacks = [recorder, RoutingCallback(), TrainingMonitor()]
     trainer = train(model, data, folder, trainer_class=TRAINERS[name], callbacks=callbacks, **arguments)
     return recorder.steps[0], trainer.state.log_history[0]
+
+
+def refusal(folder: Path) -> str:
+    """What is said where one process would cut up the batches of all."""
+    try:
+        with_trainer("streamed and packed", folder, size=2, dispatch=True)
+    except DataError as error:
+        return str(error)
+    return "nothing"
 
 
 def main(rank: int, world: int, folder: Path) -> None:
@@ -138,6 +156,7 @@ def main(rank: int, world: int, folder: Path) -> None:
             break
     else:
         found |= {name: with_trainer(name, folder, size=2) for name in TRAINERS}
+        found["refusal"] = refusal(folder)
     torch.save(found, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 

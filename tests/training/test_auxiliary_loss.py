@@ -37,7 +37,7 @@ def run(model, batch):
     for hook in hooks:
         hook.remove()
     next_token = F.cross_entropy(output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    codes = [list(LANGUAGES)[i] for i in batch["language_ids"]]
+    codes = [list(LANGUAGES)[i] for i in batch["language_ids"].amax(dim=1)]
     counted = [(b, s) for b, s in torch.nonzero(batch["attention_mask"]).tolist()]
     layers = []
     for i, layer in enumerate(moe_layers(model)):

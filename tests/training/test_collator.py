@@ -31,7 +31,7 @@ def test_padded_on_the_right_keeps_end_of_text_as_a_target(tokenizer):
         input_ids=[[5, 6, 2, 2, 2], [7, 8, 9, 10, 2]],
         attention_mask=[[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]],
         labels=[[5, 6, 2, _, _], [7, 8, 9, 10, 2]],
-        language_ids=[1, 0],
+        language_ids=[[1, 1, 1, _, _], [0, 0, 0, 0, 0]],
     )
 
 
@@ -113,7 +113,8 @@ def test_text_is_closed_with_one_end_of_text(tokenizer, text):
 @pytest.mark.parametrize("source", ["model", "config", "table"])
 def test_languages_come_from_a_model_a_config_or_a_table(tokenizer, source):
     sources = {"model": upcycle(pico()), "config": moe_config(), "table": moe_config().language_table}
-    assert LanguageCollator(tokenizer, sources[source])([LONG, SHORT])["language_ids"].tolist() == [0, 1]
+    batch = LanguageCollator(tokenizer, sources[source])([LONG, SHORT])
+    assert batch["language_ids"].tolist() == [[0, 0, 0, 0, 0], [1, 1, 1, _, _]]
 
 
 @pytest.mark.parametrize("packing", [False, True])

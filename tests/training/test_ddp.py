@@ -70,4 +70,7 @@ def test_two_processes(tmp_path, subtests):
             assert {key.rpartition("/")[2] for key in figures} >= {"original", "uralic", "turkic"}
             for each in found:
                 assert_equal(each[name][0], expected, 1e-6)
+                assert each[name][1]["tokens_per_pass/original"] == 5
                 assert {key: each[name][1][key] for key in figures} == pytest.approx(figures, abs=1e-6)
+    with subtests.test("a stream that one process reads for all"):
+        assert all("dispatch_batches" in each["refusal"] for each in found)

@@ -29,7 +29,9 @@ def router_logits(model, batch):
     for hook in hooks:
         hook.remove()
     kept = batch["attention_mask"].bool()
-    groups = [LANGUAGES[CODES[i]] for i, row in zip(batch["language_ids"], kept, strict=True) for _ in range(row.sum())]
+    groups = [
+        LANGUAGES[CODES[i]] for i, row in zip(batch["language_ids"][:, 0], kept, strict=True) for _ in range(row.sum())
+    ]
     weights = [layer.moe_delta_router["default"].weight for layer in moe_layers(model)]
     return [x[kept] @ w.T for x, w in zip(inputs, weights, strict=True)], groups
 
@@ -138,7 +140,7 @@ def test_trainer_keeps_the_columns_the_collator_reads(tmp_path, data, column):
     collate = trainer.data_collator
     trainer.data_collator = lambda features: read.extend(features) or collate(features)
     (batch,) = trainer.get_train_dataloader()
-    assert sorted(batch["language_ids"].tolist()) == [0, 1, 2, 3]
+    assert sorted(batch["language_ids"][:, 0].tolist()) == [0, 1, 2, 3]
     assert all(set(document) == {column, "language"} for document in read)
 
 

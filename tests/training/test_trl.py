@@ -110,7 +110,7 @@ def test_prompts_without_targets(tmp_path):
     (batch,) = trainer.get_train_dataloader()
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 2]]
     assert batch["labels"].tolist() == [[-100, -100, 7, 8, 2]]
-    assert batch["language_ids"].tolist() == [0]
+    assert batch["language_ids"].tolist() == [[0, 0, 0, 0, 0]]
 
 
 def test_afterwards_the_model_generates_and_unloads(tmp_path):
