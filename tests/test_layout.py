@@ -30,6 +30,7 @@ LEVELS = {
     "attention": 1,
     "plan": 1,
     "losses": 1,
+    "streams": 1,
     "loading": 1,
     "checkpoint": 1,
     "routing": 2,

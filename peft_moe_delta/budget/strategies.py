@@ -100,6 +100,14 @@ class Budget:
         """Of a step, over all GPUs."""
         return self.gpus * self.measured.flops
 
+    def hours(self, steps: int, speed: float) -> str:
+        """A sentence: GPU hours of so many steps, where a GPU computes `speed` FLOP a second."""
+        work = steps * self.flops
+        return (
+            f"{steps:,} steps: {steps * self.tokens / 1e6:,.1f} million tokens, {work / 1e15:,.1f} PFLOP, "
+            f"{work / speed / 3600:,.2f} GPU hours at {speed / 1e12:,.0f} TFLOP a second."
+        )
+
     def table(self) -> str:
         """Markdown: the job, every strategy by part, and what fits."""
         job, measured = self.job, self.measured

@@ -40,6 +40,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
         help="of the arithmetic (bf16), whatever this machine would choose",
     )  # fmt: skip
     add("--checkpointing", action="store_true", help="with activation checkpointing of decoder layers")
+    add(
+        "--tflops", type=_count, metavar="N",
+        help="also say how many GPU hours the expansion takes, if a GPU really computes N TFLOP a second (40%% of what "
+        "its maker states is a usual share)",
+    )  # fmt: skip
 
 
 def _read(arguments: Namespace) -> tuple[Recipe, Namespace]:

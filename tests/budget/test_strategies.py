@@ -34,6 +34,12 @@ def test_copies_add_buckets_and_shards_add_what_is_whole_at_a_time():
     assert budget.tokens == 4 * 2 * 64 and budget.flops == 4 * measured.flops
 
 
+def test_hours_are_work_by_speed():
+    budget = plan_budget(RANKED, gpus=4, memory=LARGE)
+    said = budget.hours(steps=1000, speed=budget.flops / 3.6)
+    assert said.startswith("1,000 steps: 0.5 million tokens, ") and " 1.00 GPU hours at " in said
+
+
 def test_four_bits_hold_the_linear_maps_of_layers_and_nothing_else():
     budget = plan_budget(RANKED, gpus=1, memory=LARGE)
     whole, packed = budget.strategies
@@ -58,9 +64,10 @@ def test_where_nothing_fits_the_advice_would_help():
 
 def test_the_command_prints_a_plan(write_recipe, recipe_fields, capsys):  # noqa: F811
     recipe = write_recipe(recipe_fields)
-    main(["plan", recipe, "--gpus", "2", "--memory", "80GB", "--base-dtype", "bfloat16"])
+    main(["plan", recipe, "--gpus", "2", "--memory", "80GB", "--base-dtype", "bfloat16", "--tflops", "400"])
     said = capsys.readouterr().out
     assert "| experts of rank 16, FSDP2 or ZeRO-3 |" in said and "What fits: one GPU; DDP; " in said
+    assert " GPU hours at 400 TFLOP a second." in said
     with pytest.raises(SystemExit):
         main(["plan", recipe, "--memory", "much"])
     assert "such as 80GB, got 'much'" in capsys.readouterr().err

@@ -25,4 +25,7 @@ def plan(given: tuple[Recipe, Namespace]) -> str:
         checkpointing=arguments.checkpointing,
         experts_as_base=arguments.expert_dtype == "base",
     )
-    return plan_budget(job, arguments.gpus, arguments.memory).table()
+    budget = plan_budget(job, arguments.gpus, arguments.memory)
+    if arguments.tflops is None:
+        return budget.table()
+    return f"{budget.table()}\n\n{budget.hours(recipe.expand.steps, arguments.tflops * 1e12)}"
