@@ -22,6 +22,7 @@ from ..routing.context import MARGIN, THRESHOLD, ContextRouting, PassTokens, tok
 from .config import MoeDeltaConfig
 from .dispatch import constant
 from .passes import ForwardState
+from .processes import check_hands_out_buffers
 from .record import FittedIdentifier
 
 AUTO = "auto"
@@ -61,12 +62,16 @@ class Identifier(nn.Module):
 
     Attributes:
         counts: (L, V) int32, languages as in `fitted_of(config)`. Whole numbers, so no change of dtype touches them.
+
+    Raises:
+        PeftMoeDeltaError: it would be on one of several processes alone.
     """
 
     counts: Tensor
 
     def __init__(self, config: MoeDeltaConfig, device: torch.device) -> None:
         super().__init__()
+        check_hands_out_buffers()
         self.config = config
         shape = (len(fitted_of(config).languages), fitted_of(config).vocabulary)
         self.register_buffer("counts", torch.zeros(shape, dtype=torch.int32, device=device))

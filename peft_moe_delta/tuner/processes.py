@@ -40,13 +40,29 @@ def plain_name(name: str) -> str:
     return name
 
 
-def is_stand_in() -> bool:
-    """Whether this process's base model is empty: with FSDP's `cpu_ram_efficient_loading` the first one loads for all.
-
-    As transformers finds out when it loads.
-    """
+def loads_on_one() -> bool:
+    """Whether the first process loads the model for all: FSDP's `cpu_ram_efficient_loading`, as transformers asks."""
     flags = ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
-    return parallel() and all(map(parse_flag_from_env, flags)) and os.environ.get("LOCAL_RANK", "-1") != "0"
+    return parallel() and all(map(parse_flag_from_env, flags))
+
+
+def is_stand_in() -> bool:
+    """Whether this process's base model is empty, as another one loads for all."""
+    return loads_on_one() and os.environ.get("LOCAL_RANK", "-1") != "0"
+
+
+def check_hands_out_buffers() -> None:
+    """Refuse a buffer where accelerate would hand out parameters alone, and stumble.
+
+    Raises:
+        PeftMoeDeltaError: it would.
+    """
+    if loads_on_one():
+        raise PeftMoeDeltaError(
+            "With fsdp_cpu_ram_efficient_loading accelerate hands out parameters alone, and what an identifier knows "
+            "is a buffer. Set it to false in accelerate's config, or train with language_ids alone and call "
+            "fit_identifier(...) in one process afterwards."
+        )
 
 
 def sharding_of(model: nn.Module) -> str | None:
@@ -77,8 +93,9 @@ def check_unsharded(model: nn.Module) -> None:
 def prepare_for_engine(model: Any) -> None:
     """What an engine that holds a model needs, before its next training pass.
 
-    ZeRO-3 hands the gradients of a whole MLP on as soon as its input has one; an input without one counts at once, and
-    that of the first MLP has none where everything before it is frozen.
+    ZeRO-3 hands the gradients of a whole layer of experts on as soon as its input has one; an input without one counts
+    at once. That of the first layer has none where everything before it is frozen, and inputs by keyword, as attention
+    is called, are not looked at.
 
     Raises:
         PeftMoeDeltaError: as `check_trains`.
@@ -86,8 +103,18 @@ def prepare_for_engine(model: Any) -> None:
     if not parallel():
         return
     check_trains(model)
-    if hasattr(next(model.parameters()), "ds_id") and not hasattr(model, "_require_grads_hook"):
+    if not hasattr(next(model.parameters()), "ds_id"):
+        return
+    if not hasattr(model, "_require_grads_hook"):
         model.enable_input_require_grads()
+    for layer in model.modules():
+        if getattr(layer, "_z3_leaf", False) and _in_its_place not in layer._forward_pre_hooks.values():
+            layer.register_forward_pre_hook(_in_its_place, prepend=True, with_kwargs=True)
+
+
+def _in_its_place(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A layer's input by position."""
+    return (args, kwargs) if args else ((kwargs.pop("hidden_states"),), kwargs)
 
 
 def check_trains(model: nn.Module) -> None:

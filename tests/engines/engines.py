@@ -54,10 +54,19 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
 
+class Refusal(Exception):
+    """What an engine says by itself of a model that it does not take."""
+
+
 class Engine:
     """One process, which sees the batches of all; what the others are held to."""
 
     name = "one process"
+
+    @classmethod
+    def launch(cls) -> None:
+        """Set the environment, as whoever starts the processes does, before there is a model."""
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -161,9 +170,12 @@ class AccelerateFSDP2(FSDP2):
 
     name = "FSDP2 by accelerate"
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    @classmethod
+    def launch(cls) -> None:
         asked = yaml.safe_load((EXAMPLES / "fsdp2.yaml").read_text())["fsdp_config"]
         os.environ |= {name.upper(): str(value) for name, value in asked.items()} | {"ACCELERATE_USE_FSDP": "true"}
+
+    def wrap(self, model: nn.Module) -> nn.Module:
         plugin = FullyShardedDataParallelPlugin()
         mesh = init_device_mesh("cpu", (distributed.get_world_size(),), mesh_dim_names=("dp_shard",))
         accelerator = SimpleNamespace(
@@ -182,8 +194,11 @@ class FSDP1(DDP):
     options: ClassVar[dict[str, Any]] = {"use_orig_params": True}
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        policy = ModuleWrapPolicy({LlamaDecoderLayer})
-        return FullyShardedDataParallel(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), **self.options)
+        settings = {"auto_wrap_policy": ModuleWrapPolicy({LlamaDecoderLayer}), "device_id": torch.device("cpu")}
+        try:
+            return FullyShardedDataParallel(model, **settings, **self.options)
+        except ValueError as error:
+            raise Refusal(str(error)) from error
 
     def gradients(self) -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(self.run, with_grads=True):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from engines.cases import STAGES, Case, reference
-from engines.engines import ENGINES
+from engines.engines import ENGINES, Refusal
 from peft_moe_delta.errors import PeftMoeDeltaError
 
 TOLERANCE = 1e-5
@@ -37,9 +37,10 @@ def difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[f
 def outcome(case: Case, stage: str, expected: dict[str, Tensor]) -> dict[str, str | float]:
     """What came of a case, in this process."""
     torch.manual_seed(0)
+    case.engine.launch()
     try:
         found = STAGES[stage](case)
-    except PeftMoeDeltaError as error:
+    except (PeftMoeDeltaError, Refusal) as error:
         return {"outcome": "refused", "message": str(error)}
     except Exception as error:  # an engine may raise anything
         return {"outcome": "broken", "message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
