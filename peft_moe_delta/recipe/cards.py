@@ -101,7 +101,7 @@ def _row(stage: str, fields: Training, step: Step) -> dict[str, Any]:
     return {
         "stage": stage,
         "steps": fields.steps,
-        "batch_size": fields.batch_size,
+        "batch_size": fields.sequences // fields.steps,
         "sequence_length": None if isinstance(fields, Tuning) else fields.sequence_length,  # a task has its own
         "learning_rate": fields.learning_rate,
         **({"first_loss": round(losses[0], 3), "last_loss": round(losses[-1], 3)} if losses else {}),

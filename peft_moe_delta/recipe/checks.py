@@ -24,6 +24,7 @@ from ..routing import ContextRouting, routing_named
 from ..tuner import MoeDeltaConfig
 from .fields import AUTO, Calibrate, Recipe
 from .stages import adapter_config, blocks
+from .trainer import check_trainer
 
 _SAME = ("num_hidden_layers", "hidden_size", "intermediate_size")
 
@@ -40,6 +41,8 @@ def check_training(recipe: Recipe) -> None:
     trained = {"tune": recipe.tune, "expand": recipe.expand, "review": recipe.review, "dense": recipe.dense}
     positions = getattr(base.get_text_config(), "max_position_embeddings", None)
     for name, fields in trained.items():
+        if fields is not None:
+            check_trainer(name, fields)
         if fields is not None and name != "tune" and positions is not None and fields.sequence_length > positions:
             raise RecipeError(
                 f"{name}: sequence_length is {fields.sequence_length}, and {recipe.model} has {positions} positions. "

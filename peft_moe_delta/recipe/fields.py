@@ -64,15 +64,23 @@ class Training:
 
     Attributes:
         steps: of the optimiser.
-        batch_size: sequences in each of them.
+        batch_size: sequences in a pass, and in each step, unless `trainer` accumulates gradients over several passes.
         learning_rate: at its highest, after a warm-up; a cosine follows.
         sequence_length: in tokens: one to read and one to predict at the least.
+        trainer: other arguments of transformers' `TrainingArguments` by their names, such as `weight_decay: 0.1`,
+            `gradient_accumulation_steps: 8` or `report_to: tensorboard`.
     """
 
     steps: Count
     batch_size: Count
     learning_rate: NotNegative
     sequence_length: Annotated[int, Within(2)] = 128
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sequences(self) -> int:
+        """Read in all steps."""
+        return self.steps * self.batch_size * int(self.trainer.get("gradient_accumulation_steps", 1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ class Run:
             lambda: {
                 "base": self.base(),
                 "dense": fields,
-                "tokens": {n: getattr(expand, n) for n in ("steps", "batch_size", "sequence_length")},
+                "tokens": {n: getattr(expand, n) for n in ("sequences", "sequence_length")},
                 **self._read("train", recipe.languages, recipe.expanded_languages),
                 **self._arithmetic,
             },

@@ -21,7 +21,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     default_data_collator,
 )
 
@@ -36,6 +35,7 @@ from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary, save_tokenizer
 from .fields import Precision, Recipe, Review, Training, Tuning
+from .trainer import training_arguments
 
 LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
 BY_CONTEXT = "by_context"
@@ -163,7 +163,7 @@ def blocks(recipe: Job, tokenizer: PreTrainedTokenizerBase, languages: Sequence[
     Raises:
         DataError: a language has too little text.
     """
-    each = -(-fields.steps * fields.batch_size // len(languages))
+    each = -(-fields.sequences // len(languages))
     features: Features = []
     for code in languages:
         texts = read_texts(recipe.languages[code].train)
@@ -177,8 +177,8 @@ def blocks(recipe: Job, tokenizer: PreTrainedTokenizerBase, languages: Sequence[
         if len(starts) < each:
             raise DataError(
                 f"{recipe.languages[code].train} has {len(tokens):,} tokens of {code!r}; {fields.steps} steps of "
-                f"{fields.batch_size} x {fields.sequence_length} tokens need {each * fields.sequence_length:,} of each "
-                "language. Bring more text, or train for fewer steps."
+                f"{fields.sequences // fields.steps} x {fields.sequence_length} tokens need "
+                f"{each * fields.sequence_length:,} of each language. Bring more text, or train for fewer steps."
             )
         features += [{"input_ids": tokens[s : s + fields.sequence_length], "language": code} for s in starts[:each]]
     random.Random(recipe.seed).shuffle(features)
@@ -207,22 +207,9 @@ def train(
 def _train(
     recipe: Job, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator, folder: Path
 ) -> None:
-    """The plain Trainer, with cosine decay and a short warm-up; its log lies beside the step's result."""
+    """The plain Trainer; its log lies beside the step's result."""
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch,
-            max_steps=fields.steps,
-            per_device_train_batch_size=fields.batch_size,
-            learning_rate=fields.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=max(1, fields.steps // 10),
-            bf16=recipe.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            logging_steps=max(1, fields.steps // 5),
-            save_strategy="no",
-            report_to=[],
-            seed=recipe.seed,
-        )
+        arguments = training_arguments(fields, scratch, precision=recipe.precision, seed=recipe.seed)
         trainer = Trainer(
             model,
             arguments,
