@@ -89,8 +89,11 @@ evidence-quick: $(INSTALLED)  ## one seed, one length and few methods of it, int
 	$(RUN) $(EVIDENCE) run --quick --results build/evidence/scores --workers $(WORKERS)
 	$(EVIDENCE) pages --results build/evidence/scores --page build/evidence/evidence.md
 
-distributed: $(INSTALLED)  ## what equals one process under DDP, FSDP and ZeRO, as the table of docs/training.md
-	OMP_NUM_THREADS=1 $(BIN)/python tests/distributed_table.py --write
+# Beside the environment, as test-quantised. It is built from source, against the installed PyTorch.
+distributed: $(INSTALLED)  ## what equals one process under DDP, FSDP and ZeRO: the table of docs/training.md (half an hour)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --no-build-isolation \
+	  -c constraints.txt --upgrade --target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	OMP_NUM_THREADS=1 PYTHONPATH=build/deepspeed $(BIN)/python tests/distributed_table.py --write
 
 cards: $(INSTALLED)  ## the finished model cards and the README's picture again, from the demo's run where there is one
 	@for card in model_cards/*/; do \

@@ -64,13 +64,17 @@ def main() -> None:
     parser.add_argument("--routings", nargs="*", default=list(ROUTINGS), choices=list(ROUTINGS))
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--json", type=Path, help="also write everything that was found, traces included")
+    parser.add_argument("--read", type=Path, help="run nothing: make the table of what --json wrote")
     parser.add_argument("--write", action="store_true", help=f"put the table into docs/{PAGE.name}")
     options = parser.parse_args()
     has_deepspeed = importlib.util.find_spec("deepspeed") is not None
     engines = [name for name in options.engines if has_deepspeed or not name.startswith("ZeRO")]
-    with tempfile.TemporaryDirectory() as folder:
-        possible = references(Path(folder), [(r, s) for s in options.stages for r in options.routings])
-        found = outcomes([f"{e}/{r}/{s}" for e in engines for r, s in possible], Path(folder))
+    if options.read:
+        found = json.loads(options.read.read_text())
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            possible = references(Path(folder), [(r, s) for s in options.stages for r in options.routings])
+            found = outcomes([f"{e}/{r}/{s}" for e in engines for r, s in possible], Path(folder))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1))
     text = table(found, engines, options.stages)

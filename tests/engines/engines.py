@@ -198,7 +198,8 @@ class FSDP1(DDP):
         try:
             return FullyShardedDataParallel(model, **settings, **self.options)
         except ValueError as error:
-            raise Refusal(str(error)) from error
+            why = next(part for part in str(error).split(". ") if "use_orig_params" in part)
+            raise Refusal(f"PyTorch: {why}.") from error
 
     def gradients(self) -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(self.run, with_grads=True):
