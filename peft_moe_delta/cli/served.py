@@ -1,9 +1,11 @@
-"""`verify-served`: whether a server answers as an export does in plain transformers."""
+"""`serve`: a model behind a port. `verify-served`: whether a server answers as an export does in plain transformers."""
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, ArgumentTypeError
+import importlib.util
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 
+from ..errors import ServingError
 from .options import Command, new_file
 
 
@@ -18,6 +20,37 @@ def at_least_one(text: str) -> int:
     return number
 
 
+def _add_serve_arguments(parser: ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="an adapter, a grafted adapter or an export: folder or Hub id")
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="where to listen (127.0.0.1: this machine alone, as nobody is asked who they are)",
+    )
+    add("--port", type=int, default=8000, help="(8000)")
+    add("--name", help="what clients call the model (default: as it is given here)")
+    add("--max-tokens", type=at_least_one, default=512, help="most tokens of an answer, and the default (512)")
+    add("--max-prompt-tokens", type=at_least_one, default=4096, help="most tokens of a prompt (4096)")
+    add("--batch-size", type=at_least_one, default=8, help="most prompts answered at once (8)")
+    add("--queue", type=at_least_one, default=128, help="most prompts that wait; more get status 503 (128)")
+    add("--timeout", type=float, default=300.0, help="seconds from a request to the end of its answer (300)")
+    add("--trust-remote-code", action="store_true", help="load an export of --target remote_code")
+
+
+def _read_serve_arguments(arguments: Namespace) -> Namespace:
+    """
+    Raises:
+        ServingError: the extra is not installed.
+    """
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ServingError(
+            f"serve needs {' and '.join(missing)}, of the extra `serve`: pip install 'peft-moe-delta[serve]'."
+        )
+    return arguments
+
+
 def _add_verify_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("export", help="the exported checkpoint, or an adapter: folder or Hub id")
     asked = parser.add_mutually_exclusive_group(required=True)
@@ -25,7 +58,7 @@ def _add_verify_arguments(parser: ArgumentParser) -> None:
     asked.add_argument("--gguf", metavar="FILE", help="the export in GGUF, run in llama.cpp (extra `gguf`)")
     add = parser.add_argument
     add("--model", metavar="NAME", help="what the server calls it (default: the first that it lists)")
-    add("--language", help="sent with every request, to a server that takes a `language`")
+    add("--language", help="sent with every request, as `peft-moe-delta serve` takes it")
     add(
         "--text", metavar="LANGUAGE=FILE", action="append", default=[],
         help="jsonl with `text`, of which the first is asked (default: built-in sentences)",
@@ -42,6 +75,13 @@ def _add_verify_arguments(parser: ArgumentParser) -> None:
 
 
 COMMANDS = (
+    Command(
+        "serve",
+        "an OpenAI-compatible server of an adapter or export, with `language` in each request",
+        _add_serve_arguments,
+        "serve:serve",
+        _read_serve_arguments,
+    ),
     Command(
         "verify-served",
         "whether a running server, or a GGUF file, answers as the export does in transformers",
