@@ -115,7 +115,8 @@ class Server:
 
     def _echoed(self, prompt: Sequence[int]) -> list[float]:
         body = {"prompt": list(prompt), "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
-        _, logprobs = _tokens_of(_choice(self._ask("POST", "/v1/completions", body)))
+        told = {"return_token_ids": True}  # or vLLM looks for the text of a prompt that it was given as ids, and fails
+        _, logprobs = _tokens_of(_choice(self._ask("POST", "/v1/completions", {**body, **told})))
         if logprobs is None or len(logprobs) < len(prompt):
             raise NotOffered("no log-probabilities of the prompt come with echo")
         return list(logprobs[1 : len(prompt)])
