@@ -143,5 +143,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  echo "The versions in constraints.txt need Python 3.11 or newer, $(PYTHON) is older: make PYTHON=python3.11 ..." >&2; \
 	  exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo,eval,figures,lm-eval,trl]"
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,demo,eval,figures,lm-eval,serve,trl]"
 	@touch $@

@@ -39,3 +39,7 @@ class HubError(PeftMoeDeltaError):
 
 class CardError(PeftMoeDeltaError):
     """A model card would say what is not known to be true."""
+
+
+class ServingError(PeftMoeDeltaError):
+    """A server cannot be reached, fails, or cannot be started."""

@@ -16,8 +16,8 @@ from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 
 from ..program import NAME, VERSION
-from . import allocation, budget, delta, evaluate, graft, mix, pipeline, publish
-from .failure import failure_of
+from . import allocation, budget, delta, evaluate, graft, mix, pipeline, publish, served
+from .failure import CheckFailed, failure_of
 from .options import Command
 from .parser import Parser, printable
 
@@ -28,6 +28,7 @@ COMMANDS: tuple[Command, ...] = (
     *mix.COMMANDS,
     *delta.COMMANDS,
     *graft.COMMANDS,
+    *served.COMMANDS,
     *evaluate.COMMANDS,
     *publish.COMMANDS,
 )
@@ -47,6 +48,9 @@ def main(arguments: list[str] | None = None) -> None:
     verbosity = getattr(chosen, "verbosity", "normal")
     try:
         result = _carry_out(chosen.chosen, chosen, verbosity)
+    except CheckFailed as found:
+        print(printable(str(found)))
+        sys.exit(1)
     except BaseException as error:
         failure = failure_of(error)
         if failure is None:

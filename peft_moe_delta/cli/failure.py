@@ -2,7 +2,7 @@
 
 | status | what happened |
 |---|---|
-| 1 | the work cannot be done: a plan, a graft or a card that does not hold |
+| 1 | the work cannot be done, or a check failed: a plan, a graft or a card that does not hold, a server that differs |
 | 2 | the command line, a recipe or another file of settings cannot be read |
 | 3 | a file, a model or the Hub: missing, damaged, not to be written, out of reach |
 | 4 | out of memory |
@@ -15,6 +15,10 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError, DataError, HubError, PeftMoeDeltaError, RecipeError
 from .parser import one_line
+
+
+class CheckFailed(Exception):
+    """A check that ran to its end and found a fault: its text is printed as a result is, with status 1."""
 
 
 class Failure(SystemExit):

@@ -50,17 +50,19 @@ class Measured:
         """The language to name in a call, as the adapter writes it, where it must be told one; an original one
         (expert 0) where the adapter does not know the language; None where the routing needs none, or reads it."""
         table = self._table()
-        if table is None or not _settings(self.model).config.must_be_told:
+        if table is None or not settings_of(self.model).config.must_be_told:
             return None
         return closest_code(language, table.codes) or next(iter(table.members(ORIGINAL_GROUP)), table.codes[0])
 
     def _table(self) -> Any:
-        settings = _settings(self.model)
+        settings = settings_of(self.model)
         return None if settings is None else settings.tables.languages
 
 
-def load(source: Source) -> Measured:
+def load(source: Source, **options: Any) -> Measured:
     """A model with its tokenizer, in the dtype it is stored in; on the first GPU where there is one.
+
+    `options` as `from_pretrained` takes them, such as `trust_remote_code`.
 
     Raises:
         CheckpointError: no such folder or repository, or no tokenizer with it.
@@ -68,7 +70,7 @@ def load(source: Source) -> Measured:
     if isinstance(source, tuple):
         model, tokenizer = source
         return Measured(model, with_learnt_tokens(tokenizer, model), source=None)
-    model = load_causal_lm(source, dtype="auto")
+    model = load_causal_lm(source, dtype="auto", **options)
     tokenizer = load_tokenizer(with_tokenizer(str(source)))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = model.to(device)  # type: ignore[arg-type]  # `to` loses its self
@@ -82,7 +84,7 @@ def with_learnt_tokens(tokenizer: PreTrainedTokenizerBase, model: Any) -> PreTra
     Raises:
         DataError: another tokenizer than the model's.
     """
-    settings = _settings(model)
+    settings = settings_of(model)
     owner = getattr(model, "graft_report", None) if settings is None else settings.config.record
     if owner is None or not owner.new_tokens:
         return tokenizer
@@ -102,7 +104,7 @@ def with_tokenizer(source: str) -> str:
     return base
 
 
-def _settings(model: Any) -> Any:
+def settings_of(model: Any) -> Any:
     """The settings of the active adapter's first layer; None for other models."""
     for module in model.modules():
         if isinstance(module, MoeDeltaLayer) and module.in_force is not None:
