@@ -13,7 +13,6 @@ from transformers import PretrainedConfig
 from ..architectures import mlp_module_name
 from ..errors import GraftError, PeftMoeDeltaError, RecipeError
 from ..export import choose
-from ..files import read_tasks, read_texts
 from ..graft.explain import weights_of
 from ..graft.kinship import check_same_kind
 from ..graft.scale import scale_of_groups
@@ -21,6 +20,7 @@ from ..graft.weights import exported_share
 from ..languages import closest_code
 from ..loading import load_config, load_tokenizer
 from ..routing import ContextRouting, routing_named
+from ..sources import read_tasks, read_texts
 from ..tuner import MoeDeltaConfig
 from .fields import AUTO, Calibrate, Recipe
 from .stages import adapter_config, blocks
@@ -137,13 +137,13 @@ def check_held_out(recipe: Recipe) -> None:
         raise RecipeError(
             f"unseen: {', '.join(known)} is among the languages, so it is scored already. Remove it here."
         )
-    for file in recipe.unseen.values():
-        read_texts(file)
-    for language in recipe.languages.values():
+    for code, file in recipe.unseen.items():
+        read_texts(file, language=code)
+    for code, language in recipe.languages.items():
         for file in filter(None, (language.test, language.validation)):
-            read_texts(file)
+            read_texts(file, language=code)
         if calibration(recipe) is not None:
-            read_texts(language.train)
+            read_texts(language.train, language=code)
     for tasks in recipe.tasks.values():
         for file in filter(None, (tasks.test, tasks.validation)):
             read_tasks(file)

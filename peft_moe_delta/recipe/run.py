@@ -13,10 +13,12 @@ from typing import Any
 from ..evaluation import EvalReport
 from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
+from ..sources import TaskSource, TextSource
 from . import cards, checks, grafting, reporting, scoring, stages
+from .data import content_of
 from .fields import AUTO, Recipe
 from .reporting import BASE, DENSE, OURS, OURS_BY_CONTEXT, POST_TRAINED
-from .workspace import Step, Workspace, file_hash, model_files
+from .workspace import Step, Workspace, model_files
 
 
 class Run:
@@ -54,7 +56,7 @@ class Run:
             "post_trained",
             lambda: {
                 "base": self.base(),
-                "tune": {**asdict(tune), "tasks": file_hash(tune.tasks)},
+                "tune": {**asdict(tune), "tasks": content_of(tune.tasks, TaskSource)},
                 **self._arithmetic,
             },
             lambda folder: stages.tune(recipe, self.base_model, tune, folder),
@@ -256,16 +258,16 @@ class Run:
         """What models are scored on, and how."""
         languages, limits = {n: tasks.language for n, tasks in self.recipe.tasks.items()}, self.recipe.limits
         read = {**self._read("test", self.recipe.languages), **self._read("test", self.recipe.tasks)}
-        read |= {"unseen": {code: file_hash(file) for code, file in self.recipe.unseen.items()}}
+        read |= {"unseen": {code: content_of(file) for code, file in self.recipe.unseen.items()}}
         limited = (limits.test_documents, limits.document_bytes, limits.test_tasks)
         return {**read, "task_languages": languages, "limits": limited, **self._arithmetic}
 
     def _read(self, split: str, sets: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
         """A split of languages or of tasks: their order, and the files' contents."""
         names = [name for name in (sets if names is None else names) if getattr(sets[name], split) is not None]
-        kind = "languages" if sets is self.recipe.languages else "tasks"
-        hashes = {name: {split: file_hash(getattr(sets[name], split))} for name in names}
-        return {f"order of {kind}": names, kind: hashes}
+        kind, source = ("languages", TextSource) if sets is self.recipe.languages else ("tasks", TaskSource)
+        read = {name: {split: content_of(getattr(sets[name], split), source)} for name in names}
+        return {f"order of {kind}": names, kind: read}
 
     def _train(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
         """A step that trains. Before the first that runs, the text of all of them is looked through."""

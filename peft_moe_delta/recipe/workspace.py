@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import file_sha256, resolve, whole_folder
+from ..checkpoint import resolve, whole_folder
 from ..errors import RecipeError
-from ..files import existing
+from .data import file_hash
 
 RECORD = "step.json"
 _VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")
@@ -173,15 +173,6 @@ def _release_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def file_hash(path: str | Path) -> str:
-    """What stands for a file: its content.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    return f"sha256:{file_sha256(existing(path))}"
 
 
 def model_files(model: str) -> dict[str, str]:
