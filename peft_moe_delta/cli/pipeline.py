@@ -1,12 +1,13 @@
-"""`run`, `train`, `status` and `grow`: a recipe, whole or up to its adapter; how far it is; further languages."""
+"""`init`, `run`, `train`, `status`, `grow`: a recipe to start from, carried out, looked at; further languages."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from ..recipe import Recipe, read_recipe
 from ..recipe.growth import Growth, read_growth
-from .options import Command
+from .options import Command, pairs_of
 
 
 def _add_run_arguments(parser: ArgumentParser) -> None:
@@ -45,7 +46,27 @@ def _read_growth(arguments: Namespace) -> Growth:
     return read_growth(arguments.growth)
 
 
+def _add_init(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the base model: a Hub id or a folder")
+    parser.add_argument("--post-trained", metavar="MODEL", help="the model that was post-trained from that very base")
+    pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "CODE=FILE"}
+    parser.add_argument("--language", required=True, help="a language to learn, and its text; once or more", **pairs)
+    parser.add_argument("--original", help="a language that the model speaks, and its text", **pairs)
+
+
+def _read_init(arguments: Namespace) -> tuple[str, str | None, dict[str, str], dict[str, str]]:
+    texts = [pairs_of(f"--{name}", getattr(arguments, name)) for name in ("language", "original")]
+    return arguments.model, arguments.post_trained, texts[0], texts[1]
+
+
 COMMANDS = (
+    Command(
+        "init",
+        "a recipe to start from, for your model and text, on standard output",
+        _add_init,
+        "pipeline:init",
+        _read_init,
+    ),
     Command(
         "run", "the whole job: train, graft, score, and write the report", _add_run_arguments, "pipeline:run", _read_run
     ),

@@ -98,12 +98,13 @@ def read_tasks(source: str | Path | TaskSource, limit: int | None = None) -> lis
     """
     source = source_of(source, TaskSource)
     least = min((number for number in (limit, source.limit) if number is not None), default=None)
-    return [_task(where, row, source) for where, row in islice(_rows(source), least)]
+    rows = (row for number, row in enumerate(_rows(source)) if source.has(number))
+    return [_task(where, row, source) for where, row in islice(rows, least)]
 
 
 def _texts(source: TextSource, language: str | None) -> Iterator[str]:
     chosen = _Chosen(source.language_column, language)
-    found = False
+    found = 0
     for where, row in _rows(source):
         if source.column not in row:
             raise DataError(
@@ -111,10 +112,13 @@ def _texts(source: TextSource, language: str | None) -> Iterator[str]:
                 "with `column`."
             )
         if chosen.has(where, row) and row[source.column] not in (None, ""):
-            found = True
-            yield _text(where, row, source.column)
+            if source.has(found):
+                yield _text(where, row, source.column)
+            found += 1
     if not found:
         raise DataError(f"{source} {chosen.others() or 'has no text: every row is empty. Check the file.'}")
+    if not any(map(source.has, range(found))):
+        raise DataError(f"{source} has no part {source.part!r}, as it has {found} rows. Bring three at the least.")
 
 
 def _task(where: str, row: dict[str, Any], source: TaskSource) -> dict[str, str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from ..kinds import Count, read_fields
 
@@ -27,12 +27,19 @@ class Source:
         config: of a data set on the Hub; None for its only one, or its default.
         split: of a data set on the Hub.
         limit: rows to use, from the beginning; None for all.
+        part: of every ten rows, `test` has the second, `validation` the third, and `train` the others, so that one file
+            is enough; `all` has them all.
     """
 
     path: str | list[str]
     config: str | None = None
     split: str = "train"
     limit: Count | None = None
+    part: Literal["all", "train", "validation", "test"] = "all"
+
+    def has(self, row: int) -> bool:
+        """Whether the row of this number, counted from 0, is in the part."""
+        return self.part in ("all", {1: "test", 2: "validation"}.get(row % 10, "train"))
 
     @property
     def paths(self) -> list[str]:

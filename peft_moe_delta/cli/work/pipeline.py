@@ -1,4 +1,4 @@
-"""`run`, `train`, `status` and `grow`, carried out."""
+"""`init`, `run`, `train`, `status` and `grow`, carried out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from ...recipe.foresight import Outlook, look_ahead
 from ...recipe.growth import Growth
 from ...recipe.reporting import OURS
 from ...recipe.run import Run
+from ...recipe.starter import starter
 from .publish import card_files
 
 log = logging.getLogger(__name__)
+
+
+def init(given: tuple[str, str | None, dict[str, str], dict[str, str]]) -> str:
+    return starter(*given).rstrip("\n")
 
 
 def run(given: tuple[Recipe, bool]) -> str:
