@@ -46,7 +46,8 @@ ids. `examples/demo.yaml` is a complete one. `python docs/generate.py` makes thi
 
 The YAML is version 1.2: `no` is the language Norwegian, and `1e-3` is a number. Two ways change a recipe for one run:
 a section `quick`, with any of the fields again, is laid over the rest by `--quick`, and `--set expand.steps=200`
-changes one field.
+changes one field. `peft-moe-delta init` writes a first one, and `run --dry-run` checks it: see the
+[quickstart](quickstart.md).
 
 Editors that know JSON Schema complete and check a recipe with `{SCHEMA}`, which
 is installed with the package. The recipe's first line names the file:

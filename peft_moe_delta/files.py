@@ -1,54 +1,19 @@
-"""Files of text: read with clear errors, and written whole or not at all.
+"""Files: read with clear errors, and written whole or not at all.
 
-In: paths. Out: documents and tasks of jsonl files, or a file under its name once it is complete.
+In: paths. Out: the text of a file, or a file under its name once it is complete.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-from .documents import is_unicode
 from .errors import CheckpointError, DataError
-
-
-def read_texts(path: str | Path, limit_bytes: int | None = None) -> list[str]:
-    """The `text` column of a jsonl file, whole documents up to a number of UTF-8 bytes.
-
-    Raises:
-        DataError: no such file, a line without text, or no text at all.
-    """
-    texts, size = [], 0
-    for number, line in _lines(path):
-        text = line.get("text")
-        if not isinstance(text, str) or not text:
-            raise DataError(f"{path}, line {number}: expected a `text` with at least one character; got {text!r:.60}.")
-        texts.append(text)
-        size += len(text.encode())
-        if limit_bytes is not None and size >= limit_bytes:
-            break
-    return texts
-
-
-def read_tasks(path: str | Path, limit: int | None = None) -> list[dict[str, str]]:
-    """Tasks of a jsonl file with `prompt` and `answer`.
-
-    Raises:
-        DataError: no such file, a line without them, or no task at all.
-    """
-    tasks = []
-    for number, line in _lines(path):
-        if not isinstance(line.get("prompt"), str) or not isinstance(line.get("answer"), str):
-            raise DataError(f"{path}, line {number}: expected `prompt` and `answer`; got the fields {sorted(line)}.")
-        tasks.append(line)
-    return tasks[:limit]
 
 
 def read_text(path: str | Path) -> str:
@@ -128,30 +93,3 @@ def writing(path: Path) -> Iterator[None]:
 def beside(path: Path) -> Path:
     """A new hidden name in the same folder, so that moving from it is atomic; the suffix says the same format."""
     return path.with_name(f".{path.stem[:80]}.{uuid.uuid4().hex[:8]}{path.suffix}")
-
-
-def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Numbered objects of a jsonl file, at least one. Only line feeds end a line: U+2028 may stand in a text."""
-    found = False
-    try:
-        with existing(path).open(encoding="utf-8-sig", newline="\n") as file:
-            for number, text in enumerate(file, start=1):
-                if text.strip():
-                    found = True
-                    yield number, _object(text, f"{path}, line {number}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is no jsonl file in UTF-8: {error}. Check the file.") from error
-    if not found:
-        raise DataError(f"{path} is empty.")
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: expected a JSON object, {{...}}, on each line: {error}") from error
-    if not isinstance(line, dict):
-        raise DataError(f"{where}: expected an object; got {type(line).__name__}.")
-    if "\\u" in text and not is_unicode(json.dumps(line, ensure_ascii=False)):
-        raise DataError(f"{where}: holds half of a surrogate pair, which no tokenizer reads. Mend or leave it out.")
-    return line

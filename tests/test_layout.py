@@ -29,6 +29,7 @@ LEVELS = {
     "matrices": 0,
     "attention": 1,
     "plan": 1,
+    "sources": 1,
     "losses": 1,
     "streams": 1,
     "loading": 1,

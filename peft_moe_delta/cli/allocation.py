@@ -9,7 +9,7 @@ STRATEGIES = ("uniform", "inverse_similarity", "inverse_similarity_published", "
 
 MEASURE = Options()
 MEASURE.add("model", required=True, help="the base model: a Hub id or a folder")
-MEASURE.add("text", pairs=True, metavar="CODE=FILE", help="jsonl text of a language; twice or more")
+MEASURE.add("text", pairs=True, metavar="CODE=FILE", help="text of a language; twice or more")
 MEASURE.add("sources", default=["similarity", "deviation"], nargs="+", choices=SOURCES, help="what to measure")
 MEASURE.add("tokens", type=int, help="of a language, for all but deviation; default 5000")
 MEASURE.add("steps", type=int, help="of tuning a language, for deviation; default 10")

@@ -25,7 +25,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--routing", default="learned", help="as in MoeDeltaConfig")
     parser.add_argument("--top-k", type=int, help="experts a token; default 2")
     parser.add_argument(
-        "--text", action="append", default=[], metavar="CODE=FILE", help="fit the routers in closed form on jsonl text"
+        "--text", action="append", default=[], metavar="CODE=FILE", help="fit the routers in closed form on text"
     )
     parser.add_argument("--output", type=new_folder, required=True, help="folder of the adapter")
 

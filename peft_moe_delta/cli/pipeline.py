@@ -1,12 +1,20 @@
-"""`run`, `train` and `grow`: a recipe, whole or up to its adapter; further languages for an adapter."""
+"""`init`, `run`, `train`, `status`, `grow`: a recipe to start from, carried out, looked at; further languages."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 from ..recipe import Recipe, read_recipe
 from ..recipe.growth import Growth, read_growth
-from .options import Command
+from .options import Command, pairs_of
+
+
+def _add_run_arguments(parser: ArgumentParser) -> None:
+    _add_arguments(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what would be done, in seconds; run nothing"
+    )
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -26,6 +34,10 @@ def _read(arguments: Namespace) -> Recipe:
     return read_recipe(arguments.recipe, quick=arguments.quick, changes=arguments.changes)
 
 
+def _read_run(arguments: Namespace) -> tuple[Recipe, bool]:
+    return _read(arguments), arguments.dry_run
+
+
 def _add_growth(parser: ArgumentParser) -> None:
     parser.add_argument("growth", help="a YAML file: adapter, output, languages, experts; examples/grow.yaml is one")
 
@@ -34,13 +46,42 @@ def _read_growth(arguments: Namespace) -> Growth:
     return read_growth(arguments.growth)
 
 
+def _add_init(parser: ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="the base model: a Hub id or a folder")
+    parser.add_argument("--post-trained", metavar="MODEL", help="the model that was post-trained from that very base")
+    pairs: dict[str, Any] = {"action": "append", "default": [], "metavar": "CODE=FILE"}
+    parser.add_argument("--language", required=True, help="a language to learn, and its text; once or more", **pairs)
+    parser.add_argument("--original", help="a language that the model speaks, and its text", **pairs)
+
+
+def _read_init(arguments: Namespace) -> tuple[str, str | None, dict[str, str], dict[str, str]]:
+    texts = [pairs_of(f"--{name}", getattr(arguments, name)) for name in ("language", "original")]
+    return arguments.model, arguments.post_trained, texts[0], texts[1]
+
+
 COMMANDS = (
-    Command("run", "the whole job: train, graft, score, and write the report", _add_arguments, "pipeline:run", _read),
+    Command(
+        "init",
+        "a recipe to start from, for your model and text, on standard output",
+        _add_init,
+        "pipeline:init",
+        _read_init,
+    ),
+    Command(
+        "run", "the whole job: train, graft, score, and write the report", _add_run_arguments, "pipeline:run", _read_run
+    ),
     Command(
         "train",
         "the adapter alone: expansion and, where the recipe has one, review",
-        _add_arguments,
+        _add_run_arguments,
         "pipeline:train",
+        _read_run,
+    ),
+    Command(
+        "status",
+        "a recipe's steps: which are done, and what the next run would do",
+        _add_arguments,
+        "pipeline:status",
         _read,
     ),
     Command("grow", "add languages to an adapter, trained or not", _add_growth, "pipeline:grow", _read_growth),

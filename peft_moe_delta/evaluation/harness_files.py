@@ -1,7 +1,8 @@
 """The files that lm-evaluation-harness reads and writes: our held-out text and tasks as its tasks, its results as ours.
 
-In: jsonl files with `text`, or with `prompt` and `answer`. Out: task files for `lm_eval --include_path`. In: the
-`results_*.json` that `lm_eval --output_path` wrote. Out: rows of an `EvalReport`. Needs no `lm_eval`.
+In: text, and tasks with `prompt` and `answer`. Out: task files for `lm_eval --include_path`, and beside them what we
+read, as jsonl: the harness sees the same documents, whatever they were kept in. In: the `results_*.json` that
+`lm_eval --output_path` wrote. Out: rows of an `EvalReport`. Needs no `lm_eval`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import yaml
 from ..errors import DataError
 from ..files import write_text
 from ..languages import closest_code, closest_code_in_name
+from ..sources import TaskSource, TextSource, each_text, read_tasks
 from .report import TEXT, EvalReport, Model, Score
 
 TEXT_TASK = "moe_delta_text"
@@ -28,61 +30,58 @@ _NORMAL_95 = 1.96
 
 
 def write_harness_tasks(
-    folder: str | Path, texts: Mapping[str, str | Path], tasks: Mapping[str, str | Path]
+    folder: str | Path, texts: Mapping[str, str | Path | TextSource], tasks: Mapping[str, str | Path | TaskSource]
 ) -> list[str]:
-    """Write one task file for each language's text and each set of tasks.
+    """Write one task file for each language's text and each set of tasks, with its data.
 
     Args:
         folder: for `lm_eval --include_path`; made if need be.
-        texts: language -> jsonl with `text`: bits per byte by rolling log-likelihood.
-        tasks: name -> jsonl with `prompt` and `answer`: exact match of a greedy answer. The name may end in a language.
+        texts: language -> held-out text: bits per byte by rolling log-likelihood.
+        tasks: name -> tasks with `prompt` and `answer`: exact match of a greedy answer. The name may end in a language.
 
     Returns:
         The tasks' names, for `lm_eval --tasks`.
 
     Raises:
-        DataError: a file that is not there.
+        DataError: a file that is not there, or not what it should be.
     """
     folder = Path(folder)
-    written = {f"{TEXT_TASK}_{code}": _text_task(path) for code, path in texts.items()}
-    written |= {_task_name(name): _exact_task(path) for name, path in tasks.items()}
-    for name, task in written.items():
-        fields = {"task": name, **task, "metadata": {"version": 1.0}}
-        write_text(folder / f"{name}.yaml", yaml.safe_dump(fields, sort_keys=False))
-    return list(written)
+    for code, source in texts.items():
+        rows = [{"text": text} for text in each_text(source, code)]
+        _write_task(folder, f"{TEXT_TASK}_{code}", rows, _TEXT_TASK)
+    for name, tasks_source in tasks.items():
+        _write_task(folder, _task_name(name), read_tasks(tasks_source), _EXACT_TASK)
+    return [*(f"{TEXT_TASK}_{code}" for code in texts), *map(_task_name, tasks)]
 
 
-def _text_task(path: str | Path) -> dict[str, Any]:
-    return {
-        **_data(path),
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    }
+_TEXT_TASK: Mapping[str, Any] = {
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "bits_per_byte"}],
+}
+_EXACT_TASK: Mapping[str, Any] = {
+    "output_type": "generate_until",
+    "doc_to_text": "{{prompt}}",
+    "doc_to_target": "{{answer}}",
+    "target_delimiter": "",
+    "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 32},
+    "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
+}
 
 
-def _exact_task(path: str | Path) -> dict[str, Any]:
-    return {
-        **_data(path),
-        "output_type": "generate_until",
-        "doc_to_text": "{{prompt}}",
-        "doc_to_target": "{{answer}}",
-        "target_delimiter": "",
-        "generation_kwargs": {"until": [], "do_sample": False, "max_gen_toks": 32},
-        "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
-    }
-
-
-def _data(path: str | Path) -> dict[str, Any]:
-    path = Path(path).resolve()
-    if not path.is_file():
-        raise DataError(f"No file {path} to make a task of. Check the path.")
-    return {
+def _write_task(folder: Path, name: str, rows: list[dict[str, str]], asked: Mapping[str, Any]) -> None:
+    data = folder / f"{name}.jsonl"
+    write_text(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    fields = {
+        "task": name,
         "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "dataset_kwargs": {"data_files": {"test": str(data.resolve())}},
         "test_split": "test",
+        **asked,
+        "metadata": {"version": 1.0},
     }
+    write_text(folder / f"{name}.yaml", yaml.safe_dump(fields, sort_keys=False))
 
 
 def _task_name(name: str) -> str:

@@ -12,8 +12,7 @@ from transformers import PretrainedConfig
 
 from ..architectures import mlp_module_name
 from ..errors import GraftError, PeftMoeDeltaError, RecipeError
-from ..export import choose
-from ..files import read_tasks, read_texts
+from ..export import Fit, choose
 from ..graft.explain import weights_of
 from ..graft.kinship import check_same_kind
 from ..graft.scale import scale_of_groups
@@ -21,6 +20,7 @@ from ..graft.weights import exported_share
 from ..languages import closest_code
 from ..loading import load_config, load_tokenizer
 from ..routing import ContextRouting, routing_named
+from ..sources import read_tasks, read_texts
 from ..tuner import MoeDeltaConfig
 from .fields import AUTO, Calibrate, Recipe
 from .stages import adapter_config, blocks
@@ -51,8 +51,8 @@ def check_training(recipe: Recipe) -> None:
     weights_of(_at_the_end(recipe, base), base)
 
 
-def check_graft(recipe: Recipe) -> None:
-    """Refuse a graft that could not be written or scored.
+def check_graft(recipe: Recipe) -> Fit:
+    """Refuse a graft that could not be written or scored. Returns the form it takes.
 
     Raises:
         RecipeError: no form holds it exactly (the message says what does), unknown groups in `expert_scale`, nothing to
@@ -89,7 +89,7 @@ def check_graft(recipe: Recipe) -> None:
                 "Name one, or give a number."
             )
         share = exported_share(weights, config, fields.language, remote_code=fields.remote_code)
-        choose(
+        return choose(
             share,
             replicate_dense_layers=fields.replicate_dense_layers,
             remote_code=fields.remote_code,
@@ -129,27 +129,38 @@ def check_text(recipe: Recipe) -> None:
         blocks(recipe, tokenizer, list(recipe.languages), recipe.review)
 
 
-def check_held_out(recipe: Recipe) -> None:
-    """Refuse files that could not be scored on, or calibrated with.
+def check_unseen(recipe: Recipe) -> None:
+    """Refuse a language that nobody is to name, and that has a group.
 
     Raises:
-        RecipeError: a language that nobody is to name has a group.
-        DataError: a file is missing, or is not what it should be.
+        RecipeError: there is one.
     """
     if known := [code for code in recipe.unseen if closest_code(code, recipe.languages)]:
         raise RecipeError(
             f"unseen: {', '.join(known)} is among the languages, so it is scored already. Remove it here."
         )
-    for file in recipe.unseen.values():
-        read_texts(file)
-    for language in recipe.languages.values():
-        for file in filter(None, (language.test, language.validation)):
-            read_texts(file)
+
+
+def check_held_out(recipe: Recipe) -> None:
+    """Refuse files that could not be scored on, or calibrated with.
+
+    Raises:
+        RecipeError: as `check_unseen`.
+        DataError: a file is missing, or is not what it should be.
+    """
+    check_unseen(recipe)
+    for code, unseen in recipe.unseen.items():
+        read_texts(unseen, language=code)
+    for code, language in recipe.languages.items():
+        for text in (language.test, language.validation):
+            if text is not None:
+                read_texts(text, language=code)
         if calibration(recipe) is not None:
-            read_texts(language.train)
+            read_texts(language.train, language=code)
     for tasks in recipe.tasks.values():
-        for file in filter(None, (tasks.test, tasks.validation)):
-            read_tasks(file)
+        for asked in (tasks.test, tasks.validation):
+            if asked is not None:
+                read_tasks(asked)
 
 
 def _base(recipe: Recipe) -> PretrainedConfig:

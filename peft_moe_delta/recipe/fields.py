@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from ..errors import RecipeError
 from ..kinds import Count, Finite, Index, NotNegative, Switch, Within, read_fields
 from ..plan import ExpertPlan
+from ..sources import TaskSource, TextSource
 from .reader import laid_over, read_change, read_yaml
 
 AUTO = "auto"
@@ -28,7 +29,7 @@ Precision = Literal["auto", "bf16", "fp32"]
 
 @dataclass(frozen=True)
 class Language:
-    """One language: its group, and jsonl files with a `text` column.
+    """One language: its group, and where its text is.
 
     Attributes:
         group: `original` for a language that the base model speaks; others share the experts of their group.
@@ -38,14 +39,14 @@ class Language:
     """
 
     group: str
-    train: str
-    test: str
-    validation: str | None = None
+    train: str | TextSource
+    test: str | TextSource
+    validation: str | TextSource | None = None
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """A set of tasks with exact answers: jsonl files with `prompt` and `answer`.
+    """A set of tasks with exact answers: files with `prompt` and `answer`.
 
     Attributes:
         test: what every model is scored on.
@@ -53,8 +54,8 @@ class Tasks:
         language: the code of the language that the tasks are about.
     """
 
-    test: str
-    validation: str | None = None
+    test: str | TaskSource
+    validation: str | TaskSource | None = None
     language: str | None = None
 
 
@@ -88,10 +89,10 @@ class Tuning(Training):
     """Supervised tuning of the base model on tasks, for recipes that bring no post-trained model.
 
     Attributes:
-        tasks: a jsonl file with `prompt` and `answer`.
+        tasks: where they are, with `prompt` and `answer`.
     """
 
-    tasks: str
+    tasks: str | TaskSource
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,7 @@ class Recipe:
         graft: how the delta is applied.
         calibrate: what is done for the routers after the graft, where the model ships any; false to leave it out.
         tasks: name -> tasks with exact answers, scored beside the text.
-        unseen: code -> held-out text (jsonl with a `text` column) of languages that nobody names: what becomes of them.
+        unseen: code -> held-out text of languages that nobody names: what becomes of them.
         limits: how much is scored.
         card: what the model cards say; None for no cards.
         push: Hub repository that the stock checkpoint goes to when everything is done; None to keep it here.
@@ -253,7 +254,7 @@ class Recipe:
     graft: Graft = field(default_factory=Graft)
     calibrate: Annotated[Calibrate | None, Switch()] = field(default_factory=Calibrate)
     tasks: dict[str, Tasks] = field(default_factory=dict)
-    unseen: dict[str, str] = field(default_factory=dict)
+    unseen: dict[str, str | TextSource] = field(default_factory=dict)
     limits: Limits = field(default_factory=Limits)
     card: Card | None = None
     push: str | None = None

@@ -25,13 +25,13 @@ from ..errors import GraftError
 from ..evaluation import TaskSet
 from ..evaluation.loading import with_learnt_tokens
 from ..evaluation.scoring import Material
-from ..files import read_tasks, read_texts
 from ..graft.arithmetic import graft_tensor
 from ..graft.delta import PostTrainingDelta
 from ..graft.memory import EXPERT_SCALES, grafted_adapter, to_stock, tuner_of
 from ..graft.scale import Scale
 from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
+from ..sources import pool, read_tasks, read_texts
 from .checks import calibration
 from .data import held_out
 from .fields import AUTO, Recipe
@@ -103,7 +103,7 @@ def _calibrate(recipe: Recipe, grafted: PeftModel, tokenizer: PreTrainedTokenize
         if fields is not None:
             texts = {}
             for code, language in recipe.languages.items():
-                documents = read_texts(language.train)
+                documents = read_texts(language.train, language=code, documents=pool(fields.documents))
                 drawn = random.Random(recipe.seed).sample(range(len(documents)), min(fields.documents, len(documents)))
                 texts[code] = [documents[index] for index in drawn]
             calibrate_routers(
@@ -158,7 +158,7 @@ class _Validation:
     def __init__(self, recipe: Recipe, base: Path | str) -> None:
         limits = recipe.limits
         texts = {
-            code: held_out(file, limits, limits.validation_documents, recipe.seed)
+            code: held_out(file, code, limits, limits.validation_documents, recipe.seed)
             for code in recipe.expanded_languages
             if (file := recipe.languages[code].validation)
         }

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import math
 import random
-from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import cast
 
@@ -20,11 +18,12 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
-from ..files import read_texts
 from ..identifier import fit_identifier
 from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..model import MoeDeltaModel
+from ..sources import Documents, read_texts
+from .data import shuffled
 from .fields import Training
 from .growth import CLOSEST, Growth
 from .stages import Features, blocks, load_model, save_adapter, settled_precision, train
@@ -74,7 +73,7 @@ def grow(growth: Growth) -> Path:
                 fit_routers(model, _fitted(growth), tokenizer, only="newest", max_length=review.sequence_length)
             train(growth, model, reviewed, review, tokenizer, folder)
         if tuner.active_config.record.identifier is not None:
-            fit_identifier(model, {code: read_texts(growth.languages[code].train) for code in new}, tokenizer)
+            fit_identifier(model, {code: Documents(growth.languages[code].train, code) for code in new}, tokenizer)
         save_adapter(model, folder)
     return Path(growth.output)
 
@@ -88,18 +87,19 @@ def _start_from(
     texts: dict[str, list[str]] = {}
     for code, group in new.items():
         if group in growth.experts:
-            texts.setdefault(group, []).extend(read_texts(growth.languages[code].train, _SCORED_BYTES))
+            texts.setdefault(group, []).extend(read_texts(growth.languages[code].train, _SCORED_BYTES, language=code))
     return {group: closest_group(model, tokenizer, documents) for group, documents in texts.items()}
 
 
 def _fitted(growth: Growth) -> dict[str, list[str]]:
     """Some documents of every language, from anywhere in its file."""
-    picked = {}
+    picked: dict[str, list[str]] = {}
     for code, language in growth.languages.items():
-        texts = read_texts(language.train)
-        random.Random(growth.seed).shuffle(texts)
-        ends = list(accumulate(len(text.encode()) for text in texts))
-        picked[code] = texts[: 1 + bisect_left(ends, _FITTED_BYTES)]
+        texts, size = shuffled(language.train, code, growth.seed), 0
+        picked[code] = []
+        while size < _FITTED_BYTES and (text := next(texts, None)) is not None:
+            picked[code].append(text)
+            size += len(text.encode())
     return picked
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kinds import read_fields
+from ..sources import TextSource
 from .fields import Precision, Review, Seed, Training
 from .reader import read_yaml
 
@@ -22,11 +23,11 @@ class GrowthLanguage:
 
     Attributes:
         group: new or known.
-        train: a jsonl file with a `text` column.
+        train: where its text is.
     """
 
     group: str
-    train: str
+    train: str | TextSource
 
 
 @dataclass(frozen=True, kw_only=True)

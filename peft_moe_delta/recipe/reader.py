@@ -32,7 +32,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path} is not YAML as it should be: {error}") from error
-    data = _parsed(text, str(path))
+    data = parsed(text, str(path))
     if not isinstance(data, dict):
         raise RecipeError(f"{path} must hold fields, one a line; got {type(data).__name__}.")
     return data
@@ -48,7 +48,7 @@ def read_change(change: str) -> dict[str, Any]:
     path = name.strip().split(".")
     if not equals or not all(path):
         raise RecipeError(f"--set takes FIELD=VALUE, such as expand.steps=200; got {change!r}.")
-    value = _parsed(text, f"--set {name}: {text!r}")
+    value = parsed(text, f"--set {name}: {text!r}")
     for key in reversed(path):
         value = {key: value}
     return dict(value)
@@ -61,7 +61,12 @@ def laid_over(data: Any, changes: Any) -> Any:
     return {**data, **{key: laid_over(data.get(key), value) for key, value in changes.items()}}
 
 
-def _parsed(text: str, where: str) -> Any:
+def parsed(text: str, where: str) -> Any:
+    """What YAML says; `where` is what messages call it.
+
+    Raises:
+        RecipeError: it is not YAML.
+    """
     try:
         return yaml.load(text, _CoreLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

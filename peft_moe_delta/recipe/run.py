@@ -13,19 +13,22 @@ from typing import Any
 from ..evaluation import EvalReport
 from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
+from ..sources import TaskSource, TextSource
 from . import cards, checks, grafting, reporting, scoring, stages
+from .data import Hashes, content_of
 from .fields import AUTO, Recipe
 from .reporting import BASE, DENSE, OURS, OURS_BY_CONTEXT, POST_TRAINED
-from .workspace import Step, Workspace, file_hash, model_files
+from .workspace import Step, Workspace, model_files
 
 
 class Run:
     """One run of a recipe. Each property is a step; asking for it runs what it needs and keeps the results."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, workspace: Workspace | None = None) -> None:
         checks.check_training(recipe)
         self.recipe = replace(recipe, precision=stages.settled_precision(recipe.precision))
-        self.workspace = Workspace(recipe.output)
+        self.workspace = workspace or Workspace(recipe.output)
+        self._hash_of = Hashes(self.workspace.output / "hashes.json", saves=workspace is None)
         self._steps: dict[str, Step] = {}
         self._texts_checked = False
 
@@ -40,7 +43,9 @@ class Run:
             stages.save_with_tokenizer(model, recipe.model, folder)
 
         return self._step(
-            "base", lambda: {"model": model_files(recipe.model), "num_hidden_layers": recipe.num_hidden_layers}, cut
+            "base",
+            lambda: {"model": model_files(recipe.model, self._hash_of), "num_hidden_layers": recipe.num_hidden_layers},
+            cut,
         )
 
     def post_trained(self) -> Step:
@@ -49,12 +54,14 @@ class Run:
         if tune is None:
             assert recipe.post_trained is not None  # a recipe has one of the two
             given = recipe.post_trained
-            return self._step("post_trained", lambda: {"post_trained": model_files(given)}, lambda folder: None)
+            return self._step(
+                "post_trained", lambda: {"post_trained": model_files(given, self._hash_of)}, lambda folder: None
+            )
         return self._train(
             "post_trained",
             lambda: {
                 "base": self.base(),
-                "tune": {**asdict(tune), "tasks": file_hash(tune.tasks)},
+                "tune": {**asdict(tune), "tasks": content_of(tune.tasks, TaskSource, self._hash_of)},
                 **self._arithmetic,
             },
             lambda folder: stages.tune(recipe, self.base_model, tune, folder),
@@ -62,11 +69,11 @@ class Run:
 
     def expanded(self) -> Step:
         """The adapter after stage 1."""
-        recipe = self.recipe
+        recipe, base = self.recipe, self.base()
         return self._train(
             "expanded",
             lambda: {
-                "base": self.base(),
+                "base": base,
                 "adapter": recipe.adapter,
                 "groups": {code: language.group for code, language in recipe.languages.items()},
                 "expand": recipe.expand,
@@ -90,18 +97,18 @@ class Run:
 
     def _trained(self) -> Step:
         """The adapter after expansion and review."""
-        recipe, fields = self.recipe, self.recipe.review
+        recipe, fields, expanded = self.recipe, self.recipe.review, self.expanded()
         if fields is None:
-            return self.expanded()
+            return expanded
         return self._train(
             "reviewed",
             lambda: {
-                "expanded": self.expanded(),
+                "expanded": expanded,
                 "review": fields,
                 **self._read("train", recipe.languages),
                 **self._arithmetic,
             },
-            lambda folder: stages.review(recipe, self.base_model, self.expanded().folder, fields, folder),
+            lambda folder: stages.review(recipe, self.base_model, expanded.folder, fields, folder),
         )
 
     def dense(self) -> Step:
@@ -161,6 +168,13 @@ class Run:
         checks.check_held_out(self.recipe)
         if self.recipe.card is not None:
             cards.check_card(self.recipe, self.recipe.card)
+        scores, drift = self.measured()
+        report = reporting.report(self.recipe, {row: step.folder for row, step in scores.items()}, drift.folder)
+        write_report(report, self.page.parent)
+        return report
+
+    def measured(self) -> tuple[dict[str, Step], Step]:
+        """Every model, and what was measured of it: scores by the report's rows, and the drift of our routes."""
         models: dict[str, tuple[str, Path | str, Step]] = {
             BASE: ("base", self.base_model, self.base()),
             POST_TRAINED: ("post_trained", self.post_trained_model, self.post_trained()),
@@ -168,15 +182,14 @@ class Run:
         if self.recipe.dense is not None:
             dense = self.dense()
             models[DENSE] = ("dense_grafted", dense.folder, dense)
+        self.adapter()
         ours = self.grafted()
         models[OURS] = ("grafted", ours.folder, ours)
         if self.recipe.graft.by_context:
             read = self.by_context()
             models[OURS_BY_CONTEXT] = (stages.BY_CONTEXT, read.folder, read)
-        scores = {row: self._scores(row, *model).folder for row, model in models.items()}
-        report = reporting.report(self.recipe, scores, self._drift(OURS, ours).folder)
-        write_report(report, self.page.parent)
-        return report
+        scores = {row: self._scores(row, *model) for row, model in models.items()}
+        return scores, self._drift(OURS, ours)
 
     @property
     def page(self) -> Path:
@@ -256,16 +269,16 @@ class Run:
         """What models are scored on, and how."""
         languages, limits = {n: tasks.language for n, tasks in self.recipe.tasks.items()}, self.recipe.limits
         read = {**self._read("test", self.recipe.languages), **self._read("test", self.recipe.tasks)}
-        read |= {"unseen": {code: file_hash(file) for code, file in self.recipe.unseen.items()}}
+        unseen = {c: content_of(source, TextSource, self._hash_of) for c, source in self.recipe.unseen.items()}
         limited = (limits.test_documents, limits.document_bytes, limits.test_tasks)
-        return {**read, "task_languages": languages, "limits": limited, **self._arithmetic}
+        return {**read, "unseen": unseen, "task_languages": languages, "limits": limited, **self._arithmetic}
 
     def _read(self, split: str, sets: Mapping[str, Any], names: Sequence[str] | None = None) -> dict[str, Any]:
         """A split of languages or of tasks: their order, and the files' contents."""
         names = [name for name in (sets if names is None else names) if getattr(sets[name], split) is not None]
-        kind = "languages" if sets is self.recipe.languages else "tasks"
-        hashes = {name: {split: file_hash(getattr(sets[name], split))} for name in names}
-        return {f"order of {kind}": names, kind: hashes}
+        kind, source = ("languages", TextSource) if sets is self.recipe.languages else ("tasks", TaskSource)
+        read = {name: {split: content_of(getattr(sets[name], split), source, self._hash_of)} for name in names}
+        return {f"order of {kind}": names, kind: read}
 
     def _train(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
         """A step that trains. Before the first that runs, the text of all of them is looked through."""
@@ -280,5 +293,5 @@ class Run:
 
     def _step(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
         if name not in self._steps:
-            self._steps[name] = self.workspace.step(name, inputs(), make)
+            self._steps[name] = self.workspace.step(name, inputs() if self.workspace.compares() else {}, make)
         return self._steps[name]

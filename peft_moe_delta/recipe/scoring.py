@@ -21,10 +21,10 @@ from ..evaluation.loading import Measured
 from ..evaluation.measure import measure
 from ..evaluation.routes import expert_names, route_drift
 from ..evaluation.scoring import Material, Scores, score_material
-from ..files import read_tasks
 from ..hub.card import GRAFT_FILE, doubts_of
 from ..languages import ORIGINAL_GROUP, closest_code
 from ..loading import load_adapter, load_tokenizer
+from ..sources import read_tasks
 from ..tuner import MoeDeltaTuner
 from .data import held_out
 from .fields import Recipe
@@ -44,11 +44,11 @@ def material_of(recipe: Recipe) -> Material:
     """The held-out text and tasks; and prompts by language that has a group: a beginning of a document, and prompts of
     tasks in it."""
     texts = {
-        code: held_out(language.test, recipe.limits, recipe.limits.test_documents, recipe.seed)
+        code: held_out(language.test, code, recipe.limits, recipe.limits.test_documents, recipe.seed)
         for code, language in recipe.languages.items()
     }
     unseen = {
-        code: held_out(file, recipe.limits, recipe.limits.test_documents, recipe.seed)
+        code: held_out(file, code, recipe.limits, recipe.limits.test_documents, recipe.seed)
         for code, file in recipe.unseen.items()
     }
     tasks = {

@@ -26,18 +26,20 @@ from transformers import (
 
 from ..errors import DataError
 from ..evaluation import encode_task
-from ..files import read_tasks, read_texts
 from ..hub.card import PLAN_FILE
 from ..identifier import fit_identifier
 from ..loading import load_adapter, load_causal_lm, load_tokenizer
 from ..monitor import TrainingMonitor
+from ..sources import Documents, TextSource, read_tasks
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary, save_tokenizer
+from .data import shuffled
 from .fields import Precision, Recipe, Review, Training, Tuning
 from .trainer import training_arguments
 
 LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
+_IDENTIFIED_BYTES = 20_000_000  # of a language, to count its tokens: 300 kB are plenty
 BY_CONTEXT = "by_context"
 """The step, and so the folder, of the model that reads languages from the text."""
 
@@ -61,7 +63,7 @@ class HasText(Protocol):
     """A language of a recipe, as far as training goes."""
 
     @property
-    def train(self) -> str: ...
+    def train(self) -> str | TextSource: ...
 
 
 class Job(Protocol):
@@ -139,7 +141,7 @@ def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, fol
 def identify(recipe: Recipe, base: Path | str, adapter: Path, folder: Path) -> None:
     """What routing by context knows of each language, counted from the text that the adapter was trained on."""
     model, tokenizer = load_adapter(load_model(base), adapter, is_trainable=True), load_tokenizer(base)
-    texts = {code: read_texts(language.train) for code, language in recipe.languages.items()}
+    texts = {code: Documents(language.train, code, _IDENTIFIED_BYTES) for code, language in recipe.languages.items()}
     report = fit_identifier(model, texts, tokenizer)
     save_adapter(model, folder)
     (folder / IDENTIFIER_FILE).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
@@ -166,10 +168,8 @@ def blocks(recipe: Job, tokenizer: PreTrainedTokenizerBase, languages: Sequence[
     each = -(-fields.sequences // len(languages))
     features: Features = []
     for code in languages:
-        texts = read_texts(recipe.languages[code].train)
-        random.Random(recipe.seed).shuffle(texts)
         tokens: list[int] = []
-        for text in texts:
+        for text in shuffled(recipe.languages[code].train, code, recipe.seed):
             tokens += [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
             if len(tokens) >= each * fields.sequence_length:
                 break

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import file_sha256, resolve, whole_folder
+from ..checkpoint import resolve, whole_folder
 from ..errors import RecipeError
-from ..files import existing
+from .data import file_hash
 
 RECORD = "step.json"
 _VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")
@@ -49,6 +49,10 @@ class Workspace:
     def __init__(self, output: str | Path) -> None:
         self.output = Path(output)
 
+    def compares(self) -> bool:
+        """Whether what a step reads counts, and has to be looked up."""
+        return True
+
     def step(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Step:
         """Run `make(folder)` unless the folder holds the result already.
 
@@ -63,9 +67,8 @@ class Workspace:
         Raises:
             RecipeError: in the step's place there is a folder that no step has left.
         """
-        read = _flat(inputs)
-        step = Step(self.output / name, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest())
-        reason = _why_again(step.folder, read)
+        step, read = step_of(self.output / name, inputs)
+        reason = why_again(step.folder, read)
         if reason is None:
             log.info("%s: kept from an earlier run", name)
             return step
@@ -82,6 +85,12 @@ class Workspace:
         return step
 
 
+def step_of(folder: Path, inputs: Mapping[str, Any]) -> tuple[Step, dict[str, Any]]:
+    """The step that a folder is to hold, and what it reads as a flat mapping."""
+    read = _flat(inputs)
+    return Step(folder, hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()), read
+
+
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
     """Nested inputs as one mapping, from dotted names to what JSON can say."""
     if isinstance(value, Step):
@@ -96,8 +105,12 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _why_again(folder: Path, read: Mapping[str, Any]) -> str | None:
-    """Why a step must run: "" for the first time, None where its result is there and still holds."""
+def why_again(folder: Path, read: Mapping[str, Any]) -> str | None:
+    """Why a step must run: "" for the first time, None where its result is there and still holds.
+
+    Raises:
+        RecipeError: there is a folder that no step has left.
+    """
     record = folder / RECORD
     if not record.is_file():
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -175,16 +188,7 @@ def _release_memory() -> None:
         trim(0)
 
 
-def file_hash(path: str | Path) -> str:
-    """What stands for a file: its content.
-
-    Raises:
-        DataError: there is no such file.
-    """
-    return f"sha256:{file_sha256(existing(path))}"
-
-
-def model_files(model: str) -> dict[str, str]:
+def model_files(model: str, hash_of: Callable[[Path], str] = file_hash) -> dict[str, str]:
     """What stands for a model: every file that one is loaded from, or the commit of a Hub id.
 
     Raises:
@@ -194,6 +198,4 @@ def model_files(model: str) -> dict[str, str]:
     if not folder.is_dir():
         return {"revision": resolve(model, files=("config.json",)).name}
     files = [f for place in (folder, folder / _TEMPLATES) if place.is_dir() for f in sorted(place.iterdir())]
-    return {
-        f.relative_to(folder).as_posix(): file_hash(f) for f in files if f.is_file() and not f.name.startswith(_FREE)
-    }
+    return {f.relative_to(folder).as_posix(): hash_of(f) for f in files if f.is_file() and not f.name.startswith(_FREE)}

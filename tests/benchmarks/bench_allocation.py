@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from peft_moe_delta import ExpertPlan, MoeDeltaConfig, allocate_experts
 from peft_moe_delta.allocation import Measurement, measure_languages
 from peft_moe_delta.evaluation import bits_per_byte
-from peft_moe_delta.files import read_texts
+from peft_moe_delta.sources import read_texts
 
 LANGUAGES = {"en": "original", "hu": "expanded", "el": "expanded", "tr": "expanded"}
 NEW = [code for code, group in LANGUAGES.items() if group != "original"]

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_moe_delta import allocate_experts, group_languages
 from peft_moe_delta.allocation import Measurement, measure_languages
-from peft_moe_delta.files import read_texts
+from peft_moe_delta.sources import read_texts
 
 LANGUAGES = ("en", "de", "fr", "hu", "tr", "el", "ru", "ja", "zh")
 DATA = Path(__file__).parents[3] / "shared/data/libreoffice_help"

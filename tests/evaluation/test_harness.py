@@ -244,7 +244,7 @@ def test_what_lm_eval_did_not_write_is_refused(tmp_path):
     (tmp_path / "results_1.json").write_text("[]")
     with pytest.raises(DataError, match="is no result of lm_eval"):
         with_harness_results(sample_report(), tmp_path, model="ours")
-    with pytest.raises(DataError, match="No file .*nothing.jsonl to make a task of"):
+    with pytest.raises(DataError, match="No file .*nothing.jsonl"):
         write_harness_tasks(tmp_path, {"hu": tmp_path / "nothing.jsonl"}, {})
 
 

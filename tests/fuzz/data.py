@@ -24,11 +24,12 @@ from peft_moe_delta.allocation import LanguageGroups
 from peft_moe_delta.allocation.statistics import LanguageStatistics
 from peft_moe_delta.checkpoint import CheckpointReader
 from peft_moe_delta.evaluation.report import EvalReport
-from peft_moe_delta.files import read_tasks, read_text, read_texts
+from peft_moe_delta.files import read_text
 from peft_moe_delta.graft.stored import DeltaFile
 from peft_moe_delta.hub import CardFacts, licence_of
 from peft_moe_delta.loading import load_tokenizer
 from peft_moe_delta.mixing import RouterStatistics
+from peft_moe_delta.sources import read_tasks, read_texts
 
 Read = Callable[[Path], Any]
 

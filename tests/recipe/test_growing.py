@@ -16,8 +16,8 @@ from peft_moe_delta import fit_identifier, fit_routers
 from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import closest_group, score_groups
-from peft_moe_delta.files import read_texts
 from peft_moe_delta.identifier import recognised_languages
+from peft_moe_delta.sources import read_texts
 from peft_moe_delta.tuner.identifier import Identifiers
 from recipe.pico_recipe import SENTENCES
 

@@ -106,12 +106,12 @@ def test_routing_by_context_is_fitted_and_shipped_as_remote_code(recipe_fields, 
 def test_held_out_documents_are_drawn_at_random_and_cut(tmp_path):
     path = write_lines(tmp_path / "text.jsonl", [{"text": f"{index:02}" + "é" * 30} for index in range(50)])
     limits = Limits(document_bytes=11)
-    drawn = [held_out(path, limits, 10, seed) for seed in (0, 0, 1)]
+    drawn = [held_out(path, "hu", limits, 10, seed) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] == sorted(set(drawn[0])) and len(drawn[0]) == 10, "in the file's order, none twice"
     assert max(int(text[:2]) for text in drawn[0]) >= 20, "not just the first"
     assert {text[2:] for text in drawn[0]} == {"é" * 4}, "no half characters"
-    assert len(held_out(path, Limits(), 100, 0)) == 50
+    assert len(held_out(path, "hu", Limits(), 100, 0)) == 50
 
 
 def test_train_alone_stops_at_the_adapter(recipe_fields, write_recipe, capsys):

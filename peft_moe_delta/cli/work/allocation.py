@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from importlib.metadata import version
 from typing import Any
@@ -24,18 +23,9 @@ from ...allocation import (
 )
 from ...checkpoint import resolve
 from ...errors import DataError
-from ...files import read_text, read_texts, write_text
+from ...files import read_text, write_text
 from ...loading import load_causal_lm, load_tokenizer
-
-
-class _Texts:
-    """The texts of a jsonl file, read anew each time they are gone through."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(read_texts(self.path))
+from ...sources import Documents
 
 
 def measure(options: dict[str, Any]) -> str:
@@ -48,7 +38,7 @@ def measure(options: dict[str, Any]) -> str:
     statistics = measure_languages(
         model,
         load_tokenizer(folder),
-        {code: _Texts(path) for code, path in options["text"].items()},
+        {code: Documents(path, code) for code, path in options["text"].items()},
         sources=options["sources"],
         measurement=Measurement(**given),
         batch_size=options["batch_size"],

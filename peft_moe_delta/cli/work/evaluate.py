@@ -13,7 +13,8 @@ from ...evaluation.figures import check_installed
 from ...evaluation.harness_files import with_harness_results, write_harness_tasks
 from ...evaluation.page import markdown, write_report
 from ...evaluation.report import EvalReport
-from ...files import read_tasks, read_text, read_texts
+from ...files import read_text
+from ...sources import read_tasks, read_texts
 from ..options import pairs_of
 
 
@@ -27,11 +28,13 @@ def evaluate(arguments: Namespace) -> str:
     tasks = {name: TaskSet(read_tasks(f), about.get(name)) for name, f in pairs_of("--tasks", arguments.tasks).items()}
     report = evaluate_languages(
         models,
-        {code: read_texts(file, arguments.limit_bytes) for code, file in texts.items()},
+        {code: read_texts(file, arguments.limit_bytes, language=code) for code, file in texts.items()},
         languages=pairs_of("--group", arguments.group) or None,
         references=arguments.reference,
         tasks=tasks,
-        prompts={code: read_texts(file) for code, file in pairs_of("--prompts", arguments.prompts).items()},
+        prompts={
+            code: read_texts(file, language=code) for code, file in pairs_of("--prompts", arguments.prompts).items()
+        },
         trained={name: codes.split(",") for name, codes in pairs_of("--trained", arguments.trained).items()},
         agreement=list(pairs_of("--agreement", arguments.agreement).items()),
         english=arguments.english_words and read_text(arguments.english_words).split(),

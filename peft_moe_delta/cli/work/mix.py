@@ -5,8 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 
 from ...checkpoint import whole_folder
-from ...files import read_texts
 from ...mixing import fit_routers, mix
+from ...sources import read_texts
 from ..options import pairs_of
 
 
@@ -15,7 +15,7 @@ def run(arguments: Namespace) -> str:
     if "=" in others:
         others = pairs_of("--others", others.split(","), float)
     given = pairs_of("--text", arguments.text)
-    texts = {code: read_texts(path) for code, path in given.items()}  # before anything is written
+    texts = {code: read_texts(path, language=code) for code, path in given.items()}  # before anything is written
     options = {} if arguments.attention_experts is None else {"attention_experts": arguments.attention_experts}
     with whole_folder(arguments.output) as folder:
         model = mix(

@@ -1,18 +1,33 @@
-"""`run`, `train` and `grow`, carried out."""
+"""`init`, `run`, `train`, `status` and `grow`, carried out."""
 
 from __future__ import annotations
+
+import logging
 
 from ...evaluation.page import markdown
 from ...hub import push_to_hub
 from ...hub.card import CARD_FILE
-from ...recipe import Recipe, growing
+from ...recipe import Recipe, growing, preview
+from ...recipe.foresight import Outlook, look_ahead
 from ...recipe.growth import Growth
 from ...recipe.reporting import OURS
 from ...recipe.run import Run
+from ...recipe.starter import starter
 from .publish import card_files
 
+log = logging.getLogger(__name__)
 
-def run(recipe: Recipe) -> str:
+
+def init(given: tuple[str, str | None, dict[str, str], dict[str, str]]) -> str:
+    return starter(*given).rstrip("\n")
+
+
+def run(given: tuple[Recipe, bool]) -> str:
+    recipe, dry = given
+    outlook = look_ahead(recipe, whole=True)
+    if dry:
+        return str(outlook)
+    _warn(outlook)
     job = Run(recipe)
     report = job.report()
     cards = job.cards(report)
@@ -29,9 +44,23 @@ def run(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def train(recipe: Recipe) -> str:
+def train(given: tuple[Recipe, bool]) -> str:
+    recipe, dry = given
+    outlook = look_ahead(recipe, whole=False)
+    if dry:
+        return str(outlook)
+    _warn(outlook)
     return f"adapter: {Run(recipe).adapter().folder}"
+
+
+def status(recipe: Recipe) -> str:
+    return preview.status(recipe)
 
 
 def grow(growth: Growth) -> str:
     return f"adapter: {growing.grow(growth)}"
+
+
+def _warn(outlook: Outlook) -> None:
+    for doubt in outlook.doubts:
+        log.warning("doubtful: %s", doubt)

@@ -33,7 +33,7 @@ from pairs import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from peft_moe_delta.files import read_texts
+from peft_moe_delta.sources import read_texts
 
 NEW, UNNAMED = ("hu", "el", "ru"), "de"
 CHARACTERS = 300  # of a held-out document
