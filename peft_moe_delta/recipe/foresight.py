@@ -77,7 +77,7 @@ class Outlook:
 
     def _amount(self, name: str) -> str:
         training = trainings(self.recipe)[name]
-        rows = training.steps * training.batch_size
+        rows = training.sequences
         return f"{rows:,} tasks" if name == "post_trained" else f"{rows * training.sequence_length:,} tokens"
 
 
@@ -173,7 +173,7 @@ def _needed_tokens(recipe: Recipe) -> dict[str, tuple[int, str]]:
     ):
         for code in codes if training is not None else ():
             assert training is not None
-            each = ceil(training.steps * training.batch_size / len(codes)) * training.sequence_length
+            each = ceil(training.sequences / len(codes)) * training.sequence_length
             needed[code] = max(needed.get(code, (0, "")), (each, name))
     return needed
 
