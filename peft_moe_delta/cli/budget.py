@@ -39,7 +39,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         "--precision", choices=("bf16", "fp32"), default="bf16",
         help="of the arithmetic (bf16), whatever this machine would choose",
     )  # fmt: skip
-    add("--checkpointing", action="store_true", help="with activation checkpointing of decoder layers")
+    add(
+        "--checkpointing", action="store_true",
+        help="with activation checkpointing of decoder layers, where the recipe has none",
+    )  # fmt: skip
     add(
         "--tflops", type=_count, metavar="N",
         help="also say how many GPU hours the expansion takes, if a GPU really computes N TFLOP a second (40%% of what "

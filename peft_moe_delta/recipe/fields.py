@@ -83,6 +83,11 @@ class Training:
         """Read in all steps."""
         return self.steps * self.batch_size * int(self.trainer.get("gradient_accumulation_steps", 1))
 
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are computed again, by transformers' new or old name."""
+        return any(self.trainer.get(f"{name}_checkpointing") for name in ("activation", "gradient"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning(Training):

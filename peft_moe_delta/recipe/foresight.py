@@ -283,6 +283,7 @@ def _look_at_memory(recipe: Recipe) -> tuple[Measured, int]:
         batch_size=recipe.expand.batch_size,
         sequence_length=recipe.expand.sequence_length,
         autocast=settled_precision(recipe.precision) == "bf16",
+        checkpointing=recipe.expand.checkpointing,
     )
     measured, there = measure(job), _memory_here()
     needs = {"expand": _expansion_bytes(measured)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..files import read_texts
+from ..sources import read_texts
 
 SENTENCES: Mapping[str, str] = MappingProxyType(
     {
@@ -31,7 +31,7 @@ class Prompt:
 
 
 def prompts_of(files: Mapping[str, str | Path]) -> list[Prompt]:
-    """The first text of each language's jsonl file; the built-in sentences where no file is given.
+    """The first text of each language's file; the built-in sentences where no file is given.
 
     Raises:
         DataError: a file is missing or holds no text.

@@ -22,7 +22,7 @@ def plan(given: tuple[Recipe, Namespace]) -> str:
         sequence_length=recipe.expand.sequence_length,
         dtype=getattr(torch, arguments.base_dtype),
         autocast=arguments.precision == "bf16",
-        checkpointing=arguments.checkpointing,
+        checkpointing=arguments.checkpointing or recipe.expand.checkpointing,
         experts_as_base=arguments.expert_dtype == "base",
     )
     budget = plan_budget(job, arguments.gpus, arguments.memory)
