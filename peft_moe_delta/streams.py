@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from datasets import Dataset, IterableDataset, interleave_datasets
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DataError
 
-Documents = Dataset | IterableDataset
+Documents: TypeAlias = "Dataset | IterableDataset"
 
 
 def language_probabilities(sizes: Mapping[str, float], temperature: float = 1.0) -> dict[str, float]:

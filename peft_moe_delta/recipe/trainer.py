@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from ..errors import RecipeError
 from ..kinds import did_you_mean
-from .fields import Precision, Training
+from .fields import Training
 
 _OURS = {
     "output_dir": "output", "max_steps": "steps", "num_train_epochs": "steps", "learning_rate": "learning_rate",
@@ -43,7 +43,7 @@ def check_trainer(name: str, fields: Training) -> None:
             raise RecipeError(f"{name}: trainer sets {argument!r}. {what}; remove it here.")
 
 
-def training_arguments(fields: Training, scratch: Path | str, *, precision: Precision, seed: int) -> TrainingArguments:
+def training_arguments(fields: Training, scratch: Path | str, *, precision: str, seed: int) -> TrainingArguments:
     """Cosine decay after a short warm-up, one line in the log every fifth of the way, and what the recipe adds.
 
     Raises:
