@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -270,21 +271,26 @@ def _check_push(repository: str) -> None:
         raise RecipeError("nobody is logged in to the Hub. Run `hf auth login`, or set HF_TOKEN.")
 
 
+def expansion_of(recipe: Recipe, **changes: Any) -> Job:
+    """The expansion as the budget measures it; `changes` are fields of `Job`."""
+    cut = {} if recipe.num_hidden_layers is None else {"num_hidden_layers": recipe.num_hidden_layers}
+    usual: dict[str, Any] = {"checkpointing": recipe.expand.checkpointing}
+    return Job(
+        model=load_config(recipe.model, **cut),
+        adapter=adapter_config(recipe),
+        batch_size=recipe.expand.batch_size,
+        sequence_length=recipe.expand.sequence_length,
+        **{**usual, **changes},
+    )
+
+
 def _look_at_memory(recipe: Recipe) -> tuple[Measured, int]:
     """What the expansion takes, and how many bytes there are.
 
     Raises:
         RecipeError: a training takes more.
     """
-    cut = {} if recipe.num_hidden_layers is None else {"num_hidden_layers": recipe.num_hidden_layers}
-    job = Job(
-        model=load_config(recipe.model, **cut),
-        adapter=adapter_config(recipe),
-        batch_size=recipe.expand.batch_size,
-        sequence_length=recipe.expand.sequence_length,
-        autocast=settled_precision(recipe.precision) == "bf16",
-        checkpointing=recipe.expand.checkpointing,
-    )
+    job = expansion_of(recipe, autocast=settled_precision(recipe.precision) == "bf16")
     measured, there = measure(job), _memory_here()
     needs = {"expand": _expansion_bytes(measured)}
     needs |= dict.fromkeys((n for n in ("tune", "dense") if getattr(recipe, n)), _FULL_TRAINING * measured.base)

@@ -131,7 +131,19 @@ class DDP(Engine):
         (loss * distributed.get_world_size()).backward()
 
 
-class FSDP2(DDP):
+class Sharded(DDP):
+    """Parameters are spread over processes, and so is the checkpoint."""
+
+    def save(self, folder: Path) -> None:
+        dcp.save(get_model_state_dict(self.run), checkpoint_id=folder / "dcp")
+
+    def load(self, folder: Path) -> None:
+        state = get_model_state_dict(self.run)
+        dcp.load(state, checkpoint_id=folder / "dcp")
+        set_model_state_dict(self.run, state)
+
+
+class FSDP2(Sharded):
     """`fully_shard` of each decoder layer and of the model."""
 
     name = "FSDP2"
@@ -150,14 +162,6 @@ class FSDP2(DDP):
 
     def parameters(self) -> dict[str, Tensor]:
         return {name: whole(parameter) for name, parameter in super().parameters().items()}
-
-    def save(self, folder: Path) -> None:
-        dcp.save(get_model_state_dict(self.model), checkpoint_id=folder / "dcp")
-
-    def load(self, folder: Path) -> None:
-        state = get_model_state_dict(self.model)
-        dcp.load(state, checkpoint_id=folder / "dcp")
-        set_model_state_dict(self.model, state)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -187,7 +191,7 @@ class AccelerateFSDP2(FSDP2):
         return fsdp2_prepare_model(accelerator, fsdp2_apply_ac(accelerator, model))
 
 
-class FSDP1(DDP):
+class FSDP1(Sharded):
     """`FullyShardedDataParallel(use_orig_params=True)`."""
 
     name = "FSDP1"
@@ -208,14 +212,6 @@ class FSDP1(DDP):
     def parameters(self) -> dict[str, Tensor]:
         with FullyShardedDataParallel.summon_full_params(self.run):
             return super().parameters()
-
-    def save(self, folder: Path) -> None:
-        dcp.save(get_model_state_dict(self.run), checkpoint_id=folder / "dcp")
-
-    def load(self, folder: Path) -> None:
-        state = get_model_state_dict(self.run)
-        dcp.load(state, checkpoint_id=folder / "dcp")
-        set_model_state_dict(self.run, state)
 
 
 class FSDP1Flat(FSDP1):

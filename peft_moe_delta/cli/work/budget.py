@@ -6,20 +6,15 @@ from argparse import Namespace
 
 import torch
 
-from ...budget import Job, plan_budget
-from ...loading import load_config
+from ...budget import plan_budget
 from ...recipe import Recipe
-from ...recipe.stages import adapter_config
+from ...recipe.foresight import expansion_of
 
 
 def plan(given: tuple[Recipe, Namespace]) -> str:
     recipe, arguments = given
-    cut = {} if recipe.num_hidden_layers is None else {"num_hidden_layers": recipe.num_hidden_layers}
-    job = Job(
-        model=load_config(recipe.model, **cut),
-        adapter=adapter_config(recipe),
-        batch_size=recipe.expand.batch_size,
-        sequence_length=recipe.expand.sequence_length,
+    job = expansion_of(
+        recipe,
         dtype=getattr(torch, arguments.base_dtype),
         autocast=arguments.precision == "bf16",
         checkpointing=arguments.checkpointing or recipe.expand.checkpointing,
