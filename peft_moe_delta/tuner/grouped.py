@@ -13,6 +13,7 @@ Shape legend: R rows, I and O what a linear map takes and gives, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from ..matrices import is_quantised
-from .experts import LowRankLinear, hooked, parameters_of
+from .experts import LowRankLinear, hooked
+from .lean import StandIn, leanly, of_maps_alone, worth_it
 
 GROUPED_MM = "grouped_mm"
 IMPLEMENTATIONS = ("eager", GROUPED_MM)
@@ -38,19 +39,14 @@ grouped_mm: Any = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm"
 def can_be_grouped(experts: Sequence[nn.Module]) -> bool:
     """Whether these experts can run as one: nobody watches or shards them, and their sizes suit the product."""
     first = experts[0]
-    if grouped_mm is None or "forward" in first.__dict__ or any(hooked(expert) for expert in experts):
+    if grouped_mm is None or not of_maps_alone(first) or any(hooked(expert) for expert in experts):
         return False
     maps = [part for part in first._modules.values() if isinstance(part, nn.Linear | Conv1D)]
-    if any(is_quantised(part.weight) for part in maps):
-        return False
-    if len(list(parameters_of(first))) != sum(1 + (part.bias is not None) for part in maps):
-        return False
-    sizes = [size * part.weight.element_size() for part in maps for size in part.weight.shape]
-    return all(type(part) in (nn.Linear, Conv1D) for part in maps) and all(size % _ALIGNED == 0 for size in sizes)
+    return all(size * part.weight.element_size() % _ALIGNED == 0 for part in maps for size in part.weight.shape)
 
 
 class GroupedExperts:
-    """What stands for an expert while its code runs over the rows of all: `self` of the MLP's own `forward`."""
+    """Experts as one: an MLP's code over the rows of all."""
 
     def __init__(self, experts: Sequence[nn.Module], ends_E: Tensor, num_rows: int) -> None:
         self._experts, self._ends_E = experts, ends_E
@@ -59,15 +55,22 @@ class GroupedExperts:
         self._expert_R = torch.searchsorted(ends_E, row_R, right=True, out_int32=True).clamp(max=len(experts) - 1)
         self._unused_R1 = (row_R >= ends_E[-1])[:, None]
 
-    def run(self, x_RI: Tensor, *, takes_residual: bool) -> Tensor:
-        """The experts' output, (R, O)."""
+    def run(self, x_RI: Tensor, *, takes_residual: bool, lean: bool) -> Tensor:
+        """The experts' output, (R, O); `lean`: keeping less of experts whose last maps are products alone."""
+        first = self._experts[0]
+        # Biases and low-rank changes would be kept for a gradient of their own.
+        maps = self._experts[-1]._modules.values()
+        products = not any(isinstance(one, LowRankLinear) or getattr(one, "bias", None) is not None for one in maps)
+        if lean and products and worth_it():
+            return leanly(first, x_RI, lambda name: partial(self._map, self._maps(name)), self._last)
         more = (torch.zeros_like(x_RI),) if takes_residual else ()
-        y_RO: Tensor = type(self._experts[0]).forward(self, x_RI, *more)
-        return y_RO
+        return StandIn(first, lambda name, given: self._map(self._maps(name), given))(x_RI, *more)
 
-    def __getattr__(self, name: str) -> Any:
-        parts = [getattr(expert, name) for expert in self._experts]
-        return partial(self._map, parts) if isinstance(parts[0], nn.Linear | Conv1D) else parts[0]
+    def _maps(self, name: str) -> list[Any]:
+        return [getattr(expert, name) for expert in self._experts]
+
+    def _last(self, name: str) -> _LastProduct:
+        return _LastProduct([one.weight for one in self._maps(name)], self._ends_E, self._unused_R1)
 
     def _map(self, maps: Sequence[Any], x_RI: Tensor) -> Tensor:
         """One linear map of every expert, each on its own rows."""
@@ -85,12 +88,16 @@ class GroupedExperts:
         return y_RO + torch.stack([one.bias for one in maps])[self._expert_R].to(y_RO.dtype)
 
     def _product(self, x_RI: Tensor, weights_OI: Sequence[Tensor]) -> Tensor:
-        kind, dtype = x_RI.device.type, x_RI.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        else:  # experts may be fp32 over a 16-bit model: none of them is rounded
-            dtype = reduce(torch.promote_types, (weight.dtype for weight in weights_OI), dtype)
-        return grouped_product(x_RI.to(dtype), list(weights_OI), self._ends_E, self._unused_R1)
+        return _product(x_RI, weights_OI, self._ends_E, self._unused_R1)
+
+
+def _product(x_RI: Tensor, weights_OI: Sequence[Tensor], ends_E: Tensor, unused_R1: Tensor) -> Tensor:
+    kind, dtype = x_RI.device.type, x_RI.dtype
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    else:  # experts may be fp32 over a 16-bit model: none of them is rounded
+        dtype = reduce(torch.promote_types, (weight.dtype for weight in weights_OI), dtype)
+    return grouped_product(x_RI.to(dtype), list(weights_OI), ends_E, unused_R1)
 
 
 def _padded(matrices: Sequence[Tensor], dim: int) -> list[Tensor]:
@@ -148,12 +155,42 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _gradients(ctx: Any, dy_RO: Tensor) -> tuple[Any, ...]:
     x_RI, ends_E, unused_R1, *weights_OI = ctx.saved_tensors
     of_x, of_each = ctx.needs_input_grad[:2]
+    dx_RI, of_weights = _product_gradients(dy_RO, x_RI, weights_OI, ends_E, unused_R1, of_x, of_each)
+    return dx_RI if of_x else None, of_weights, None, None
+
+
+def _product_gradients(
+    dy_RO: Tensor,
+    x_RI: Tensor,
+    weights_OI: Sequence[Tensor],
+    ends_E: Tensor,
+    unused_R1: Tensor,
+    of_x: bool,
+    of_each: Sequence[bool],
+) -> tuple[Tensor, list[Tensor | None]]:
     dx_RI, dw_EOI = grouped_product_backward(
-        dy_RO.contiguous(), x_RI, weights_OI, ends_E, unused_R1, of_x, any(of_each)
+        dy_RO.contiguous(), x_RI, list(weights_OI), ends_E, unused_R1, of_x, any(of_each)
     )
     each = zip(weights_OI, dw_EOI.unbind(), of_each, strict=True) if any(of_each) else ()
-    of_weights = [dw_OI.to(w_OI.dtype) if wanted else None for w_OI, dw_OI, wanted in each]
-    return dx_RI if of_x else None, of_weights or [None] * len(weights_OI), None, None
+    return dx_RI, [dw_OI.to(w_OI.dtype) if wanted else None for w_OI, dw_OI, wanted in each] or [None] * len(weights_OI)
+
+
+@dataclass(frozen=True)
+class _LastProduct:
+    """The last map of all experts, as one that does not keep its input."""
+
+    weights: list[Tensor]
+    ends_E: Tensor
+    unused_R1: Tensor
+
+    def __call__(self, h_RF: Tensor, *weights: Tensor) -> Tensor:
+        return _product(h_RF, weights, self.ends_E, self.unused_R1)
+
+    def gradients(
+        self, dy_RD: Tensor, h_RF: Tensor, weights: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        h_RF = h_RF.to(dy_RD.dtype)
+        return _product_gradients(dy_RD, h_RF, weights, self.ends_E, self.unused_R1, True, wanted)
 
 
 grouped_product.register_autograd(_gradients, setup_context=_keep)

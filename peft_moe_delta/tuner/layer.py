@@ -34,6 +34,7 @@ from .experts import (
     parameters_of,
 )
 from .grouped import GroupedExperts, can_be_grouped
+from .lean import can_be_lean, run_lean
 from .passes import ForwardState, Reach
 from .processes import gathered, parallel
 from .router import Classifier, Router
@@ -70,6 +71,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self._takes_residual = self.calling_convention(base_layer)
+        self._lean = not self._takes_residual and can_be_lean(base_layer)
 
     calling_convention = staticmethod(takes_residual)
     """Whether the module adds the residual itself."""
@@ -238,7 +240,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         assert dispatch.token_R is not None and dispatch.ends_E is not None
         grouped = GroupedExperts(experts[: len(dispatch.ends_E)], dispatch.ends_E, len(dispatch.token_R))
         x_RD = x_TD.index_select(0, dispatch.token_R)
-        return grouped.run(x_RD, takes_residual=self._takes_residual).to(x_TD.dtype)
+        return grouped.run(x_RD, takes_residual=self._takes_residual, lean=self._lean).to(x_TD.dtype)
 
     @staticmethod
     def _needs_idle(reach: Reach, y_TD: Tensor) -> bool:
@@ -286,7 +288,10 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
         dtype = x_TD.dtype
         if not torch.is_autocast_enabled(x_TD.device.type):
             x_TD = x_TD.to(input_dtype(expert) or dtype)
-        y_TD = expert(x_TD, torch.zeros_like(x_TD)) if self._takes_residual else expert(x_TD)
+        if self._lean:
+            y_TD = run_lean(expert, x_TD)
+        else:
+            y_TD = expert(x_TD, torch.zeros_like(x_TD)) if self._takes_residual else expert(x_TD)
         return y_TD.to(dtype)
 
     # What PEFT's base class assumes of a leaf layer with one weight, said for an MLP block.

@@ -44,9 +44,9 @@ def kept_bytes(module: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor) ->
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def pass_of(layer: MoeDeltaLayer, x: Tensor) -> Tensor:
+def pass_of(layer: MoeDeltaLayer, x: Tensor, grouped: bool = False) -> Tensor:
     """A recorded training pass of the layer, with its auxiliary loss."""
-    layer.context.current = told(recording=True)
+    layer.context.current = told(recording=True, grouped=grouped)
     y = layer(x)
     auxiliary = layer.context.current.auxiliary_loss()
     return y if auxiliary is None else y.sum() + auxiliary
@@ -74,6 +74,8 @@ def main() -> None:
         "by language, one expert in fp32": layer_of(1, fp32=True, **HARD),
     }.items():
         cases[name] = layer, partial(pass_of, layer)
+    as_one = layer_of(3, **LEARNED)
+    cases["learned, top-2 of 4, experts in bf16, as one"] = as_one, partial(pass_of, as_one, grouped=True)
     per_unit = {name: kept_bytes(module, run, x) / x.numel() for name, (module, run) in cases.items()}
     first = next(iter(per_unit.values()))
     print_table(
