@@ -4,8 +4,8 @@ An MLP is a few products of matrices with cheap functions between them. Autograd
 input and four times the intermediate size. Here it keeps the input and what the first maps gave, and makes the input
 of the last map anew from that, with no product done twice: a gated MLP keeps twice the intermediate size.
 
-`torch.utils.checkpoint` with a policy does the same, but keeps its tensors where an outer checkpoint does not find them,
-so that whoever checkpoints decoder layers, and keeps nothing in them, would keep all of this.
+`torch.utils.checkpoint` with a policy does the same, but keeps its tensors where an outer checkpoint does not find them:
+whoever checkpoints decoder layers, to keep nothing in them, would keep all of this.
 
 Shape legend: R rows, D hidden size, F what is given to the last map.
 """

@@ -81,9 +81,9 @@ def reader() -> tuple[MoeDeltaLayer, Identifier]:
     return model.base_model.layers()[0], Identifiers.required(model.get_base_model())
 
 
-def told(recording: bool, grouped: bool = False) -> ForwardState:
-    """A pass of Hungarian, as the call says."""
-    ids = torch.full((1, TOKENS), HUNGARIAN)
+def told(recording: bool, grouped: bool = False, ids: Tensor | None = None) -> ForwardState:
+    """A pass of Hungarian, or of these languages of its tokens, as the call says."""
+    ids = torch.full((1, TOKENS), HUNGARIAN) if ids is None else ids
     return ForwardState((1, TOKENS), language_ids=ids, recording=recording, grouped=grouped)
 
 

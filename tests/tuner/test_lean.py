@@ -1,4 +1,4 @@
-"""Experts that keep less for the backward pass: same results, less kept, and the plain way wherever it would not fit."""
+"""Experts that keep less for the backward pass: same results, less kept, and the plain way wherever that does not fit."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from bench_activations import kept_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bench_activations import kept_bytes
 from builders import FAMILIES, moe_layers, pico, token_batch, upcycle
 from peft_moe_delta.tuner.lean import can_be_lean, run_lean
 from peft_moe_delta.tuner.passes import ForwardState
