@@ -62,15 +62,17 @@ class GroupedExperts:
         maps = self._experts[-1]._modules.values()
         products = not any(isinstance(one, LowRankLinear) or getattr(one, "bias", None) is not None for one in maps)
         if lean and products and worth_it():
-            return leanly(first, x_RI, lambda name: partial(self._map, self._maps(name)), self._last)
+            last = partial(self._last, x_dtype=x_RI.dtype)
+            return leanly(first, x_RI, lambda name: partial(self._map, self._maps(name)), last)
         more = (torch.zeros_like(x_RI),) if takes_residual else ()
         return StandIn(first, lambda name, given: self._map(self._maps(name), given))(x_RI, *more)
 
     def _maps(self, name: str) -> list[Any]:
         return [getattr(expert, name) for expert in self._experts]
 
-    def _last(self, name: str) -> _LastProduct:
-        return _LastProduct([one.weight for one in self._maps(name)], self._ends_E, self._unused_R1)
+    def _last(self, name: str, x_dtype: torch.dtype) -> tuple[_LastProduct, list[Tensor]]:
+        weights = [one.weight for one in self._maps(name)]
+        return _LastProduct(_computed_in(x_dtype, weights), self._ends_E, self._unused_R1), weights
 
     def _map(self, maps: Sequence[Any], x_RI: Tensor) -> Tensor:
         """One linear map of every expert, each on its own rows."""
@@ -92,12 +94,15 @@ class GroupedExperts:
 
 
 def _product(x_RI: Tensor, weights_OI: Sequence[Tensor], ends_E: Tensor, unused_R1: Tensor) -> Tensor:
-    kind, dtype = x_RI.device.type, x_RI.dtype
+    return grouped_product(x_RI.to(_computed_in(x_RI.dtype, weights_OI)), list(weights_OI), ends_E, unused_R1)
+
+
+def _computed_in(x_dtype: torch.dtype, weights_OI: Sequence[Tensor]) -> torch.dtype:
+    kind = weights_OI[0].device.type
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    else:  # experts may be fp32 over a 16-bit model: none of them is rounded
-        dtype = reduce(torch.promote_types, (weight.dtype for weight in weights_OI), dtype)
-    return grouped_product(x_RI.to(dtype), list(weights_OI), ends_E, unused_R1)
+        return torch.get_autocast_dtype(kind)
+    # Experts may be fp32 over a 16-bit model: none of them is rounded.
+    return reduce(torch.promote_types, (weight.dtype for weight in weights_OI), x_dtype)
 
 
 def _padded(matrices: Sequence[Tensor], dim: int) -> list[Tensor]:
@@ -179,7 +184,7 @@ def _product_gradients(
 class _LastProduct:
     """The last map of all experts, as one that does not keep its input."""
 
-    weights: list[Tensor]
+    dtype: torch.dtype
     ends_E: Tensor
     unused_R1: Tensor
 

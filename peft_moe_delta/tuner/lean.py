@@ -4,7 +4,7 @@ An MLP is a few products of matrices with cheap functions between them. Autograd
 input and four times the intermediate size. Here it keeps the input and what the first maps gave, and makes the input
 of the last map anew from that, with no product done twice: a gated MLP keeps twice the intermediate size.
 
-`torch.utils.checkpoint` with a policy does the same, but keeps its tensors where an outer checkpoint does not find them:
+`torch.utils.checkpoint` with a policy does the same, but an outer checkpoint does not find the tensors that it keeps:
 whoever checkpoints decoder layers, to keep nothing in them, would keep all of this.
 
 Shape legend: R rows, D hidden size, F what is given to the last map.
@@ -13,6 +13,7 @@ Shape legend: R rows, D hidden size, F what is given to the last map.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ class StandIn:
         self._mlp, self._run = mlp, run
 
     def __call__(self, *given: Tensor) -> Tensor:
-        y: Tensor = type(self._mlp).forward(self, *given)  # type: ignore[arg-type]
+        y: Tensor = type(self._mlp).forward(self, *given)
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -100,7 +101,7 @@ def leanly(
     mlp: nn.Module,
     x_RD: Tensor,
     first: Callable[[str], Callable[[Tensor], Tensor]],
-    last: Callable[[str], LastMap],
+    last: Callable[[str], tuple[LastMap, Sequence[Tensor]]],
 ) -> Tensor:
     """What an MLP's code makes of rows with other linear maps, by name, in the place of its own."""
     firsts: list[Tensor] = []
@@ -117,8 +118,10 @@ def leanly(
     with torch.no_grad():
         h_RF = StandIn(mlp, run)(x_RD)
     (name,) = lasts
-    product = last(name)
-    y_RD: Tensor = _Last.apply(h_RF, _Between(mlp), product, len(firsts), *firsts, *product.weights)
+    product, weights = last(name)
+    like = x_RD.new_empty((), dtype=product.dtype).expand(x_RD.shape)
+    kept_RD = _Kept.apply(like, _Between(mlp), product, len(firsts), *firsts, *weights)
+    y_RD: Tensor = _WithValue.apply(kept_RD, product, h_RF, *(weight.detach() for weight in weights))
     return y_RD
 
 
@@ -135,11 +138,11 @@ class _Between:
 
 
 class LastMap(Protocol):
-    """A linear map whose input is not kept."""
+    """A linear map whose input is not kept. It has no weights itself, as those are kept where autograd keeps them."""
 
     @property
-    def weights(self) -> Sequence[Tensor]:
-        """What it is made of, in the dtype in which it is computed."""
+    def dtype(self) -> torch.dtype:
+        """Of what it gives."""
 
     def __call__(self, h_RF: Tensor, *weights: Tensor) -> Tensor:
         """The product, (R, D)."""
@@ -150,33 +153,55 @@ class LastMap(Protocol):
         """Of `h_RF` and of each weight that is wanted."""
 
 
-class _Last(torch.autograd.Function):
-    """The last map's output."""
+class _Kept(torch.autograd.Function):
+    """The last map's output in the graph, (R, D), still without its value.
+
+    What it keeps, it keeps before the product is computed: a checkpoint around it that computes it again stops there,
+    as it has what was kept.
+    """
 
     @staticmethod
-    def forward(ctx: Any, h_RF: Tensor, between: _Between, last: LastMap, num_firsts: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, like: Tensor, between: _Between, last: LastMap, num_firsts: int, *tensors: Tensor) -> Tensor:
         ctx.between, ctx.last, ctx.num_firsts = between, last, num_firsts
-        kind = h_RF.device.type
-        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        kind = like.device.type
+        ctx.autocast = nullcontext()
+        if torch.is_autocast_enabled(kind):
+            ctx.autocast = torch.autocast(kind, torch.get_autocast_dtype(kind))
         ctx.save_for_backward(*tensors)
-        return last(h_RF, *tensors[num_firsts:])
+        return like.detach()
 
     @staticmethod
     def backward(ctx: Any, dy_RD: Tensor) -> tuple[Any, ...]:
         tensors, wanted, num = ctx.saved_tensors, ctx.needs_input_grad[4:], ctx.num_firsts
         firsts = [tensor.detach().requires_grad_() for tensor in tensors[:num]]
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+        with torch.enable_grad(), ctx.autocast:
             h_RF = ctx.between(firsts, dy_RD)
         dh_RF, of_weights = ctx.last.gradients(dy_RD, h_RF.detach(), tensors[num:], wanted[num:])
-        of_firsts = torch.autograd.grad(h_RF, firsts, dh_RF.to(h_RF.dtype)) if any(wanted[:num]) else [None] * num
-        return None, None, None, None, *of_firsts, *of_weights
+        if any(wanted[:num]):
+            torch.autograd.backward(h_RF, dh_RF.to(h_RF.dtype))  # not `grad`, in which PyTorch's counters cannot hook
+        return None, None, None, None, *(first.grad for first in firsts), *of_weights
 
 
-def _last_map(part: LinearMap) -> LastMap:
-    """An expert's map as one whose input is not kept."""
+class _WithValue(torch.autograd.Function):
+    """The last map's output; gradients go to what stands for it in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, kept_RD: Tensor, last: LastMap, h_RF: Tensor, *weights: Tensor) -> Tensor:
+        ctx.num = len(weights)
+        return last(h_RF, *weights)
+
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Any, ...]:
+        return dy_RD, None, None, *[None] * ctx.num
+
+
+def _last_map(part: LinearMap) -> tuple[LastMap, Sequence[Tensor]]:
+    """An expert's map as one whose input is not kept, and its weights."""
     if isinstance(part, LowRankLinear):
-        return _LowRank(_computed_with(part.frozen) + _computed_with(part), isinstance(part.frozen, Conv1D))
-    return _Full(_computed_with(part), isinstance(part, Conv1D))
+        weights = _computed_with(part.frozen) + _computed_with(part)
+        return _LowRank(weights[0].dtype, isinstance(part.frozen, Conv1D)), weights
+    weights = _computed_with(part)
+    return _Full(weights[0].dtype, isinstance(part, Conv1D)), weights
 
 
 def _computed_with(part: LinearMap) -> tuple[Tensor, ...]:
@@ -192,7 +217,7 @@ def _computed_with(part: LinearMap) -> tuple[Tensor, ...]:
 class _Full:
     """`h W^T + b`; of GPT-2's map `h W + b`."""
 
-    weights: tuple[Tensor, ...]
+    dtype: torch.dtype
     transposed: bool
 
     def __call__(self, h_RF: Tensor, *weights: Tensor) -> Tensor:
@@ -208,7 +233,7 @@ class _Full:
 class _LowRank:
     """`h W_0^T + b + (h A^T) B^T`."""
 
-    weights: tuple[Tensor, ...]
+    dtype: torch.dtype
     transposed: bool
 
     def __call__(self, h_RF: Tensor, *weights: Tensor) -> Tensor:

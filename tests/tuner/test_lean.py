@@ -1,4 +1,4 @@
-"""Experts that keep less for the backward pass: same results, less kept, and the plain way wherever that does not fit."""
+"""Experts that keep less for the backward pass: same results, less kept, and the plain way where that does not fit."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from bench_activations import kept_bytes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from builders import FAMILIES, moe_layers, pico, token_batch, upcycle
 from peft_moe_delta.tuner.lean import can_be_lean, run_lean
@@ -76,6 +77,21 @@ def test_in_a_checkpoint_nothing_of_an_expert_is_kept():
     assert kept_bytes(expert, in_checkpoint, x) <= x.untyped_storage().nbytes()
     found = torch.autograd.grad(in_checkpoint(x).square().sum(), [x, *expert.parameters()])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+def test_a_checkpoint_computes_the_first_maps_again_and_no_other(autocast):
+    expert, x = pico().model.layers[0].mlp, torch.randn(6, 32, requires_grad=True)
+
+    def operations(run):
+        with FlopCounterMode(display=False) as counted, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            run(x).sum().backward()
+        return counted.get_total_flops()
+
+    first = 2 * 6 * 32 * 48 * 2  # gate and up
+    again = operations(lambda x: checkpoint(lambda x: run_lean(expert, x), x, use_reentrant=False))
+    assert again - operations(lambda x: run_lean(expert, x)) == first
+    assert operations(lambda x: run_lean(expert, x)) == operations(expert)
 
 
 def test_whoever_watches_an_expert_sees_it_run():
