@@ -1,19 +1,25 @@
-"""The figures of a report, as matplotlib draws them: one drawing each, as SVG inside the page and as PNG beside it.
+"""The pictures of a report, panel by panel: each panel as SVG inside the page, and all of a picture as PNG beside it.
 
-In: `EvalReport`. Out: figures by name. Nothing is computed here: every point is a number of the report.
+In: `EvalReport`. Out: pictures by name. Nothing is computed here: every point is a number of the report.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
 from ..files import whole_file
-from .report import TEXT, Difference, EvalReport, Score, heading
+from .frontier import MARKERS, Frontier, frontier
+from .names import language_name
+from .report import EvalReport, Routing, Score, heading
+from .verdict import measures
 
 INK = "#1f2430"
 """Of text and axes; in the page it follows the reader's light or dark theme."""
@@ -21,10 +27,11 @@ INK = "#1f2430"
 COLOURS = ("#3b82c4", "#d9822b", "#3f9f6b", "#c2557a", "#8a6fc8", "#5f9ea8", "#a8895f")
 """Of models, in order; legible on light and dark."""
 
-_PIXELS_AN_INCH = 120
+REFERENCE = "*"
+"""The marker of the model that a picture's differences count from."""
 
-MARKERS = ("o", "s", "D", "^", "v", "P", "X")
-"""Of languages, in order."""
+_PIXELS_AN_INCH = 120
+_NAME, _TITLE = 21, 32  # characters of a line of a model's name, and of a panel's title
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -45,24 +52,43 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def figures(report: EvalReport) -> dict[str, Any]:
-    """Name -> matplotlib figure, of what the report has.
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes: its title, and what draws on them."""
 
-    Raises:
-        DataError: matplotlib is not installed.
+    title: str
+    draw: Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Panels of one kind.
+
+    Attributes:
+        panels: in order.
+        width, height: of a panel, in inches.
+        across: most panels side by side.
+        shares_y: whether all panels have the same rows, which then are named once a line.
+        legend: `(marker, colour, label)`.
     """
-    check_installed()
-    import matplotlib
 
-    drawn: dict[str, Callable[[EvalReport], Any]] = {
-        "scores": _scores,
-        "retention_against_expansion": _retention_against_expansion,
-        "routing": _routing,
-        "transfer": _transfer,
+    panels: list[Panel]
+    width: float
+    height: float
+    across: int
+    shares_y: bool = False
+    legend: list[tuple[str, str, str]] = field(default_factory=list)
+
+
+def pictures(report: EvalReport) -> dict[str, Picture]:
+    """Name -> picture, of what the report has."""
+    made = {
+        "scores": _scores(report),
+        "frontier": _frontier(report),
+        "routing": _routing(report),
+        "transfer": _transfer(report),
     }
-    with matplotlib.rc_context(_STYLE):
-        made = {name: draw(report) for name, draw in drawn.items()}
-    return {name: figure for name, figure in made.items() if figure is not None}
+    return {name: picture for name, picture in made.items() if picture is not None}
 
 
 def check_installed() -> None:
@@ -76,44 +102,74 @@ def check_installed() -> None:
 
 
 def save_pngs(report: EvalReport, folder: Path) -> list[Path]:
-    """Write every figure as `NAME.png`, on white."""
+    """Write every picture as `NAME.png`, on white.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    check_installed()
+    import matplotlib
+
     paths = []
-    for name, figure in figures(report).items():
+    for name, picture in pictures(report).items():
         paths.append(folder / f"{name}.png")
-        with whole_file(paths[-1]) as partial:
-            figure.savefig(partial, dpi=150, facecolor="white")
+        with matplotlib.rc_context(_STYLE), whole_file(paths[-1]) as partial_file:
+            _side_by_side(picture).savefig(partial_file, dpi=150, facecolor="white", format="png")
     return paths
 
 
-def as_svg(figure: Any) -> str:
-    """An SVG element without a background, whose ink is the text colour of the page around it."""
+def as_svgs(picture: Picture) -> list[tuple[str, str]]:
+    """`(title, SVG element)` of each panel: without a background, and with the text colour of the page around it.
+
+    Raises:
+        DataError: matplotlib is not installed.
+    """
+    check_installed()
     import matplotlib
 
-    buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    width = f'style="max-width: {figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px" '
-    return text[text.index("<svg") :].replace(INK, "currentColor").replace("<svg ", f"<svg {width}", 1)
+        return [(panel.title, _as_svg(picture, panel)) for panel in picture.panels]
 
 
 def colour_of(report: EvalReport, model: str) -> str:
-    """The colour of a model, the same in all figures and on the page."""
-    return COLOURS[[row.name for row in report.models].index(model) % len(COLOURS)]
+    """The colour of a model, the same in all pictures and on the page."""
+    return COLOURS[[row.name for row in report.own_first()].index(model) % len(COLOURS)]
 
 
-def saved_bits(report: EvalReport) -> Iterator[Difference]:
-    """Differences of text in expanded languages: what an expansion is for."""
-    return (d for d in report.differences if d.status == "expanded" and d.task == TEXT)
+def _as_svg(picture: Picture, panel: Panel) -> str:
+    figure = _figure(picture.width, picture.height)
+    panel.draw(figure.subplots())
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    element = f'<svg role="img" style="max-width: {figure.get_figwidth() * _PIXELS_AN_INCH:.0f}px" '
+    return text[text.index("<svg") :].replace(INK, "currentColor").replace("<svg ", element, 1)
 
 
-def kept(report: EvalReport) -> list[Difference]:
-    """One difference of everything that is to be kept: text of original languages, and all tasks."""
-    found: dict[str, Difference] = {}
-    for difference in report.differences:
-        if difference.task != TEXT or difference.status == "original":
-            found.setdefault(heading(difference), difference)
-    return list(found.values())
+def _side_by_side(picture: Picture) -> Any:
+    """All panels with their titles in one figure, and the legend below."""
+    across = min(picture.across, len(picture.panels))
+    down = -(-len(picture.panels) // across)
+    legend_height = 0.2 * -(-len(picture.legend) // 3)
+    figure = _figure(across * picture.width, down * (picture.height + 0.2) + legend_height)
+    axes = figure.subplots(down, across, squeeze=False).flatten()
+    for place, (axis, panel) in enumerate(zip(axes, picture.panels, strict=False)):
+        panel.draw(axis)
+        axis.set_title(textwrap.fill(panel.title, _TITLE))
+        if picture.shares_y and place % across:
+            axis.set_yticklabels([])
+            axis.set_ylabel("")
+    for axis in axes[len(picture.panels) :]:
+        axis.set_axis_off()
+    if picture.legend:
+        figure.legend(handles=_handles(picture.legend), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _handles(legend: Sequence[tuple[str, str, str]]) -> list[Any]:
+    from matplotlib.lines import Line2D
+
+    return [Line2D([], [], marker=m, linestyle="", color=colour, label=label) for m, colour, label in legend]
 
 
 def _figure(width: float, height: float) -> Any:
@@ -122,112 +178,108 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _error(row: Score | Difference) -> list[list[float]] | None:
-    if row.low is None or row.high is None:
+def _scores(report: EvalReport) -> Picture | None:
+    """Every measure of every model, with its interval: a panel for each measure, models from top to bottom."""
+    models = [row.name for row in report.own_first()]
+    panels = [Panel(heading(column), partial(_draw_scores, report, models, column)) for column in measures(report)]
+    return Picture(panels, 3.3, 0.65 + 0.34 * len(models), across=3, shares_y=True) if panels else None
+
+
+def _draw_scores(report: EvalReport, models: Sequence[str], column: Score, axis: Any) -> None:
+    found = {place: score for place, model in enumerate(models) if (score := report.score(model, column)) is not None}
+    for place, score in found.items():
+        bounds = (score.value if bound is None else bound for bound in (score.low, score.high))
+        error = [[abs(score.value - bound)] for bound in bounds]
+        colour = colour_of(report, score.model)
+        axis.errorbar(score.value, place, xerr=error, fmt="o", color=colour, capsize=2.5, markersize=5)
+    axis.set_xlabel("higher is better →" if column.higher_is_better else "← lower is better", fontsize=8)
+    axis.set_yticks(range(len(models)), [textwrap.fill(name, _NAME, break_on_hyphens=False) for name in models])
+    axis.set_ylim(len(models) - 0.5, -0.5)
+    axis.set_xlim(_score_limits(list(found.values())))
+    axis.locator_params(axis="x", nbins=4)
+    axis.grid(axis="x")
+
+
+def _score_limits(scores: Sequence[Score]) -> tuple[float, float]:
+    """Shares count from 0; other scores get an axis that does not make a twentieth of them look large."""
+    low = min(score.value if score.low is None else score.low for score in scores)
+    high = max(score.value if score.high is None else score.high for score in scores)
+    if scores[0].metric != "bits_per_byte" and low >= 0 and high <= 1:
+        top = high or 1.0
+        return -0.03 * top, 1.06 * top
+    half = 0.58 * (max(high - low, 0.05 * abs(high)) or 1.0)
+    return (low + high) / 2 - half, (low + high) / 2 + half
+
+
+def _frontier(report: EvalReport) -> Picture | None:
+    """What was kept (to the right) and what was gained (up), a panel for each thing that is to be kept."""
+    found = frontier(report)
+    if not found:
         return None
-    return [[max(0.0, row.value - row.low)], [max(0.0, row.high - row.value)]]
+    models = list(dict.fromkeys(point.model for panel in found for point in panel.shown()))
+    languages = list(dict.fromkeys(point.language for panel in found for point in panel.points))
+    legend = [("o", colour_of(report, model), model) for model in models]
+    legend.append((REFERENCE, INK, f"{found[0].reference}, which the others are counted from"))
+    legend += [(MARKERS[n % len(MARKERS)], "#888888", language_name(code)) for n, code in enumerate(languages)]
+    panels = [Panel(panel.title, partial(_draw_frontier, report, panel, languages)) for panel in found]
+    return Picture(panels, 3.3, 3.0, across=3, legend=legend)
 
 
-def _scores(report: EvalReport) -> Any:
-    """Every measure of every model, with its interval: small multiples, models from top to bottom."""
-    columns, models = report.columns(), [row.name for row in report.models]
-    if not columns:
+def _draw_frontier(report: EvalReport, panel: Frontier, languages: Sequence[str], axis: Any) -> None:
+    (left, right), (bottom, top) = panel.limits()
+    axis.axvspan(-panel.margin, panel.margin, color="#888888", alpha=0.15, linewidth=0)
+    axis.axhline(0, color=INK, linewidth=0.6)
+    axis.axvline(0, color=INK, linewidth=0.6)
+    for place, language in enumerate(languages):
+        marker = MARKERS[place % len(MARKERS)]
+        for point in (point for point in reversed(panel.shown()) if point.language == language):  # own on top
+            x_error, y_error = point.errors()
+            axis.errorbar(
+                point.kept, point.gained, xerr=x_error, yerr=y_error, fmt=marker, color=colour_of(report, point.model),
+                markersize=6, capsize=2, elinewidth=1,
+            )  # fmt: skip
+        best = panel.best(language)
+        x, y = [left, *(kept for kept, _ in best)], [best[0][1], *(gained for _, gained in best)]
+        axis.plot(
+            x, y, drawstyle="steps-pre", color="#888888", linewidth=1, linestyle=("-", "--", ":", "-.")[place % 4]
+        )
+    axis.plot(0, 0, REFERENCE, color=INK, markersize=8)
+    for place, (model, kept) in enumerate(panel.left_out().items()):
+        told = textwrap.shorten(f"left out: {model} ({kept:+.2f})", 44, placeholder="…")
+        axis.text(0.02, 0.02 + 0.07 * place, told, transform=axis.transAxes, color=colour_of(report, model), fontsize=8)
+    axis.set_xlim(left, right)
+    axis.set_ylim(bottom, top)
+    axis.locator_params(nbins=5)
+    axis.set_xlabel("change of what was to be kept (better →)", fontsize=8)
+    axis.set_ylabel("bits/byte saved (better →)", fontsize=8)
+    axis.grid()
+
+
+def _routing(report: EvalReport) -> Picture | None:
+    """Layer x expert, a panel for each language; of the first of the report's own models that routes."""
+    routed = {row.model for row in report.routing}
+    shown = next((model.name for model in report.own_first() if model.name in routed), None)
+    rows = [row for row in report.routing if row.model == shown]
+    if not rows:
         return None
-    across = min(3, len(columns))
-    down = -(-len(columns) // across)
-    figure = _figure(8, 0.9 + down * (0.75 + 0.22 * len(models)))
-    axes = figure.subplots(down, across, sharey=True, squeeze=False).flatten()
-    for axis, column in zip(axes, columns, strict=False):
-        for place, model in enumerate(models):
-            if (score := report.score(model, column)) is not None:
-                colour = colour_of(report, model)
-                axis.errorbar(score.value, place, xerr=_error(score), fmt="o", color=colour, capsize=2.5, markersize=5)
-        axis.set_title(heading(column))
-        axis.set_xlabel("higher is better" if column.higher_is_better else "lower is better", fontsize=7.5)
-        axis.set_yticks(range(len(models)), models)
-        axis.grid(axis="x")
-    for axis in axes[len(columns) :]:
-        axis.set_axis_off()
-    axes[0].invert_yaxis()
-    return figure
+    panels = [Panel(language_name(row.language), partial(_draw_routing, row)) for row in rows]
+    width, height = 1.0 + 0.45 * len(rows[0].experts), 1.3 + 0.17 * len(rows[0].layers)
+    return Picture(panels, width, height, across=6, shares_y=True)
 
 
-def _retention_against_expansion(report: EvalReport) -> Any:
-    """Gain in each expanded language (to the right) against what happened to each thing that is to be kept (up), all
-    as differences to the first reference: a panel for each thing, a point for each model and language."""
-    if not report.references:
-        return None
-    reference, kept_rows = report.references[0], kept(report)
-    models = [row.name for row in report.models if any(d.model == row.name for d in report.differences)]
-    languages = list(dict.fromkeys(d.language for d in saved_bits(report)))
-    if not (kept_rows and languages):
-        return None
-    figure = _figure(max(4.5, 0.5 + 2.9 * len(kept_rows)), 4.1)
-    axes = figure.subplots(1, len(kept_rows), squeeze=False)[0]
-    for axis, measure in zip(axes, kept_rows, strict=True):
-        for model in models:
-            lost = report.difference(model, reference, measure)
-            for language, marker in zip(languages, MARKERS * len(languages), strict=False):
-                gain = next((d for d in saved_bits(report) if _is(d, model, reference, language)), None)
-                if gain is None or lost is None:
-                    continue
-                x, y = -gain.value, lost.value if lost.higher_is_better else -lost.value
-                x_error, y_error = _error(gain), _error(lost)
-                axis.errorbar(
-                    x,
-                    y,
-                    xerr=x_error and x_error[::-1],
-                    yerr=y_error if lost.higher_is_better else y_error and y_error[::-1],
-                    fmt=marker,
-                    color=colour_of(report, model),
-                    markersize=6,
-                    capsize=2,
-                    elinewidth=1,
-                )
-        axis.axhline(0, color=INK, linewidth=0.8)
-        axis.axvline(0, color=INK, linewidth=0.8)
-        axis.set_title(heading(measure))
-        axis.set_xlabel("bits/byte saved (better →)")
-        axis.grid()
-    axes[0].set_ylabel(f"change from {reference} (better ↑)")
-    _legend(figure, report, models, languages)
-    return figure
+def _draw_routing(row: Routing, axis: Any) -> None:
+    """Percent of tokens, as colour and number."""
+    axis.imshow(row.shares, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for y, shares in enumerate(row.shares):
+        for x, share in enumerate(shares):
+            colour = "white" if share > 0.6 else INK
+            axis.text(x, y, f"{100 * share:.0f}", ha="center", va="center", color=colour, fontsize=7)
+    axis.set_xticks(range(len(row.experts)), row.experts, rotation=40, ha="right", fontsize=7.5)
+    axis.set_yticks(range(len(row.layers)), row.layers, fontsize=7.5)
+    axis.set_ylabel("layer; % of tokens", fontsize=8)
 
 
-def _is(difference: Difference, model: str, reference: str, language: str | None) -> bool:
-    return (difference.model, difference.reference, difference.language) == (model, reference, language)
-
-
-def _legend(figure: Any, report: EvalReport, models: list[str], languages: list[str | None]) -> None:
-    from matplotlib.lines import Line2D
-
-    handles = [Line2D([], [], marker="o", linestyle="", color=colour_of(report, m), label=m) for m in models]
-    for language, marker in zip(languages, MARKERS * len(languages), strict=False):
-        handles.append(Line2D([], [], marker=marker, linestyle="", color="#888888", label=str(language)))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-
-
-def _routing(report: EvalReport) -> Any:
-    """Layer x expert, a panel for each language; of the last model that routes, which is the one of interest."""
-    if not report.routing:
-        return None
-    last = report.routing[-1].model
-    rows = [row for row in report.routing if row.model == last]
-    height = 1.3 + 0.15 * len(rows[0].layers)
-    figure = _figure(max(4.5, 1.2 + len(rows) * (0.9 + 0.3 * len(rows[0].experts))), height)
-    axes = figure.subplots(1, len(rows), sharey=True, squeeze=False)[0]
-    for axis, row in zip(axes, rows, strict=True):
-        image = axis.imshow(row.shares, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-        axis.set_title(row.language)
-        axis.set_xticks(range(len(row.experts)), row.experts, rotation=40, ha="right", fontsize=7.5)
-        every = max(1, len(row.layers) // 10)
-        axis.set_yticks(range(0, len(row.layers), every), row.layers[::every])
-    axes[0].set_ylabel(f"layer of {last}")
-    figure.colorbar(image, ax=list(axes), label="share of tokens", shrink=0.8)
-    return figure
-
-
-def _transfer(report: EvalReport) -> Any:
+def _transfer(report: EvalReport) -> Picture | None:
     """Train language (rows) x test language (columns): bits per byte saved."""
     if not report.transfer:
         return None
@@ -235,17 +287,21 @@ def _transfer(report: EvalReport) -> Any:
     tested = list(dict.fromkeys(t.tested for t in report.transfer))
     gains = {((t.model, t.trained), t.tested): t.gain for t in report.transfer}
     table = [[gains.get((row, column), float("nan")) for column in tested] for row in rows]
-    limit = max(abs(t.gain) for t in report.transfer) or 1.0
-    figure = _figure(2.2 + 0.9 * len(tested), 1.4 + 0.5 * len(rows))
-    axis = figure.subplots()
-    image = axis.imshow(table, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto")
+    names = [f"{textwrap.fill(model, _NAME, break_on_hyphens=False)}\n({trained})" for model, trained in rows]
+    title = f"bits/byte saved against {report.transfer[0].reference}"
+    panel = Panel(title, partial(_draw_transfer, table, names, [language_name(code) for code in tested]))
+    return Picture([panel], max(3.3, 1.8 + 0.8 * len(tested)), 1.0 + 0.5 * len(rows), across=1)
+
+
+def _draw_transfer(table: list[list[float]], names: Sequence[str], tested: Sequence[str], axis: Any) -> None:
+    limit = max((abs(value) for row in table for value in row if value == value), default=0.0) or 1.0
+    axis.imshow(table, vmin=-limit, vmax=limit, cmap="RdBu", aspect="auto")
     axis.set_xticks(range(len(tested)), tested)
-    axis.set_yticks(range(len(rows)), [f"{model}\n({trained})" for model, trained in rows])
+    axis.set_yticks(range(len(names)), names)
     axis.set_xlabel("tested on")
     axis.set_ylabel("trained on")
     for y, values in enumerate(table):
         for x, value in enumerate(values):
-            colour = "white" if abs(value) > 0.6 * limit else "black"
-            axis.text(x, y, f"{value:+.3f}", ha="center", va="center", color=colour)
-    figure.colorbar(image, ax=axis, label=f"bits/byte saved against {report.transfer[0].reference}")
-    return figure
+            if value == value:  # else it was not measured
+                colour = "white" if abs(value) > 0.6 * limit else "black"
+                axis.text(x, y, f"{value:+.3f}", ha="center", va="center", color=colour)

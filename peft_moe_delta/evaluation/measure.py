@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ class Findings:
     fertility: list[Fertility] = field(default_factory=list)
     answers: dict[str, list[str]] = field(default_factory=dict)
 
+    def with_experts(self, experts: Sequence[str]) -> Findings:
+        """The same, with names for its experts: a stock model does not know them, its adapter's plan does."""
+        return replace(
+            self,
+            routing=[replace(row, experts=list(experts[: len(row.experts)])) for row in self.routing],
+            tokens=[replace(row, experts=list(experts[: len(row.experts)])) for row in self.tokens],
+        )
+
     def save(self, path: Path) -> None:
         """Write a JSON file that `load` reads."""
         rows = {name: [vars(row) for row in getattr(self, name)] for name in _FOUND}
@@ -98,7 +107,8 @@ def evaluate_languages(
     """Measure models on the same material.
 
     Args:
-        models: name -> a folder or Hub id of a model or adapter, or `(model, tokenizer)`.
+        models: name -> a folder or Hub id of a model or adapter, or `(model, tokenizer)`; the last is the one that the
+            report is about.
         datasets: language -> held-out documents, for bits per byte.
         languages: language -> group, `"original"` or another; None to take the adapters' own. A language in no group
             is unseen.
@@ -144,6 +154,8 @@ def evaluate_languages(
             for code, written in found[name].answers.items()
             for row in confusion_items(PROMPTS, code, language_confusion(written, code, english=english))
         )
+    for after, before in agreement:
+        found[after] = _named_as(found[after], found[before])
     groups: dict[str, str] = {}
     for findings in found.values():
         groups = findings.groups | groups
@@ -154,6 +166,7 @@ def evaluate_languages(
         groups=groups if languages is None else languages,
         languages=[*material.texts, *material.prompts],
         references=references,
+        own=list(models)[-1:],
         pairs=all_pairs(models, references),
         trained=trained,
         agreement=drift,
@@ -181,6 +194,7 @@ def measure(
         parameters=sum(p.numel() for p in measured.model.parameters()),
         tokens_per_second=scores.tokens_per_second,
         peak_memory_bytes=peak.read(),
+        measured=date.today().isoformat(),
     )
     routing, views = look_at_routing(measured, name, material.texts)
     answers = {
@@ -213,6 +227,7 @@ def assemble(
     groups: Mapping[str, str],
     languages: Iterable[str],
     references: Sequence[str],
+    own: Sequence[str],
     pairs: Sequence[tuple[str, str]],
     trained: Mapping[str, Sequence[str]] | None = None,
     agreement: Sequence[Agreement] = (),
@@ -226,6 +241,7 @@ def assemble(
         groups: language -> group; one without is unseen.
         languages: codes, in order.
         references, trained: as in `evaluate_languages`.
+        own: the models that the report is about, the first one first.
         pairs: models whose difference is taken.
         agreement: of the routes of models before and after a graft; where they drift, a warning comes first.
         warnings: beside those.
@@ -238,6 +254,7 @@ def assemble(
         models=[findings.model for findings in found.values()],
         languages=statuses,
         references=list(references),
+        own=list(own),
         scores=scores,
         differences=differences,
         routing=[row for findings in found.values() for row in findings.routing],
@@ -274,6 +291,13 @@ def fertility_rows(measured: Measured, name: str, texts: Mapping[str, Sequence[s
         Fertility(model=name, language=code, tokens_per_word=c.tokens_per_word, bytes_per_token=c.bytes_per_token)
         for code, c in counts.items()
     ]
+
+
+def _named_as(after: Findings, before: Findings) -> Findings:
+    """Of two models of one plan, the one after the graft may be an export, whose experts have no names."""
+    names = max((row.experts for row in before.routing), key=len, default=[])
+    alike = all(len(row.experts) == len(names) for row in after.routing)
+    return after.with_experts(names) if before.groups and not after.groups and alike else after
 
 
 def _drift(pair: tuple[str, str], models: Mapping[str, Source], material: Material, chat: bool) -> list[Agreement]:

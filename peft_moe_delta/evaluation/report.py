@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from ..errors import DataError
 from ..files import write_text
+from .names import language_name
 
 FORMAT = 2
 """Of the file: raised when a reader of the old one would misread the new one."""
@@ -57,18 +58,22 @@ class Model:
 
     Attributes:
         name: as it stands in every row.
+        about: what it is, in a few words.
         source: folder or Hub id, where there is one.
         parameters: all of them, experts included.
         tokens_per_second: of scoring held-out text on the machine of `EvalReport.versions`; ratios in one report mean
             something, absolute numbers little.
         peak_memory_bytes: most memory held while scoring.
+        measured: the day that it was measured, as 2026-11-30.
     """
 
     name: str
+    about: str | None = None
     source: str | None = None
     parameters: int | None = None
     tokens_per_second: float | None = None
     peak_memory_bytes: int | None = None
+    measured: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +135,7 @@ class Routing:
         shares: for each layer and expert the share of choices that went there, summing to 1 over a layer's experts.
         entropy: for each layer the mean entropy of the router's probabilities, in bits.
         tokens: tokens counted.
+        first_on_0: share of tokens whose first expert is expert 0, mean over layers.
     """
 
     model: str
@@ -139,6 +145,7 @@ class Routing:
     shares: list[list[float]]
     entropy: list[float]
     tokens: int
+    first_on_0: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +226,11 @@ class EvalReport:
     """All rows, and what they came from.
 
     Attributes:
-        models: in the order of the tables.
+        models: all of them.
         languages: code -> status.
         references: the models that differences are taken against, the one for retention (usually the post-trained
             model) first.
+        own: the models that the report is about, the first of which the verdict is of; empty: the last of `models`.
         scores, differences, routing, agreement, tokens, generations, transfer, fertility: rows.
         warnings: what a reader should know before believing a number, one sentence each.
         command: the command line that made it.
@@ -232,6 +240,7 @@ class EvalReport:
     models: list[Model]
     languages: dict[str, Status]
     references: list[str] = field(default_factory=list)
+    own: list[str] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
     differences: list[Difference] = field(default_factory=list)
     routing: list[Routing] = field(default_factory=list)
@@ -243,6 +252,20 @@ class EvalReport:
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def subjects(self) -> list[str]:
+        """The models that the report is about, the first one first."""
+        return self.own or [model.name for model in self.models[-1:]]
+
+    def own_first(self) -> list[Model]:
+        """The models in the order of the tables: those that the report is about, then the others."""
+        own = self.subjects()
+        return sorted(self.models, key=lambda row: own.index(row.name) if row.name in own else len(own))
+
+    def measured_on(self) -> str:
+        """The day of measuring, or the first and the last; empty where it is not known."""
+        days = sorted({model.measured for model in self.models if model.measured})
+        return " to ".join(dict.fromkeys([*days[:1], *days[-1:]]))
 
     def columns(self) -> list[Score]:
         """One score of every task x metric x language, in order of appearance: the columns of a table."""
@@ -336,13 +359,14 @@ def _as_text(item: tuple[str, Any]) -> str:
 
 
 def heading(column: Score | Difference) -> str:
-    """What a column of numbers is called: `hu bits/byte`, or the name of the tasks."""
+    """What a column of numbers is called: `Hungarian bits/byte`, or the name of the tasks."""
     label = METRICS[column.metric].label if column.metric in METRICS else column.metric
+    language = column.language and language_name(column.language)
     if column.task == TEXT:
-        return f"{column.language} {label}"
+        return f"{language} {label}"
     if column.metric == "exact_match":
         return column.task
-    return " ".join(part for part in (column.language, column.task, label) if part)
+    return " ".join(part for part in (language, column.task, label) if part)
 
 
 def _range(counts: Iterable[int | None]) -> str:

@@ -72,6 +72,7 @@ def routing_by_language(
         shares=shares,
         entropy=entropy,
         tokens=len(next(iter(routes.values())).indices_TK),
+        first_on_0=1 - fmean(map(_off_expert_0, routes.values())),
     )
 
 

@@ -16,8 +16,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..errors import CardError, PlanError
-from ..evaluation.page import tables, verdict
+from ..evaluation.page import tables
 from ..evaluation.report import METRICS, TEXT, EvalReport
+from ..evaluation.verdict import judge, verdict
 from ..files import read_text, write_text
 from ..languages import ORIGINAL_GROUP, closest_code, read_code
 from ..tuner.record import AdapterRecord
@@ -29,6 +30,7 @@ TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _ADAPTER_FIELDS = ("routing", "top_k", "expert_rank", "experts")
 ADAPTER, GRAFTED, MODEL = "adapter", "grafted adapter", "model"
+KEPT = ("better", "kept")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +201,7 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
         unknown=UNKNOWN,
         other=OTHER,
         tables=tables(report, measured_as) if report else [],
+        verdict=(verdict(report, measured_as) if report else None) or "",
         definitions=report.definitions() if report else [],
         kept=kept_languages(facts, report),
         warnings=[warning for warning in report.warnings if warning not in facts.doubts] if report else [],
@@ -236,23 +239,23 @@ def _eval_results(report: EvalReport, model: str) -> list[EvalResult]:
 
 
 def kept_languages(facts: CardFacts, report: EvalReport | None) -> list[str]:
-    """Original languages that the report shows to be kept: their text and all tasks are no worse than the reference's
-    for sure, and their routes did not drift, or cannot. What was not measured is not claimed."""
+    """Original languages that the report shows to be kept: their text and all tasks are, as in its verdict, and their
+    routes did not drift, or cannot. What was not measured, or not enough of, is not claimed."""
     if report is None or not report.references or report.warnings:
         return []
     reference, ours = report.references[0], facts.measured_as
     differences = [d for d in report.differences if (d.model, d.reference) == (ours, reference)]
     skills = [d for d in differences if d.task != TEXT and d.status != "expanded"]
-    if not skills or any(verdict(d) == "loss" for d in skills):
+    if not skills or any(judge(report, d) not in KEPT for d in skills):
         return []
     fixed = facts.adapter.get("routing") in ("language", "context")  # neither reads what a graft changes
     routed = {row.language for row in report.agreement if row.model == ours}
-    text = {d.language: verdict(d) for d in differences if d.task == TEXT}
+    text = {d.language: judge(report, d) for d in differences if d.task == TEXT}
     return [
         code
         for code, group in facts.languages.items()
         if group == ORIGINAL_GROUP
-        and text.get(closest_code(code, filter(None, text))) in ("gain", "unsure")
+        and text.get(closest_code(code, filter(None, text))) in KEPT
         and (fixed or closest_code(code, routed))
     ]
 

