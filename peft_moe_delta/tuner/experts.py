@@ -169,8 +169,8 @@ def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 def full_expert(mlp: nn.Module, keep: Mapping[int, Any] = _NOTHING) -> nn.Module:
     """A trainable copy of an MLP, without the hooks that anyone attached to the original.
 
-    `keep` maps the `id` of a part to what stands in its place, as `copy.deepcopy` takes it. The copy of a sharded MLP has
-    no content until it is sharded, too (`take_shards`).
+    `keep` maps the `id` of a part to what stands in its place, as `copy.deepcopy` takes it. The copy of a sharded MLP
+    has no content until it is sharded, too (`take_shards`).
     """
     return _without_hooks(copy.deepcopy(mlp, {**_copies(mlp.parameters()), **keep}))
 

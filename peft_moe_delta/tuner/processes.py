@@ -90,21 +90,30 @@ def check_can_follow(model: nn.Module, *, grows: bool) -> None:
     Raises:
         ArchitectureError: it is.
     """
-    engine = sharding_of(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # the outermost one keeps its parameters whole after a forward pass
-    if engine == "FSDP2" and all(map(_in_rows, model.parameters())) and not grows:
-        if not any("moe_delta_" in name for name, _ in model.named_parameters()):
-            return
-        engine = "FSDP2, with experts,"
-    if engine is not None and engine.startswith("FSDP"):
+    if parallel():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost one keeps its parameters whole after a forward pass
+    if (why := _why_not_followed(model, grows)) is not None:
         raise ArchitectureError(
-            f"The base model is sharded by {engine} already, and what this adapter adds would not be. Only a dense "
-            "model that FSDP2 alone has sharded, with its weights loaded and not offloaded, takes one adapter, without "
-            "new tokens. Otherwise load the base model whole (accelerate's fsdp_cpu_ram_efficient_loading: on one "
-            "process alone), upcycle it, and let the engine shard the result."
+            f"The base model is sharded already, {why}, so what this adapter adds would not be. Load it with "
+            "DistributedConfig(fsdp_size=...) alone, for one adapter without new tokens; or load it whole "
+            "(accelerate's fsdp_cpu_ram_efficient_loading: on one process alone), upcycle it, and let the engine shard "
+            "the result."
         )
+
+
+def _why_not_followed(model: nn.Module, grows: bool) -> str | None:
+    """Why what is put into a model cannot be sharded with it; None where it can, or where the engine does so later."""
+    if (engine := sharding_of(model)) == "FSDP1":
+        return "by FSDP1"
+    if engine != "FSDP2":
+        return None
+    if any("moe_delta_" in name for name, _ in model.named_parameters()):
+        return "with an adapter"
+    if grows:
+        return "its embeddings, too, which new tokens need whole"
+    return None if all(map(_in_rows, model.parameters())) else "not by FSDP2 alone, or it is offloaded or not loaded"
 
 
 def _in_rows(parameter: Any) -> bool:
