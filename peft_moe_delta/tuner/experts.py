@@ -188,9 +188,11 @@ def low_rank_expert(mlp: nn.Module, rank: int, keep: Mapping[int, Any] = _NOTHIN
 
 def _copies(parameters: Iterable[Tensor]) -> dict[int, Any]:
     """For `copy.deepcopy`: copies of parameters, by the `id` of what they are of."""
-    on_meta, stand_in = _building_on_meta(), is_stand_in()
     found: dict[int, Any] = {}
-    for p in parameters:
+    if not (originals := list(parameters)):
+        return found  # to ask below draws a random number
+    on_meta, stand_in = _building_on_meta(), is_stand_in()
+    for p in originals:
         if on_meta or is_sharded(p):
             copied = torch.empty(p.shape, dtype=p.dtype, device="meta")
         else:
