@@ -153,8 +153,8 @@ def check_mlp(name: str, mlp: nn.Module, hidden_size: int) -> None:
             f"{name} ({type(mlp).__name__}) is already a mixture of experts; upcycling needs a dense MLP."
         )
     with_residual = takes_residual(mlp)
-    if fewest_rows(mlp):
-        return  # a call would cost work, and bitsandbytes could take it for an evaluation and repack its weights
+    if fewest_rows(mlp) or any(hasattr(p, "full_tensor") for p in parameters):
+        return  # a call would cost work: bitsandbytes could repack its weights for it, FSDP2 would have to gather them
     nothing = torch.empty(1, 0, hidden_size, dtype=parameters[0].dtype, device=parameters[0].device)
     try:
         # No token, so no work; past any hooks, which may act on what passes.

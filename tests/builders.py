@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from chance import shifted
@@ -77,7 +78,10 @@ def randomise(model: nn.Module, seed: int, scale: float = 1.0) -> Any:
     for parameter in model.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.1
         noise = torch.randn(parameter.shape, generator=generator) * (scale * size)
-        parameter.data += noise.to(parameter.device, parameter.dtype)
+        noise = noise.to(parameter.device, parameter.dtype)
+        if isinstance(parameter, DTensor):
+            noise = distribute_tensor(noise, parameter.device_mesh, parameter.placements)
+        parameter.data += noise
     return model
 
 

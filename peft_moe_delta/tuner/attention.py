@@ -32,6 +32,8 @@ from .router import Router
 class MoeDeltaAttention(MoeDeltaLayer):
     """An attention module with experts. Parameters are in `moe_delta_experts` and `moe_delta_router`."""
 
+    is_attention = True
+
     @staticmethod
     def calling_convention(base_layer: nn.Module) -> bool:
         """Attention never adds the residual itself."""

@@ -37,7 +37,7 @@ from .identifier import AUTO, Identifiers
 from .layer import MERGE_REFUSED, MoeDeltaLayer
 from .loading import AdapterLoad, check_complete, check_keys
 from .optimizers import note_what_trains
-from .processes import check_unsharded, is_stand_in, whole_tensors
+from .processes import check_can_follow, is_stand_in, whole_tensors
 from .settings import LayerSettings
 from .vocabulary import GrownLayer, check_can_grow, grow, ungrow
 
@@ -124,7 +124,7 @@ class MoeDeltaTuner(BaseTuner):
         found = {
             layer_index(key): module
             for key, module in self.model.named_modules()
-            if type(module) is MoeDeltaLayer and name in module.settings
+            if isinstance(module, MoeDeltaLayer) and not module.is_attention and name in module.settings
         }
         return dict(sorted(found.items()))
 
@@ -188,7 +188,7 @@ class MoeDeltaTuner(BaseTuner):
         """Check everything before the first module is replaced, so that a refused model is left as it was."""
         if not hasattr(self.model, "config") or not hasattr(self.model.config, "get_text_config"):
             raise ArchitectureError(f"{type(self.model).__name__} has no transformers config; expected a causal LM.")
-        check_unsharded(self.model)
+        check_can_follow(self.model, grows=bool(peft_config.record.new_tokens))
         blocks = mlp_blocks(self.model, peft_config)
         if peft_config.attention_experts is not None:
             attention = attention_module_name(self.model.config.model_type)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..matrices import check_gradient, features, float_weight, is_quantised, linear_maps
 from ..tensors import low_rank_weight
-from .processes import is_stand_in
+from .processes import is_sharded, is_stand_in
 
 _NOTHING: Mapping[int, Any] = MappingProxyType({})
 
@@ -169,14 +169,10 @@ def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, Tensor]]:
 def full_expert(mlp: nn.Module, keep: Mapping[int, Any] = _NOTHING) -> nn.Module:
     """A trainable copy of an MLP, without the hooks that anyone attached to the original.
 
-    `keep` maps the `id` of a part to what stands in its place, as `copy.deepcopy` takes it.
+    `keep` maps the `id` of a part to what stands in its place, as `copy.deepcopy` takes it. The copy of a sharded MLP
+    has no content until it is sharded, too (`take_shards`).
     """
-    on_meta, empty = _building_on_meta(), is_stand_in()
-    memo: dict[int, Any] = {}
-    for p in mlp.parameters():
-        copied = torch.empty_like(p, device="meta" if on_meta else None) if on_meta or empty else p.detach().clone()
-        memo[id(p)] = nn.Parameter(copied)
-    return _without_hooks(copy.deepcopy(mlp, {**memo, **keep}))
+    return _without_hooks(copy.deepcopy(mlp, {**_copies(mlp.parameters()), **keep}))
 
 
 def low_rank_expert(mlp: nn.Module, rank: int, keep: Mapping[int, Any] = _NOTHING) -> nn.Module:
@@ -184,8 +180,34 @@ def low_rank_expert(mlp: nn.Module, rank: int, keep: Mapping[int, Any] = _NOTHIN
 
     `keep` as in `full_expert`.
     """
-    memo = {id(frozen): LowRankLinear(frozen, rank) for frozen in linear_maps(mlp).values() if id(frozen) not in keep}
+    linear = linear_maps(mlp)
+    memo = _copies(p for name, p in mlp.named_parameters() if name.rpartition(".")[0] not in linear)
+    memo |= {id(frozen): LowRankLinear(frozen, rank) for frozen in linear.values() if id(frozen) not in keep}
     return _without_hooks(copy.deepcopy(mlp, {**memo, **keep}))
+
+
+def _copies(parameters: Iterable[Tensor]) -> dict[int, Any]:
+    """For `copy.deepcopy`: copies of parameters, by the `id` of what they are of."""
+    found: dict[int, Any] = {}
+    if not (originals := list(parameters)):
+        return found  # to ask below draws a random number
+    on_meta, stand_in = _building_on_meta(), is_stand_in()
+    for p in originals:
+        if on_meta or is_sharded(p):
+            copied = torch.empty(p.shape, dtype=p.dtype, device="meta")
+        else:
+            copied = torch.empty_like(p) if stand_in else p.detach().clone()
+        found[id(p)] = nn.Parameter(copied)
+    return found
+
+
+def take_shards(expert: nn.Module, mlp: nn.Module) -> None:
+    """Give a copy of a sharded MLP, when it is sharded itself, this process's shards of what the MLP has."""
+    for name, parameter in list(expert.named_parameters()):
+        if parameter.is_meta:
+            owner, _, attribute = name.rpartition(".")
+            shard = nn.Parameter(mlp.get_parameter(name).detach().clone(), requires_grad=parameter.requires_grad)
+            expert.get_submodule(owner)._parameters[attribute] = shard  # PEFT's `low_cpu_mem_usage` patches the setter
 
 
 def expert_weights(expert: nn.Module, mlp: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -207,4 +229,5 @@ def _without_hooks(module: nn.Module) -> nn.Module:
         child._forward_hooks.clear()
         child._forward_pre_hooks.clear()
         child._backward_hooks.clear()
+        child._load_state_dict_post_hooks.clear()
     return module

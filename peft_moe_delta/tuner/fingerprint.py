@@ -6,8 +6,8 @@ that a checkpoint loaded in another dtype has the same record, and few enough to
 
 A record maps `"layers.*.mlp.up_proj.weight 1536x576"` to `"0:3c4abd01... 1:be00..."`: the shape behind the name, and
 for each layer its numbers as hexadecimal bf16. Names go without what only some files have in front (`model.`). A tensor
-that cannot be read, offloaded, sharded or quantised, has no numbers, and is not compared: a quantised copy is known by
-its names, its shapes and what it keeps as it was, such as norms and embeddings.
+that cannot be read, offloaded, spread by ZeRO-3 or quantised, has no numbers, and is not compared: a quantised copy is
+known by its names, its shapes and what it keeps as it was, such as norms and embeddings.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from ..checkpoint import CheckpointReader, first_few
 from ..errors import CheckpointError
 from ..matrices import is_quantised
 from ..tensors import Tensors, is_embedding
+from .processes import whole
 
 VERSION = 2
 _SAMPLES = 8
@@ -240,9 +241,8 @@ def _is_readable(weights: Mapping[str, Tensor], name: str) -> bool:
     if isinstance(weights, CheckpointReader):
         return math.prod(weights.shapes[name]) > 0
     tensor = weights[name]
-    sharded = hasattr(tensor, "ds_shape") or hasattr(tensor, "full_tensor")
-    empty = tensor.is_meta or isinstance(tensor, FakeTensor)
-    return not is_quantised(tensor) and not empty and not sharded and tensor.numel() > 0
+    empty = tensor.is_meta or isinstance(tensor, FakeTensor) or hasattr(tensor, "ds_shape")
+    return not is_quantised(tensor) and not empty and tensor.numel() > 0
 
 
 def _dtype(weights: Mapping[str, Tensor], name: str) -> torch.dtype:
@@ -256,7 +256,7 @@ def _read(weights: Mapping[str, Tensor], name: str, places: Sequence[tuple[int, 
     if isinstance(weights, CheckpointReader):
         columns = (weights.shapes[name] or (1,))[-1]
         return weights.elements(name, [row * columns + column for row, column in places])
-    tensor = weights[name].detach()
+    tensor = whole(weights[name].detach())  # every process upcycles, and a forward pass gathers as much
     if tensor.dim() < 2:
         return tensor.reshape(-1)[[column for _, column in places]]
     rows, columns = torch.tensor(places).T

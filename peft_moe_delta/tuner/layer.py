@@ -10,7 +10,7 @@ steps (of gates, `gate_TS`).
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,11 +32,12 @@ from .experts import (
     input_dtype,
     low_rank_expert,
     parameters_of,
+    take_shards,
 )
 from .grouped import GroupedExperts, can_be_grouped
 from .lean import can_be_lean, run_lean
 from .passes import ForwardState, Reach
-from .processes import gathered, parallel
+from .processes import gathered, is_sharded, parallel, shard_with
 from .router import Classifier, Router
 from .settings import LayerSettings
 
@@ -59,6 +60,7 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = (EXPERTS, ROUTER, CLASSIFIER)
     other_param_names = ("settings",)
+    is_attention: ClassVar[bool] = False
 
     def __init__(self, base_layer: nn.Module, context: ForwardContext) -> None:
         super().__init__()
@@ -95,6 +97,10 @@ class MoeDeltaLayer(nn.Module, BaseTunerLayer):
             self.moe_delta_classifier[adapter_name] = classifier
         self.settings[adapter_name] = settings
         self.set_adapter(self.active_adapters, inference_mode=settings.config.inference_mode)
+        if is_sharded(next(self.base_layer.parameters())):
+            shard_with(self.base_layer, self)
+            for expert in new:
+                take_shards(expert, self.base_layer)
 
     def new_expert(self, config: MoeDeltaConfig) -> nn.Module:
         """An expert that computes what the MLP computes: a full copy, or a low-rank change of it."""

@@ -18,6 +18,9 @@ from torch import Tensor, distributed, nn
 
 from ..errors import ArchitectureError, CheckpointError, PeftMoeDeltaError
 
+if distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
 WRAPPERS = ("_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 """What PyTorch's wrappers put into the names of modules, and take out of the names in a state dict."""
 
@@ -72,22 +75,79 @@ def sharding_of(model: nn.Module) -> str | None:
     for parameter in model.parameters():
         if hasattr(parameter, "ds_id"):
             return "DeepSpeed's ZeRO-3"
-        if hasattr(parameter, "full_tensor"):
+        if is_sharded(parameter):
             return "FSDP2"
     return None
 
 
-def check_unsharded(model: nn.Module) -> None:
-    """Refuse a base model that FSDP has sharded: it would not shard what is put into it later.
+def check_can_follow(model: nn.Module, *, grows: bool) -> None:
+    """Refuse a base model that is sharded in a way in which an adapter cannot be (`shard_with`).
+
+    Args:
+        model: the base model.
+        grows: whether the adapter adds tokens to the vocabulary.
 
     Raises:
         ArchitectureError: it is.
     """
-    if (engine := sharding_of(model)) in ("FSDP1", "FSDP2"):
+    if parallel():
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the outermost one keeps its parameters whole after a forward pass
+    if (why := _why_not_followed(model, grows)) is not None:
         raise ArchitectureError(
-            f"The base model is sharded by {engine} already, and experts would not be. Load it whole (accelerate's "
-            "fsdp_cpu_ram_efficient_loading: on one process alone), upcycle it, and let the engine shard the result."
+            f"The base model is sharded already, {why}, so what this adapter adds would not be. Load it with "
+            "DistributedConfig(fsdp_size=...) alone, for one adapter without new tokens; or load it whole "
+            "(accelerate's fsdp_cpu_ram_efficient_loading: on one process alone), upcycle it, and let the engine shard "
+            "the result."
         )
+
+
+def _why_not_followed(model: nn.Module, grows: bool) -> str | None:
+    """Why what is put into a model cannot be sharded with it; None where it can, or where the engine does so later."""
+    if (engine := sharding_of(model)) == "FSDP1":
+        return "by FSDP1"
+    if engine != "FSDP2":
+        return None
+    if any("moe_delta_" in name for name, _ in model.named_parameters()):
+        return "with an adapter"
+    if grows:
+        return "its embeddings, too, which new tokens need whole"
+    return None if all(map(_in_rows, model.parameters())) else "not by FSDP2 alone, or it is offloaded or not loaded"
+
+
+def _in_rows(parameter: Any) -> bool:
+    """Whether FSDP2, and nothing else, has spread a parameter, and its shards are where they are computed with."""
+    if not hasattr(parameter, "device_mesh") or parameter.device.type != parameter.device_mesh.device_type:
+        return False
+    *replicated, last = parameter.placements
+    return bool(last.is_shard(0)) and all(placement.is_replicate() for placement in replicated)
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a DTensor, of which this process has a shard."""
+    return hasattr(parameter, "full_tensor")
+
+
+def whole(tensor: Any) -> Tensor:
+    """A DTensor whole, on every process, all of which have to ask; any other tensor as it is."""
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def shard_with(base: nn.Module, layer: nn.Module) -> None:
+    """Spread a layer's parameters, but for those of its base module, over processes as FSDP2 has spread the latter's.
+
+    The layer becomes a unit of its own of FSDP2, as parameters cannot join the unit of the decoder layer around it.
+    """
+    own: Any = next(base.parameters())
+    layer.register_forward_hook(_no_view)
+    fully_shard(layer, mesh=own.device_mesh, reshard_after_forward=True, ignored_params=set(base.parameters()))
+
+
+def _no_view(layer: nn.Module, args: Any, output: Any) -> Any:
+    """FSDP2 gathers a unit for its backward pass by a hook on its output, which would not survive `+=` on a view."""
+    return output.clone() if isinstance(output, Tensor) and output._is_view() else output
 
 
 def prepare_for_engine(model: Any) -> None:
@@ -210,9 +270,7 @@ def map_plain(named: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
 
 
 def _whole(tensor: Any, parameter: Any) -> Tensor:
-    if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor()
-    if parameter is None or tensor.numel():
-        return tensor
+    if parameter is None or is_sharded(tensor) or tensor.numel():
+        return whole(tensor)
     with gathered([parameter]):
         return parameter.detach().cpu().clone()

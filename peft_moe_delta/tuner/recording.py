@@ -52,7 +52,9 @@ def routed_layers(model: nn.Module) -> dict[int, nn.Module]:
 
 
 def _routes(module: nn.Module) -> bool:
-    return type(module) is MoeDeltaLayer or _is_remote_code(module) or type(module).__name__.endswith("TopKRouter")
+    if isinstance(module, MoeDeltaLayer):
+        return not module.is_attention
+    return _is_remote_code(module) or type(module).__name__.endswith("TopKRouter")
 
 
 def _is_remote_code(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from builders import perturbed, pico, randomise_experts, upcycle
@@ -53,7 +54,8 @@ class Case:
     def model(self, **changes: Any) -> PeftModel:
         """A pico Llama with experts, the same everywhere."""
         settings = {"load_balancing_coef": 0.5, **ROUTINGS[self.routing], **changes}
-        model = upcycle(self.base(), **settings)
+        base = self.engine.loaded(self.base_folder()) if self.engine.takes_only_loaded else self.base()
+        model = upcycle(base, **settings)
         model = randomise_experts(model) if "low rank" not in self.routing else model
         if self.routing == "context":
             fit_identifier(model, texts(documents=8), make_tokenizer(), memory=MEMORY)
@@ -63,6 +65,15 @@ class Case:
     def base() -> Any:
         """Its base."""
         return pico(use_cache=False)  # as Trainer has it
+
+    def base_folder(self) -> Path:
+        """Where its files are."""
+        folder = self.folder / "base"
+        if not self.rank and not folder.exists():
+            self.base().save_pretrained(folder)
+        if self.rank is not None:
+            distributed.barrier()
+        return folder
 
     def documents(self, step: int, micro: int, rank: int) -> list[dict[str, Any]]:
         """Two documents of each process; the first half of the first process's is no target."""
@@ -188,6 +199,19 @@ def resume(case: Case) -> Found:
         return case.train(engine, model, range(1, 3))
 
 
+def loading(case: Case) -> Found:
+    """The base from files, by this engine's way to have no copy of it on each process; a trained adapter on it."""
+    adapter = case.save(case.model(), "trained")
+    base = case.engine.loaded(case.base_folder())
+    model = PeftModel.from_pretrained(base, adapter, is_trainable=True).train()
+    if sharded := [p for p in base.parameters() if isinstance(p, DTensor)]:
+        assert len(sharded) == len(list(model.parameters()))
+        assert sum(p.to_local().numel() for p in sharded) < 0.51 * sum(p.numel() for p in sharded)
+    with opened(case.engine(model)) as engine:
+        found = case.train(engine, model, range(3))
+        return found | load_file(case.save(model, "adapter") / "adapter_model.safetensors")
+
+
 def two_stages(case: Case) -> Found:
     """Expansion, `start_review` on the model that the engine holds, another engine on it, and the adapter's file."""
     model = case.model()
@@ -201,15 +225,14 @@ def two_stages(case: Case) -> Found:
 
 def graft_from_files(case: Case) -> Found:
     """What a sharded model saved, grafted; all of it whole."""
-    model, base = case.model(), case.base()
+    model = case.model()
     with opened(case.engine(model)) as engine:
         case.train(engine, model, range(1))
         adapter = case.save(model, "trained")
-    output = case.folder / "grafted"
+    base, output = case.base_folder(), case.folder / "grafted"
     if not case.rank:
-        base.save_pretrained(case.folder / "base")
-        perturbed(base).save_pretrained(case.folder / "post")
-        graft_checkpoint(case.folder / "base", case.folder / "post", adapter, output, target="adapter")
+        perturbed(case.base()).save_pretrained(case.folder / "post")
+        graft_checkpoint(base, case.folder / "post", adapter, output, target="adapter")
     if case.rank is not None:
         distributed.barrier()
     return load_file(output / "adapter_model.safetensors")
@@ -241,6 +264,7 @@ STAGES: dict[str, Callable[[Case], Found]] = {
     "checkpointing, wrapped layers": wrapper_checkpointing,
     "save_pretrained": save_pretrained,
     "resume": resume,
+    "loading": loading,
     "two stages": two_stages,
     "graft from files": graft_from_files,
     "fit_routers": trained_then(lambda model: fit_routers(model, texts(documents=2), make_tokenizer()) and None),

@@ -19,13 +19,17 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from accelerate import init_empty_weights
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 from torch import Tensor, distributed, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 try:
@@ -62,11 +66,18 @@ class Engine:
     """One process, which sees the batches of all; what the others are held to."""
 
     name = "one process"
+    takes_only_loaded = False
+    """Whether every case begins with files, as nothing else would be sharded."""
 
     @classmethod
     def launch(cls) -> None:
         """Set the environment, as whoever starts the processes does, before there is a model."""
         os.environ.pop("ACCELERATE_USE_FSDP", None)
+
+    @classmethod
+    def loaded(cls, folder: Path) -> Any:
+        """A base model from files, with as little of it on each process as the engine knows how to."""
+        return AutoModelForCausalLM.from_pretrained(folder)
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -148,8 +159,23 @@ class FSDP2(Sharded):
 
     name = "FSDP2"
 
+    @classmethod
+    def loaded(cls, folder: Path) -> Any:
+        """Sharded without content; one process reads it and hands out the shards."""
+        with init_empty_weights():
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        cls.shard(model)
+        tensors = super().loaded(folder).state_dict() if distributed.get_rank() == 0 else {}
+        set_model_state_dict(model, tensors, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        return model
+
     def wrap(self, model: nn.Module) -> nn.Module:
-        if not isinstance(model, torch.distributed.fsdp.FSDPModule):
+        return self.shard(model)
+
+    @staticmethod
+    def shard(model: nn.Module) -> nn.Module:
+        """Unless it is."""
+        if not any(isinstance(module, torch.distributed.fsdp.FSDPModule) for module in model.modules()):
             mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
             for module in reversed(list(model.modules())):
                 if isinstance(module, LlamaDecoderLayer):
@@ -169,10 +195,25 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+class TransformersFSDP2(FSDP2):
+    """`from_pretrained(distributed_config=...)`: each process reads its own shards, and what is added follows them."""
+
+    name, takes_only_loaded = "FSDP2 by transformers", True
+
+    @classmethod
+    def loaded(cls, folder: Path) -> Any:
+        size = DistributedConfig(fsdp_size=distributed.get_world_size())
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=size)
+
+
 class AccelerateFSDP2(FSDP2):
     """What accelerate does to a model under `examples/fsdp2.yaml`: it checkpoints, and loads on one process."""
 
     name = "FSDP2 by accelerate"
+
+    @classmethod
+    def loaded(cls, folder: Path) -> Any:
+        return Engine.loaded(folder)
 
     @classmethod
     def launch(cls) -> None:
@@ -226,13 +267,24 @@ class DeepSpeed(Engine):
 
     stage = 3
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    @classmethod
+    def settings(cls) -> dict[str, Any]:
         settings = json.loads((EXAMPLES / "zero3.json").read_text())
-        settings["zero_optimization"]["stage"] = self.stage
+        settings["zero_optimization"]["stage"] = cls.stage
         del settings["train_batch_size"]
         settings |= {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "gradient_clipping": 0.0}
-        settings |= {"bf16": {"enabled": False}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
-        engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=settings)
+        return settings | {"bf16": {"enabled": False}, "zero_allow_untested_optimizer": True, "steps_per_print": 10**9}
+
+    @classmethod
+    def loaded(cls, folder: Path) -> Any:
+        """While this object lives, transformers gives stage 3 each parameter as soon as there is one."""
+        kept = HfDeepSpeedConfig(cls.settings())
+        model = super().loaded(folder)
+        model.__dict__["kept"] = kept
+        return model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=sgd(model), config=self.settings())
         return engine
 
     def make_optimizer(self) -> Any:
@@ -265,6 +317,7 @@ class DeepSpeed(Engine):
 
     def close(self) -> None:
         self.run.destroy()
+        unset_hf_deepspeed_config()
 
 
 class Zero1(DeepSpeed):
@@ -285,7 +338,7 @@ class Zero3(DeepSpeed):
     name, stage = "ZeRO-3", 3
 
 
-ALL = (DDP, FSDP2, AccelerateFSDP2, FSDP1, FSDP1Flat, Zero1, Zero2, Zero3)
+ALL = (DDP, FSDP2, AccelerateFSDP2, TransformersFSDP2, FSDP1, FSDP1Flat, Zero1, Zero2, Zero3)
 ENGINES: dict[str, type[Engine]] = {engine.name: engine for engine in ALL}
 
 

@@ -11,6 +11,7 @@ from engines.launch import outcomes, references
 SHORT = {
     "DDP": ["classifier/review", "language/two stages"],
     "FSDP2": ["language/two stages", "learned/checkpointing, wrapped layers", "language/graft in memory"],
+    "FSDP2 by transformers": ["language/loading"],
 }
 REFUSED = {"fit_routers", "add_languages", "graft in memory"}
 """What needs a model that one process has whole."""
