@@ -57,6 +57,27 @@ is installed with the package. The recipe's first line names the file:
 ```
 
 The last sections are those of a growth file, for `peft-moe-delta grow`.
+
+## Runs that stop and go on
+
+`run` and `train` leave one folder for each step in `output`, and keep what is finished. A step depends on what it
+reads: the content of its files (under any name), every file of a model, the fields of the recipe that concern it, and
+the steps before it. Where one of these changes, the steps that read it run again, and `peft-moe-delta status` says
+which and why. How often a training is saved is not among them.
+
+- **Ctrl-C** ends a run with one line. A training first finishes the step it is in and saves a checkpoint, hidden beside
+  the step's place (`.expanded.checkpoints`). The same command goes on from there, and its result is the same, byte for
+  byte, as without the interruption, as far as the machine computes the same twice. Only times, speeds and memory are
+  its own: in `step.json`, in the last line of `log.json`, and in the report. A second Ctrl-C ends at once, without a
+  checkpoint.
+- A checkpoint belongs to one training. When the recipe, a model or text has changed for it, the training begins anew
+  and says why. Checkpoints are removed when the training is finished.
+- Against crashes, `trainer: {{save_steps: 500}}` saves every 500 steps as well, and keeps the last one.
+  A checkpoint takes about three times the room of what is trained. The optimizer's part of it is a file of PyTorch's,
+  as Trainer writes it, and is loaded with `weights_only=True`.
+- **A finished training is never replaced unasked.** If it would run again, the run stops and says why. `--overwrite`
+  replaces it, another `output` keeps both. The same goes for any result that somebody has edited. Scores, grafts and
+  whatever else takes no training are made again without asking.
 """
 COMMAND_INTRODUCTION = """\
 # Command line
@@ -67,7 +88,10 @@ standard output, progress and errors to standard error. `python docs/generate.py
 `--help` lists what a command takes, `--version` says which version this is. `--quiet` leaves the result, warnings and
 errors alone. `--verbose` adds the log of other libraries, and where an error arose. Both may stand anywhere.
 
-Nothing is coloured, and an error is one line. The exit status is 0, or tells the kind of error:
+Nothing is coloured, and an error is one line, as is the end after Ctrl-C. `run` and `train` then go on where they were
+when they are started again: see [runs that stop and go on](recipe.md#runs-that-stop-and-go-on).
+
+The exit status is 0, or tells the kind of error:
 
 {statuses}
 

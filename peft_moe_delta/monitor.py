@@ -14,6 +14,7 @@ import torch
 from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from .errors import DataError
 from .matrices import squared_norm
@@ -29,7 +30,7 @@ PARAMETERS_PER_TOKEN = 1000
 the demo, which still gains, 200 to one."""
 
 
-class TrainingMonitor(TrainerCallback):
+class TrainingMonitor(TrainerCallback, ExportableState):
     """Stops a training that diverges, and warns of what makes an adapter doubtful.
 
     - A gradient that is not finite never reaches the weights: the step is left out, and training stops with the last
@@ -39,13 +40,23 @@ class TrainingMonitor(TrainerCallback):
     - At every log and at the end: an expert that has moved away from its MLP by more than the MLP's own norm.
     - At the end: a group that has seen very little text for its experts' size.
 
+    A checkpoint keeps the doubts, and how much text was seen. Of several processes it keeps no amounts, and where such
+    a training is resumed, nothing is said of them.
+
     Raises:
         DataError: a streamed data set on several processes whose batches one process cuts up for the others: rows get
             lost, or do not fit together.
     """
 
     def __init__(self) -> None:
-        self._resumed = False
+        self._counts_all, self._model = True, nn.Module()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        config, layers = active_config(self._model), _layers(self._model)
+        counted = (layers[0].context.tokens or {}) if layers else {}
+        tokens = [[list(groups), seen.tolist()] for groups, seen in counted.items()]
+        return {"args": {}, "attributes": {"doubts": config.record.doubts if config else [], "tokens": tokens}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,9 +67,12 @@ class TrainingMonitor(TrainerCallback):
                 "packed rows vanish, and padded ones differ in length. Let every process make its own: "
                 'TrainingArguments(accelerator_config={"dispatch_batches": False}).'
             )
-        self._resumed = state.global_step > 0
-        for layer in _layers(kwargs["model"]):
-            layer.context.tokens = {}
+        self._model, saved = kwargs["model"], resumed_state(self, state)
+        self._counts_all = state.global_step == 0 or ("tokens" in saved and args.world_size == 1)
+        for layer in _layers(self._model):
+            layer.context.tokens = {tuple(groups): torch.tensor(seen) for groups, seen in saved.get("tokens", [])}
+        if (config := active_config(self._model)) is not None and saved.get("doubts"):
+            config.change(doubts=list(dict.fromkeys([*saved["doubts"], *config.record.doubts])))
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,8 +100,21 @@ class TrainingMonitor(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         _doubt_distance(kwargs["model"])
-        if not self._resumed:  # what was seen before was not counted
+        if self._counts_all:
             _doubt_amount(kwargs["model"], args.world_size)
+
+
+def resumed_state(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
+    """What the checkpoint that a training goes on from knows of a callback; nothing in one that begins.
+
+    Trainer restores callbacks only where `restore_callback_states_from_checkpoint` says so, and in another order.
+    """
+    states: Any = state.stateful_callbacks  # by name, once there is a training
+    known = states.setdefault(type(callback).__name__, callback.state())  # a checkpoint may be older than the callback
+    if not state.global_step or not isinstance(known, dict):
+        return {}
+    saved: dict[str, Any] = known["attributes"]
+    return saved
 
 
 def not_finite(tensors: dict[str, Tensor]) -> list[str]:

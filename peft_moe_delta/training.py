@@ -6,20 +6,21 @@ positions that keep documents apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from .errors import DataError
 from .evaluation.identification import wrong_language_or_script
 from .export.gate import evaluating
 from .languages import PADDING_LANGUAGE_ID, LanguageTable
 from .losses import IGNORED_LABEL, share_of_step
-from .monitor import TrainingMonitor, active_config, doubt
+from .monitor import TrainingMonitor, active_config, doubt, resumed_state
 from .tuner import MoeDeltaConfig, MoeDeltaLayer
 from .tuner.context import ForwardContext, Sums
 
@@ -133,6 +134,16 @@ class LanguageCollator:
             return _Document(*columns)
         return _Document(*([v for v, kept in zip(c, feature["attention_mask"], strict=True) if kept] for c in columns))
 
+    def look_through(self, features: Iterable[Mapping[str, Any]]) -> None:
+        """Look at the first documents of each language now, in the order given, rather than as batches come.
+
+        A training that is resumed does not see its first batches again; this way it has looked at the same documents.
+        """
+        for feature in features:
+            language = feature.get("language")
+            if isinstance(language, str) and len(self._looked_at.get(language, [])) < LOOKED_AT:
+                self._look_at(language, feature, self._tokens(feature))
+
     def _look_at(self, language: str, feature: Mapping[str, Any], tokens: list[int]) -> None:
         """Doubt a training on text in another language than it is said to be in: the first documents tell."""
         documents = self._looked_at.setdefault(language, [])
@@ -221,7 +232,7 @@ class LanguageCollator:
         }
 
 
-class RoutingCallback(TrainerCallback):
+class RoutingCallback(TrainerCallback, ExportableState):
     """Adds the routers' figures to the Trainer's log: auxiliary losses, the share of tokens on expert 0 per group, and
     what was read.
 
@@ -229,13 +240,29 @@ class RoutingCallback(TrainerCallback):
     `expert_0_share/<group>`; and over the passes of all: `tokens_per_pass/<group>`, without padding. They reach
     `log_history`, what Trainer prints, and callbacks given after this one. Those of `report_to` come first; for them:
     `trainer.callback_handler.callbacks.insert(0, RoutingCallback())`.
+
+    A checkpoint keeps the sums since the last log, so that the means go on where a training is resumed; not those of
+    several processes, whose means begin anew.
     """
+
+    _context: ForwardContext | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        kept = {} if self._context is None else self._context.statistics
+        sums = [[name, total.tolist(), count.tolist()] for name, (total, count) in kept.items()]
+        return {"args": {}, "attributes": {"sums": sums}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if (context := _context_of(kwargs.get("model"))) is not None:
-            context.read_statistics()  # what an earlier training left unread
+        self._context, saved = _context_of(kwargs.get("model")), resumed_state(self, state)
+        if self._context is None:
+            return
+        self._context.read_statistics()  # what an earlier training left unread
+        for name, *sums in saved.get("sums", []) if args.world_size == 1 else []:
+            total, count = (torch.tensor(part, dtype=torch.float64, device=args.device) for part in sums)
+            self._context.record(name if isinstance(name, str) else tuple(name), total, count)
 
     def on_log(
         self,

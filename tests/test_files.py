@@ -104,6 +104,24 @@ def test_a_folder_that_cannot_be_moved_to_its_place_leaves_the_old_one_there(tmp
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["old", "output"]
 
 
+@pytest.mark.parametrize(("number", "left"), [(1, "old"), (2, "new")])
+def test_ctrl_c_between_two_renames_leaves_one_whole_folder(tmp_path, monkeypatch, number, left):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "old").touch()
+    rename, count = Path.rename, iter((1, 2, 3))
+
+    def interrupted(self, target):
+        moved = rename(self, target)
+        if next(count) == number:
+            raise KeyboardInterrupt
+        return moved
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "output", overwrite=True) as partial:
+        (partial / "new").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted([left, "output"])
+
+
 def make_folder(making):
     with making:
         pass

@@ -207,13 +207,12 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def _move(folder: Path, output: Path, replaced: Path) -> None:
-    """Put a folder into its place; what was there goes, or comes back where that fails."""
-    if output.exists():
-        output.rename(replaced)
+    """Put a folder into its place; what was there goes, or comes back where that fails or is interrupted."""
     try:
+        if output.exists():
+            output.rename(replaced)
         folder.rename(output)
-    except BaseException:
-        if replaced.exists():
+    finally:
+        if replaced.exists() and not output.exists():
             replaced.rename(output)
-        raise
-    shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)

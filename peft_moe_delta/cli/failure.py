@@ -33,7 +33,8 @@ def failure_of(error: BaseException) -> Failure | None:
     """How an error ends that a user or the machine can cause; None for others, whose traceback is wanted."""
     line = f"error: {one_line(error)}"
     if isinstance(error, KeyboardInterrupt):
-        return Failure("interrupted: what was finished is kept, what was under way is gone", 130)
+        told = one_line(error) or "what was finished is kept, what was under way is gone"
+        return Failure(f"interrupted: {told}", 130)
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported
         return Failure(
             f"error: out of memory: {one_line(error)}. Take smaller batches, shorter sequences or a smaller model.", 4

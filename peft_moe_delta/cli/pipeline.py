@@ -15,6 +15,11 @@ def _add_run_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and say what would be done, in seconds; run nothing"
     )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace trainings that the recipe, a model or text has changed for, and results that were edited",
+    )
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -34,8 +39,8 @@ def _read(arguments: Namespace) -> Recipe:
     return read_recipe(arguments.recipe, quick=arguments.quick, changes=arguments.changes)
 
 
-def _read_run(arguments: Namespace) -> tuple[Recipe, bool]:
-    return _read(arguments), arguments.dry_run
+def _read_run(arguments: Namespace) -> tuple[Recipe, bool, bool]:
+    return _read(arguments), arguments.dry_run, arguments.overwrite
 
 
 def _add_growth(parser: ArgumentParser) -> None:

@@ -16,8 +16,7 @@ from ..hub import CardFacts, licence_for, licence_of, write_card
 from ..hub.card import public_name
 from .fields import Card, Recipe, Training, Tuning
 from .reporting import OURS
-from .stages import LOG_FILE
-from .workspace import RECORD, Step
+from .workspace import LOG_FILE, RECORD, Step
 
 
 def write(

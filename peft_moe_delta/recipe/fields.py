@@ -69,7 +69,7 @@ class Training:
         learning_rate: at its highest, after a warm-up; a cosine follows.
         sequence_length: in tokens: one to read and one to predict at the least.
         trainer: other arguments of transformers' `TrainingArguments` by their names, such as `weight_decay: 0.1`,
-            `gradient_accumulation_steps: 8` or `report_to: tensorboard`.
+            `gradient_accumulation_steps: 8`, `report_to: tensorboard` or `save_steps: 500`.
     """
 
     steps: Count

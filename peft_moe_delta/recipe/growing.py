@@ -10,6 +10,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import cast
 
 from peft import PeftModel
@@ -27,6 +28,7 @@ from .data import shuffled
 from .fields import Training
 from .growth import CLOSEST, Growth
 from .stages import Features, blocks, load_model, save_adapter, settled_precision, train
+from .unfinished import Checkpoints
 
 _SCORED_BYTES = 20_000
 _FITTED_BYTES = 50_000
@@ -62,7 +64,7 @@ def grow(growth: Growth) -> Path:
             reviewed = _balanced(growth, tuner, tokenizer, review)
         if growth.expand is not None:
             tuner.start_expansion(routing=growth.expand.routing)
-            train(growth, model, blocks(growth, tokenizer, list(new), growth.expand), growth.expand, tokenizer, folder)
+            _train(growth, model, blocks(growth, tokenizer, list(new), growth.expand), growth.expand, tokenizer, folder)
         if review is not None:
             tuner.start_review(
                 routing=review.routing,
@@ -71,11 +73,24 @@ def grow(growth: Growth) -> Path:
             )
             if growth.experts:
                 fit_routers(model, _fitted(growth), tokenizer, only="newest", max_length=review.sequence_length)
-            train(growth, model, reviewed, review, tokenizer, folder)
+            _train(growth, model, reviewed, review, tokenizer, folder)
         if tuner.active_config.record.identifier is not None:
             fit_identifier(model, {code: Documents(growth.languages[code].train, code) for code in new}, tokenizer)
         save_adapter(model, folder)
     return Path(growth.output)
+
+
+def _train(
+    growth: Growth,
+    model: PeftModel,
+    features: Features,
+    fields: Training,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+) -> None:
+    """Train in one piece: Ctrl-C ends it, and nothing is kept."""
+    with TemporaryDirectory() as scratch:
+        train(growth, model, features, fields, tokenizer, folder, Checkpoints(Path(scratch, "grown"), {}))
 
 
 def _start_from(

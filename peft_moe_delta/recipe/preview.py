@@ -14,7 +14,8 @@ from typing import Any
 
 from .fields import Recipe, Training
 from .run import Run
-from .workspace import RECORD, Step, Workspace, step_of, why_again
+from .unfinished import Checkpoint, Checkpoints
+from .workspace import RECORD, Step, Workspace, step_of, why_again, would_be_lost
 
 _UNITS = ((86_400, "day"), (3_600, "hour"), (60, "minute"))
 
@@ -27,11 +28,13 @@ class Seen:
         name: of the step.
         folder: of its result.
         reason: why it would run; "" for the first time, None where its result is there and still holds.
+        checkpoint: where its training would go on; None where it begins.
     """
 
     name: str
     folder: Path
     reason: str | None
+    checkpoint: Checkpoint | None = None
 
     @property
     def is_done(self) -> bool:
@@ -43,7 +46,11 @@ class Seen:
         """What a run would do, in words."""
         if self.reason is None:
             return "kept"
-        return f"runs again, since {self.reason}" if self.reason else "runs for the first time"
+        if not self.reason:
+            return "runs for the first time" if self.checkpoint is None else f"goes on from {self.checkpoint}"
+        place = "" if self.checkpoint is None else f" from {self.checkpoint}"
+        asks = " (needs --overwrite)" if would_be_lost(self.folder) else ""
+        return f"runs again{place}, since {self.reason}{asks}"
 
     @property
     def age(self) -> str:
@@ -87,6 +94,12 @@ class Preview(Workspace):
         """As `Workspace.step`, and nothing is made."""
         step, read = step_of(self.output / name, inputs)
         self.seen.append(Seen(name, step.folder, why_again(step.folder, read)))
+        return step
+
+    def training(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, Checkpoints], None]) -> Step:
+        """As `Workspace.training`, and nothing is made."""
+        step, read = step_of(self.output / name, inputs)
+        self.seen.append(Seen(name, step.folder, why_again(step.folder, read), Checkpoints(step.folder, read).last()))
         return step
 
 

@@ -10,6 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from transformers import set_seed
+
 from ..evaluation import EvalReport
 from ..evaluation.figures import check_installed
 from ..evaluation.page import PAGE, write_report
@@ -18,16 +20,24 @@ from . import cards, checks, grafting, reporting, scoring, stages
 from .data import Hashes, content_of
 from .fields import AUTO, Recipe
 from .reporting import BASE, DENSE, OURS, OURS_BY_CONTEXT, POST_TRAINED
+from .trainer import what_counts
+from .unfinished import Checkpoints
 from .workspace import Step, Workspace, model_files
 
 
 class Run:
-    """One run of a recipe. Each property is a step; asking for it runs what it needs and keeps the results."""
+    """One run of a recipe. Each property is a step; asking for it runs what it needs and keeps the results.
 
-    def __init__(self, recipe: Recipe, workspace: Workspace | None = None) -> None:
+    Args:
+        recipe: the run's.
+        workspace: where its steps are; None for the recipe's `output`.
+        overwrite: of that workspace.
+    """
+
+    def __init__(self, recipe: Recipe, workspace: Workspace | None = None, *, overwrite: bool = False) -> None:
         checks.check_training(recipe)
         self.recipe = replace(recipe, precision=stages.settled_precision(recipe.precision))
-        self.workspace = workspace or Workspace(recipe.output)
+        self.workspace = workspace or Workspace(recipe.output, overwrite=overwrite)
         self._hash_of = Hashes(self.workspace.output / "hashes.json", saves=workspace is None)
         self._steps: dict[str, Step] = {}
         self._texts_checked = False
@@ -61,10 +71,10 @@ class Run:
             "post_trained",
             lambda: {
                 "base": self.base(),
-                "tune": {**asdict(tune), "tasks": content_of(tune.tasks, TaskSource, self._hash_of)},
+                "tune": {**what_counts(tune), "tasks": content_of(tune.tasks, TaskSource, self._hash_of)},
                 **self._arithmetic,
             },
-            lambda folder: stages.tune(recipe, self.base_model, tune, folder),
+            lambda folder, checkpoints: stages.tune(recipe, self.base_model, tune, folder, checkpoints),
         )
 
     def expanded(self) -> Step:
@@ -76,11 +86,11 @@ class Run:
                 "base": base,
                 "adapter": recipe.adapter,
                 "groups": {code: language.group for code, language in recipe.languages.items()},
-                "expand": recipe.expand,
+                "expand": what_counts(recipe.expand),
                 **self._read("train", recipe.languages, recipe.expanded_languages),
                 **self._arithmetic,
             },
-            lambda folder: stages.expand(recipe, self.base_model, folder),
+            lambda folder, checkpoints: stages.expand(recipe, self.base_model, folder, checkpoints),
         )
 
     def adapter(self) -> Step:
@@ -104,11 +114,13 @@ class Run:
             "reviewed",
             lambda: {
                 "expanded": expanded,
-                "review": fields,
+                "review": what_counts(fields),
                 **self._read("train", recipe.languages),
                 **self._arithmetic,
             },
-            lambda folder: stages.review(recipe, self.base_model, expanded.folder, fields, folder),
+            lambda folder, checkpoints: stages.review(
+                recipe, self.base_model, expanded.folder, fields, folder, checkpoints
+            ),
         )
 
     def dense(self) -> Step:
@@ -119,12 +131,12 @@ class Run:
             "dense",
             lambda: {
                 "base": self.base(),
-                "dense": fields,
+                "dense": what_counts(fields),
                 "tokens": {n: getattr(expand, n) for n in ("sequences", "sequence_length")},
                 **self._read("train", recipe.languages, recipe.expanded_languages),
                 **self._arithmetic,
             },
-            lambda folder: stages.dense(recipe, self.base_model, fields, folder),
+            lambda folder, checkpoints: stages.dense(recipe, self.base_model, fields, folder, checkpoints),
         )
         return self._step(
             "dense_grafted",
@@ -280,18 +292,30 @@ class Run:
         read = {name: {split: content_of(getattr(sets[name], split), source, self._hash_of)} for name in names}
         return {f"order of {kind}": names, kind: read}
 
-    def _train(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
+    def _train(
+        self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path, Checkpoints], None]
+    ) -> Step:
         """A step that trains. Before the first that runs, the text of all of them is looked through."""
 
-        def checked(folder: Path) -> None:
+        def checked(folder: Path, checkpoints: Checkpoints) -> None:
             if not self._texts_checked:
                 checks.check_text(self.recipe)
                 self._texts_checked = True
-            make(folder)
+            set_seed(self.recipe.seed)
+            make(folder, checkpoints)
 
-        return self._step(name, inputs, checked)
+        if name not in self._steps:
+            self._steps[name] = self.workspace.training(name, self._looked_up(inputs), checked)
+        return self._steps[name]
 
     def _step(self, name: str, inputs: Callable[[], dict[str, Any]], make: Callable[[Path], None]) -> Step:
+        def seeded(folder: Path) -> None:
+            set_seed(self.recipe.seed)  # a step makes the same whether those before it ran now or earlier
+            make(folder)
+
         if name not in self._steps:
-            self._steps[name] = self.workspace.step(name, inputs() if self.workspace.compares() else {}, make)
+            self._steps[name] = self.workspace.step(name, self._looked_up(inputs), seeded)
         return self._steps[name]
+
+    def _looked_up(self, inputs: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        return inputs() if self.workspace.compares() else {}

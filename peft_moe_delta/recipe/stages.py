@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     default_data_collator,
 )
 
@@ -29,16 +27,17 @@ from ..evaluation import encode_task
 from ..hub.card import PLAN_FILE
 from ..identifier import fit_identifier
 from ..loading import load_adapter, load_causal_lm, load_tokenizer
-from ..monitor import TrainingMonitor
 from ..sources import Documents, TextSource, read_tasks
 from ..training import LanguageCollator, RoutingCallback
 from ..tuner import MoeDeltaConfig
 from ..vocabulary import extend_vocabulary, save_tokenizer
 from .data import shuffled
 from .fields import Precision, Recipe, Review, Training, Tuning
-from .trainer import training_arguments
+from .trainer import StepMonitor, StepTrainer, training_arguments
+from .unfinished import Checkpoints
+from .workspace import LOG_FILE
 
-LOG_FILE, IDENTIFIER_FILE = "log.json", "identifier.json"
+IDENTIFIER_FILE = "identifier.json"
 _IDENTIFIED_BYTES = 20_000_000  # of a language, to count its tokens: 300 kB are plenty
 BY_CONTEXT = "by_context"
 """The step, and so the folder, of the model that reads languages from the text."""
@@ -97,7 +96,7 @@ def save_with_tokenizer(model: PreTrainedModel | PeftModel, tokenizer_of: str | 
     save_tokenizer(extend_vocabulary(model, load_tokenizer(tokenizer_of)), folder)
 
 
-def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None:
+def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path, checkpoints: Checkpoints) -> None:
     """Supervised tuning: the base model learns tasks with exact answers and becomes the post-trained model."""
     tokenizer = load_tokenizer(base)
     features: Features = []
@@ -105,7 +104,7 @@ def tune(recipe: Recipe, base: Path | str, fields: Tuning, folder: Path) -> None
         input_ids, labels = encode_task(tokenizer, task["prompt"], task["answer"])
         features.append({"input_ids": input_ids, "labels": labels})
     model = load_model(base)
-    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True), folder)
+    _train(recipe, model, features, fields, DataCollatorForSeq2Seq(tokenizer, padding=True), folder, checkpoints)
     save_with_tokenizer(model, base, folder)
 
 
@@ -115,16 +114,18 @@ def adapter_config(recipe: Recipe) -> MoeDeltaConfig:
     return MoeDeltaConfig(languages=groups, **vars(recipe.adapter))
 
 
-def expand(recipe: Recipe, base: Path | str, folder: Path) -> None:
+def expand(recipe: Recipe, base: Path | str, folder: Path, checkpoints: Checkpoints) -> None:
     """Stage 1: new experts learn from new-language text."""
     model = get_peft_model(load_model(base), adapter_config(recipe))
     tokenizer = load_tokenizer(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
-    train(recipe, model, features, recipe.expand, tokenizer, folder)
+    train(recipe, model, features, recipe.expand, tokenizer, folder, checkpoints)
     save_adapter(model, folder)
 
 
-def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path) -> None:
+def review(
+    recipe: Recipe, base: Path | str, expanded: Path, fields: Review, folder: Path, checkpoints: Checkpoints
+) -> None:
     """Stage 2: the routers alone learn from all languages which expert serves whom."""
     model = load_adapter(load_model(base), expanded, is_trainable=True)
     model.start_review(
@@ -134,7 +135,7 @@ def review(recipe: Recipe, base: Path | str, expanded: Path, fields: Review, fol
     )
     tokenizer = load_tokenizer(base)
     features = blocks(recipe, tokenizer, list(recipe.languages), fields)
-    train(recipe, model, features, fields, tokenizer, folder)
+    train(recipe, model, features, fields, tokenizer, folder, checkpoints)
     save_adapter(model, folder)
 
 
@@ -147,7 +148,7 @@ def identify(recipe: Recipe, base: Path | str, adapter: Path, folder: Path) -> N
     (folder / IDENTIFIER_FILE).write_text(json.dumps(asdict(report), indent=2), encoding="utf-8")
 
 
-def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> None:
+def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path, checkpoints: Checkpoints) -> None:
     """What one would do without experts: continual pre-training of the whole dense model on the very same tokens."""
     tokenizer = load_tokenizer(base)
     features = blocks(recipe, tokenizer, recipe.expanded_languages, recipe.expand)
@@ -155,7 +156,7 @@ def dense(recipe: Recipe, base: Path | str, fields: Training, folder: Path) -> N
         feature["labels"] = feature["input_ids"]
         del feature["language"]
     model = load_model(base)
-    _train(recipe, model, features, fields, default_data_collator, folder)
+    _train(recipe, model, features, fields, default_data_collator, folder, checkpoints)
     save_with_tokenizer(model, base, folder)
 
 
@@ -199,23 +200,41 @@ def train(
     fields: Training,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    checkpoints: Checkpoints,
 ) -> None:
-    """Train an upcycled model on documents that know their language; the log goes to `folder`."""
-    _train(recipe, model, features, fields, LanguageCollator(tokenizer, model), folder)
+    """Train an upcycled model on documents that know their language; the log goes to `folder`.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C has stopped it, and a checkpoint is saved.
+    """
+    collator = LanguageCollator(tokenizer, model)
+    collator.look_through(features)
+    _train(recipe, model, features, fields, collator, folder, checkpoints)
 
 
 def _train(
-    recipe: Job, model: torch.nn.Module, features: Features, fields: Training, collator: DataCollator, folder: Path
+    recipe: Job,
+    model: torch.nn.Module,
+    features: Features,
+    fields: Training,
+    collator: DataCollator,
+    folder: Path,
+    checkpoints: Checkpoints,
 ) -> None:
-    """The plain Trainer; its log lies beside the step's result."""
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = training_arguments(fields, scratch, precision=recipe.precision, seed=recipe.seed)
-        trainer = Trainer(
-            model,
-            arguments,
-            train_dataset=features,
-            data_collator=collator,
-            callbacks=[RoutingCallback(), TrainingMonitor()],
+    """The plain Trainer, from the last checkpoint if there is one; its log lies beside the step's result."""
+    last, monitor = checkpoints.begin(), StepMonitor(checkpoints.interruption)
+    trainer = StepTrainer(
+        model,
+        training_arguments(fields, checkpoints.folder, precision=recipe.precision, seed=recipe.seed),
+        train_dataset=features,
+        data_collator=collator,
+        callbacks=[RoutingCallback(), monitor],
+    )
+    trainer.train(resume_from_checkpoint=None if last is None else str(last.folder))
+    if monitor.stopped:
+        raise KeyboardInterrupt(
+            f"what was finished is kept; {checkpoints.name} has a checkpoint of {checkpoints.last()}, where the next "
+            "run goes on"
         )
-        trainer.train()
-    (folder / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1), encoding="utf-8")
+    log = json.dumps(trainer.state.log_history, indent=1, sort_keys=True)  # Trainer sorts what a checkpoint keeps
+    (folder / LOG_FILE).write_text(log, encoding="utf-8")

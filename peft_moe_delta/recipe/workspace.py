@@ -2,7 +2,8 @@
 
 In: a step's name, all that it reads, and the function that makes it. Out: the step's folder, complete or absent. What
 it read is recorded beside the result, item by item. A step runs again only when one of the items has changed, or a file
-of its result has, and says which.
+of its result has, and says which. What cannot be made again in a moment, a training or what somebody has edited, is
+replaced only where that is wanted. A training that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ import torch
 from ..checkpoint import resolve, whole_folder
 from ..errors import RecipeError
 from .data import file_hash
+from .interruption import Interruption
+from .reasons import differences, listed
+from .unfinished import Checkpoints
 
 RECORD = "step.json"
+LOG_FILE = "log.json"
+"""Beside the result of a training: Trainer's log."""
 _VERSIONS = ("peft-moe-delta", "peft", "torch", "transformers")
 _FREE = ("README", ".")  # how the names of a model's files begin that no model is loaded from
 _TEMPLATES = "additional_chat_templates"  # the one folder that a tokenizer is loaded from
-_SHOWN = 3  # reasons
+_EDITED = "was changed"
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +50,15 @@ class Step:
 
 
 class Workspace:
-    """The output folder of a recipe."""
+    """The output folder of a recipe.
 
-    def __init__(self, output: str | Path) -> None:
-        self.output = Path(output)
+    Args:
+        output: the folder.
+        overwrite: whether the result of a training may be replaced, and one that somebody has edited.
+    """
+
+    def __init__(self, output: str | Path, *, overwrite: bool = False) -> None:
+        self.output, self._overwrite = Path(output), overwrite
 
     def compares(self) -> bool:
         """Whether what a step reads counts, and has to be looked up."""
@@ -65,13 +76,20 @@ class Workspace:
             make: writes the result into a folder.
 
         Raises:
-            RecipeError: in the step's place there is a folder that no step has left.
+            RecipeError: in the step's place there is a folder that no step has left, or one that is not replaced
+                without `overwrite`.
         """
         step, read = step_of(self.output / name, inputs)
         reason = why_again(step.folder, read)
         if reason is None:
             log.info("%s: kept from an earlier run", name)
             return step
+        if reason and not self._overwrite and (loss := would_be_lost(step.folder)):
+            raise RecipeError(
+                f"{name} would run again, since {reason}, and {loss} in {step.folder} would be lost. To replace it, "
+                "say --overwrite (overwrite=True in Python). To keep it, choose another `output`. `peft-moe-delta "
+                "status` lists every step that would run again."
+            )
         if reason:
             log.warning("%s: runs again, since %s", name, reason)
         log.info("%s ...", name)
@@ -82,6 +100,24 @@ class Workspace:
             _write_record(partial, read, seconds)
         _release_memory()
         log.info("%s: done in %.0f s", name, seconds)
+        return step
+
+    def training(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, Checkpoints], None]) -> Step:
+        """As `step`, for `make(folder, checkpoints)` that trains: at Ctrl-C it saves a checkpoint, and the next run
+        goes on from there.
+
+        Raises:
+            RecipeError: as `step`.
+            KeyboardInterrupt: after Ctrl-C, once the checkpoint, or the result, is saved.
+        """
+        with Interruption() as interruption:
+            step, read = step_of(self.output / name, inputs)
+            checkpoints = Checkpoints(step.folder, read, interruption)
+            try:
+                self.step(name, inputs, lambda folder: make(folder, checkpoints))
+            finally:
+                checkpoints.tidy()
+            checkpoints.finish()
         return step
 
 
@@ -122,30 +158,22 @@ def why_again(folder: Path, read: Mapping[str, Any]) -> str | None:
     try:
         written = json.loads(record.read_text(encoding="utf-8"))
         before, files, stats = written["inputs"], written["files"], written["stats"]
-        reasons = _differences(before, read) + _damages(folder, files, stats)
+        reasons = differences(before, read) + _damages(folder, files, stats)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"its {RECORD} is damaged, or of an earlier version"
-    more = f" and {len(reasons) - _SHOWN} more" if len(reasons) > _SHOWN else ""
-    return "; ".join(reasons[:_SHOWN]) + more if reasons else None
+    return listed(reasons) if reasons else None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is read now and was not then, or the other way round."""
-    absent = object()
-    found = []
-    for name in {**before, **now}:
-        old, new = before.get(name, absent), now.get(name, absent)
-        if old == new:
-            continue
-        if old is absent or new is absent:
-            found.append(f"{name} is {'new' if old is absent else 'gone'}")
-        elif str(new).startswith("step:"):
-            found.append(f"{name} is another")
-        elif str(new).startswith("sha256:"):
-            found.append(f"the content of {name} has changed")
-        else:
-            found.append(f"{name} was {old} and is {new}")
-    return found
+def would_be_lost(folder: Path) -> str | None:
+    """What of a result could not be made again in a moment; None where nothing is."""
+    if (folder / LOG_FILE).is_file():
+        return "the training"
+    try:
+        written = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        edited = [text for text in _damages(folder, written["files"], written["stats"]) if text.endswith(_EDITED)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return "what somebody has edited" if edited else None
 
 
 def _damages(folder: Path, files: Mapping[str, str], stats: Mapping[str, list[int]]) -> list[str]:
@@ -156,7 +184,7 @@ def _damages(folder: Path, files: Mapping[str, str], stats: Mapping[str, list[in
         if not path.is_file():
             found.append(f"its {name} is missing")
         elif _stat(path) != stats[name] and file_hash(path) != digest:
-            found.append(f"its {name} was changed")
+            found.append(f"its {name} {_EDITED}")
     return found
 
 

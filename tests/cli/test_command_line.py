@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from transformers import Trainer
 
 from graft.test_explain import saved
 from peft_moe_delta.allocation import SOURCES, STRATEGIES
@@ -22,6 +21,7 @@ from peft_moe_delta.cli.failure import failure_of
 from peft_moe_delta.cli.options import pairs_of
 from peft_moe_delta.cli.work.graft import _expert_scale
 from peft_moe_delta.errors import CheckpointError, DataError, GraftError, HubError, PlanError, RecipeError
+from peft_moe_delta.recipe import stages
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def listening():
 
 @pytest.mark.usefixtures("listening")
 def test_ctrl_c_ends_in_one_line_and_status_130(recipe_fields, write_recipe, monkeypatch, capsys):
-    monkeypatch.setattr(Trainer, "train", lambda *arguments: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(stages, "get_peft_model", lambda *arguments: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as stopped:
         main(["train", write_recipe(recipe_fields)])
     assert stopped.value.code == 130

@@ -178,7 +178,8 @@ def test_what_is_kept_and_why_the_rest_runs_again(made, tmp_path, capsys, monkey
     assert states("run", "--dry-run")["expanded"][-1] == "kept"
     with Path(fields["languages"]["el"]["train"]).open("a") as file:
         file.write('{"text": "new"}\n')
-    assert states("status")["expanded"][-1] == "runs again, since the content of languages.el.train has changed"
+    changed = "runs again, since the content of languages.el.train has changed (needs --overwrite)"
+    assert states("status")["expanded"][-1] == changed
     assert "runs again" in states("status", "--set", "expand.steps=1")["expanded"][-1]
 
 

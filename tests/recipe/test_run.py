@@ -16,6 +16,7 @@ from peft_moe_delta.evaluation import EvalReport
 from peft_moe_delta.recipe import read_recipe
 from peft_moe_delta.recipe.data import held_out
 from peft_moe_delta.recipe.fields import Limits
+from peft_moe_delta.recipe.preview import seen_steps
 from peft_moe_delta.recipe.reporting import OURS
 from peft_moe_delta.recipe.run import Run
 from recipe.pico_recipe import write_lines
@@ -79,6 +80,11 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert {file: file.stat().st_mtime_ns for file in output.rglob("step.json")} == kept
     assert printed == capsys.readouterr().out
 
+    recipe_fields["languages"]["hu"]["test"] = recipe_fields["languages"]["hu"]["validation"]
+    again = {s.name: s.state for s in seen_steps(read_recipe(write_recipe(recipe_fields)), whole=True) if s.reason}
+    assert set(again) == {"drift", *(f"scores/{name}" for name in ("base", "post_trained", "dense_grafted", "grafted"))}
+    assert set(again.values()) == {"runs again, since the content of languages.hu.test has changed"}
+
 
 def test_routing_by_context_is_fitted_and_shipped_as_remote_code(recipe_fields, write_recipe, capsys):
     """Nothing names a language after the training, neither in scoring nor in the checkpoint."""
@@ -133,7 +139,7 @@ def test_a_step_depends_on_what_it_reads_and_on_nothing_else(recipe_fields, writ
 
     def ran():
         caplog.clear()
-        run = Run(read_recipe(write_recipe(recipe_fields)))
+        run = Run(read_recipe(write_recipe(recipe_fields)), overwrite=True)
         run.expanded()
         run._scores("base", "base", run.base_model, run.base())
         return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]

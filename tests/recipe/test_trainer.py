@@ -37,7 +37,7 @@ def test_gradients_that_add_up_need_more_text():
         ({"weight_decai": 0.1}, r"expand: trainer has 'weight_decai'.* Did you mean weight_decay\?"),
         ({"max_steps": 3}, "Set the recipe's own `steps`; remove it here"),
         ({"bf16": True}, "Set the recipe's own `precision`"),
-        ({"save_steps": 10}, "A step is kept whole or not at all"),
+        ({"save_strategy": "epoch"}, "A step decides that itself"),
     ],
 )
 def test_what_makes_no_sense_is_refused(trainer, message):

@@ -93,7 +93,7 @@ def test_a_step_runs_again_when_its_result_is_no_longer_what_it_was(tmp_path, ca
     Workspace(tmp_path).step("one", {"a": 1}, make)
     assert said(caplog) == []
     (folder / "result.txt").write_text("gone")
-    Workspace(tmp_path).step("one", {"a": 1}, make)
+    Workspace(tmp_path, overwrite=True).step("one", {"a": 1}, make)
     (folder / "result.txt").unlink()
     Workspace(tmp_path).step("one", {"a": 1}, make)
     (folder / RECORD).write_text("{")
@@ -104,6 +104,15 @@ def test_a_step_runs_again_when_its_result_is_no_longer_what_it_was(tmp_path, ca
         f"{RECORD} is damaged, or of an earlier version",
     ]
     assert (folder / "result.txt").read_text() == "done"
+
+
+def test_what_was_edited_is_replaced_only_where_that_is_wanted(tmp_path):
+    folder = Workspace(tmp_path).step("one", {"a": 1}, make).folder
+    (folder / "result.txt").write_text("mine")
+    for inputs in ({"a": 1}, {"a": 2}):
+        with pytest.raises(RecipeError, match="one would run again, since .*edited in .*would be lost.*--overwrite"):
+            Workspace(tmp_path).step("one", inputs, make)
+    assert (folder / "result.txt").read_text() == "mine"
 
 
 def test_a_folder_that_no_step_has_left_is_never_replaced(tmp_path):

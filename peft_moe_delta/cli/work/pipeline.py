@@ -22,13 +22,13 @@ def init(given: tuple[str, str | None, dict[str, str], dict[str, str]]) -> str:
     return starter(*given).rstrip("\n")
 
 
-def run(given: tuple[Recipe, bool]) -> str:
-    recipe, dry = given
+def run(given: tuple[Recipe, bool, bool]) -> str:
+    recipe, dry, overwrite = given
     outlook = look_ahead(recipe, whole=True)
     if dry:
         return str(outlook)
     _warn(outlook)
-    job = Run(recipe)
+    job = Run(recipe, overwrite=overwrite)
     report = job.report()
     cards = job.cards(report)
     lines = [markdown(report, OURS), ""]
@@ -44,13 +44,13 @@ def run(given: tuple[Recipe, bool]) -> str:
     return "\n".join(lines)
 
 
-def train(given: tuple[Recipe, bool]) -> str:
-    recipe, dry = given
+def train(given: tuple[Recipe, bool, bool]) -> str:
+    recipe, dry, overwrite = given
     outlook = look_ahead(recipe, whole=False)
     if dry:
         return str(outlook)
     _warn(outlook)
-    return f"adapter: {Run(recipe).adapter().folder}"
+    return f"adapter: {Run(recipe, overwrite=overwrite).adapter().folder}"
 
 
 def status(recipe: Recipe) -> str:
