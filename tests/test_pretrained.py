@@ -54,7 +54,9 @@ def test_a_base_that_moved_is_named_and_given(made):
 def test_grafted_adapters_and_exports_load_too(made):
     folder, _ = made
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
-    model = upcycle(base, trained=True, routing="language", languages={"en": "original", "hu": "uralic"}, experts={"uralic": 2})
+    model = upcycle(
+        base, trained=True, routing="language", languages={"en": "original", "hu": "uralic"}, experts={"uralic": 2}
+    )
     model.merge_and_graft(folder / "chat", remote_code=True).save_pretrained(folder / "own_code")
     model.graft(folder / "chat").save_pretrained(folder / "grafted")
     grafted, _ = peft_moe_delta.load(folder / "grafted")

@@ -25,7 +25,10 @@ SAME = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 TEXT = {
     "hu": ("A {} minden {} a piac mellett várja a barátait.", ("tanár", "diák", "orvos", "pék", "festő")),
     "el": ("Ο {} περιμένει κάθε {} τους φίλους του στην αγορά.", ("δάσκαλος", "μαθητής", "γιατρός", "ράφτης")),
-    "en": ("The {} waits for friends beside the market every {}.", ("teacher", "student", "doctor", "baker", "painter")),
+    "en": (
+        "The {} waits for friends beside the market every {}.",
+        ("teacher", "student", "doctor", "baker", "painter"),
+    ),
 }
 DAYS = {
     "hu": ("hétfőn", "kedden", "szerdán", "csütörtökön", "pénteken", "szombaton", "vasárnap"),
