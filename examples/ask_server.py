@@ -3,8 +3,8 @@
     peft-moe-delta serve my-adapter --name hu-el &                     # pip install "peft-moe-delta[serve]"
     python examples/ask_server.py hu="Mi Magyarország fővárosa?" el="Ποια είναι η πρωτεύουσα της Ελλάδας;"
 
-Any OpenAI client does the same; `language` is the one field that theirs do not have. Leave the code out (`="..."`) for a
-stock export, which needs no language.
+Any OpenAI client does the same; `language` is the one field that theirs do not have. Leave the code out (`="..."`) for
+a stock export, which needs no language.
 
 Cost: the server holds one copy of the model with all its experts. A token runs through as many experts as `top_k` says,
 so an answer takes about as long as the dense model's; requests that wait are answered together, in whatever languages.

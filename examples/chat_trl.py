@@ -4,7 +4,7 @@
 
 Each line of the file has a `prompt` and a `completion`, both lists of messages as TRL takes them:
 
-    {"prompt": [{"role": "user", "content": "Szia!"}], "completion": [{"role": "assistant", "content": "Szia! Jól vagy?"}]}
+    {"prompt": [{"role": "user", "content": "Szia!"}], "completion": [{"role": "assistant", "content": "Szia!"}]}
 
 The experts lie over the chat model itself here, so there is nothing to graft. Where you have plain text and no
 conversations, train over the base model and graft: `quickstart.py`.

@@ -2,7 +2,7 @@
 
     TEXT="--text hu=hf://HuggingFaceFW/fineweb-2:hun_Latn --text el=hf://HuggingFaceFW/fineweb-2:ell_Grek"
     python examples/streaming.py $TEXT
-    torchrun --nproc_per_node 2 examples/streaming.py $TEXT     # two GPUs, each with the whole model, or spread over both:
+    torchrun --nproc_per_node 2 examples/streaming.py $TEXT     # two GPUs, the whole model on each; or a share:
     accelerate launch --config_file examples/fsdp2.yaml --num_processes 2 examples/streaming.py $TEXT
 
 A text is a .jsonl file with `text`, or `hf://OWNER/NAME:CONFIG`. Nothing in the script knows how many GPUs there are.
