@@ -39,19 +39,16 @@ def load(
     """
     options = {"trust_remote_code": False, **options}  # said outright, or transformers asks at the terminal
     if not is_adapter(name):
-        model: PeftModel | PreTrainedModel = load_causal_lm(name, **options)
-        tokenizer = load_tokenizer(name)
-    else:
-        base = base or load_adapter_config(name).base_model_name_or_path
-        model = load_adapter(_base_of(name, base, options), name, is_trainable=is_trainable)
-        own = with_tokenizer(str(name))
-        tokenizer = load_tokenizer(name if own == str(name) else base)
-    return model, with_learnt_tokens(tokenizer, model)
-
-
-def _base_of(name: str | Path, base: str | Path | None, options: dict[str, Any]) -> PreTrainedModel:
+        return load_causal_lm(name, **options), load_tokenizer(name)
+    base = base or load_adapter_config(name).base_model_name_or_path
     if base is None:
         raise CheckpointError(f"The adapter {str(name)!r} names no base model. Give it as `base`.")
+    model = load_adapter(_base_of(name, base, options), name, is_trainable=is_trainable)
+    has_own = with_tokenizer(str(name)) == str(name)
+    return model, with_learnt_tokens(load_tokenizer(name if has_own else base), model)
+
+
+def _base_of(name: str | Path, base: str | Path, options: dict[str, Any]) -> PreTrainedModel:
     try:
         return load_causal_lm(base, **options)
     except CheckpointError as error:
