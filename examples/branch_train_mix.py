@@ -9,6 +9,8 @@ Branches never talk to each other. On several machines, run one a machine, and m
     python examples/branch_train_mix.py
 
 Run it again after an interruption: finished branches are kept, the others go on from their last checkpoint.
+
+Cost: a full fine-tuning for each language. Mixing reads each branch once, one tensor at a time.
 """
 
 import argparse

@@ -10,6 +10,8 @@ Where no branches or instruct model are named, small ones are trained first, whi
 
     python examples/demo_inputs.py --output build/demo/inputs      # a real model, real text (pip only)
     python examples/no_training.py
+
+Cost: no training where all models are named: one pass over some text for the routers, and each branch read once.
 """
 
 import argparse

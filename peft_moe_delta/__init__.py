@@ -20,6 +20,7 @@ if not is_command_line():
     from .model import MoeDeltaModel
     from .monitor import TrainingMonitor
     from .plan import ExpertPlan
+    from .pretrained import load
     from .registration import register
     from .training import AuxiliaryLossMixin, LanguageCollator, RoutingCallback
     from .tuner import MoeDeltaConfig
@@ -50,6 +51,7 @@ __all__ = [
     "fit_routers",
     "graft_checkpoint",
     "group_languages",
+    "load",
     "made_up_conversations",
     "mix",
     "propose_tokens",

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .errors import CheckpointError, DataError, PeftMoeDeltaError
 
@@ -64,6 +65,15 @@ def load_causal_lm(name: str | Path, **options: Any) -> PreTrainedModel:
         CheckpointError: there is none, or it is damaged.
     """
     return _loaded("causal language model", name, lambda: AutoModelForCausalLM.from_pretrained(name, **options))
+
+
+def is_adapter(name: str | Path) -> bool:
+    """Whether a folder or repository holds an adapter, of whatever method.
+
+    Raises:
+        CheckpointError: there is no such folder or repository.
+    """
+    return _loaded("model or adapter", name, lambda: find_adapter_config_file(str(name))) is not None
 
 
 def load_adapter(model: PreTrainedModel, name: str | Path, **options: Any) -> PeftModel:

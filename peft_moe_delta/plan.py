@@ -38,6 +38,14 @@ class ExpertPlan:
     expert_params: int | None = field(default=None, compare=False)
     hidden_size: int | None = field(default=None, compare=False)
 
+    def __repr__(self) -> str:
+        columns = dict(zip(self.groups[1:], list(zip(*self.counts, strict=True))[1:], strict=True))
+        each = (
+            f"{group} {min(counts)}" + (f" to {max(counts)}" if max(counts) > min(counts) else "")
+            for group, counts in columns.items()
+        )
+        return f"ExpertPlan({len(self.layers)} layers, new experts in each: {', '.join(each) or 'none'})"
+
     @classmethod
     def build(
         cls, layers: Sequence[int], groups: Sequence[str], experts: Mapping[str, int | Sequence[int]]

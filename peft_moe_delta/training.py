@@ -115,7 +115,8 @@ class LanguageCollator:
         if feature.get("language") is None:
             raise DataError(
                 f"A document has no `language`; its columns are {sorted(feature)}. Add a column of language codes: "
-                f"{', '.join(self.table.codes)}."
+                f"{', '.join(self.table.codes)}. If the data set has one, the trainer dropped it: set "
+                "remove_unused_columns=False, and with TRL put AuxiliaryLossMixin before SFTTrainer."
             )
         tokens = self._tokens(feature)
         labels = list(feature["labels"]) if feature.get("labels") is not None else list(tokens)

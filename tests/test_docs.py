@@ -91,7 +91,7 @@ def test_the_snippets_of_readme_and_quickstart_run(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "chat").config.model_type == "qwen3_moe"
     names: dict[str, Any] = {}
     exec(snippets("docs/quickstart.md")[0].replace('"my-adapter"', f'"{tmp_path / "adapter"}"'), names)
-    assert names["model"].active_peft_config.languages["hu"] == "expanded"
+    assert names["model"].active_peft_config.languages["hu"] == "expanded" and names["tokenizer"].eos_token
 
 
 def test_the_snippet_on_routing_by_context_runs(capsys):

@@ -47,6 +47,7 @@ LEVELS = {
     "evaluation": 5,
     "graft": 6,
     "hub": 6,
+    "pretrained": 6,
     "served": 6,
     "model": 7,
     "calibration": 8,

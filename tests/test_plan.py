@@ -124,3 +124,8 @@ def test_counts_that_do_not_fit_are_refused(experts, message):
 def test_a_plan_without_new_languages_is_refused():
     with pytest.raises(PlanError, match="Every language is in the group"):
         ExpertPlan.build((0, 1), ("original",), {})
+
+
+def test_in_a_console_a_plan_is_a_line():
+    plan = ExpertPlan.build(range(40), ("original", "uralic", "turkic"), {"uralic": 2, "turkic": [0] * 20 + [3] * 20})
+    assert repr(plan) == "ExpertPlan(40 layers, new experts in each: uralic 2, turkic 0 to 3)"

@@ -7,7 +7,7 @@ In: figures of each source, before and after, and of each weight that was tried.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..evaluation.routes import AGREE, STRAY
 
@@ -87,9 +87,9 @@ class Calibration:
 
     kept: str
     weight: float
-    curve: tuple[Trial, ...]
-    before: tuple[Routed, ...]
-    after: tuple[Routed, ...]
+    curve: tuple[Trial, ...] = field(repr=False)
+    before: tuple[Routed, ...] = field(repr=False)
+    after: tuple[Routed, ...] = field(repr=False)
     conversations: int
     steps: int
 

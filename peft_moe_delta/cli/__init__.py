@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from argparse import Namespace
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -83,7 +84,10 @@ def _carry_out(command: Command, arguments: Namespace, verbosity: str) -> str:
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("peft_moe_delta").setLevel(logging.WARNING if verbosity == "quiet" else logging.INFO)
     progress = Nowhere() if verbosity == "quiet" else sys.stderr
-    with redirect_stdout(progress), redirect_stderr(progress):  # Trainer's log lines are progress, not results
+    # Trainer's log lines are progress, not results
+    with redirect_stdout(progress), redirect_stderr(progress), warnings.catch_warnings():
+        if verbosity != "verbose":  # between other libraries: a user of a command can do nothing about it
+            warnings.simplefilter("ignore", FutureWarning)
         given = command.read(arguments)
         module, _, function = command.work.partition(":")
         result: str = getattr(importlib.import_module(f".work.{module}", __package__), function)(given)

@@ -27,6 +27,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--text", action="append", default=[], metavar="CODE=FILE", help="fit the routers in closed form on text"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what would be made, in seconds; make nothing"
+    )
     parser.add_argument("--output", type=new_folder, required=True, help="folder of the adapter")
 
 

@@ -3,23 +3,42 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
+from ..errors import RecipeError
 from ..recipe import Recipe, read_recipe
 from ..recipe.growth import Growth, read_growth
 from .options import Command, pairs_of
 
+Dry: TypeAlias = Literal["look", "timed"] | None
+"""Whether nothing is to be run: only looked at, or a few passes timed as well."""
+
 
 def _add_run_arguments(parser: ArgumentParser) -> None:
     _add_arguments(parser)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and say what would be done, in seconds; run nothing"
-    )
+    _add_dry_run(parser)
     parser.add_argument(
         "--overwrite",
         action="store_true",
         help="replace trainings that the recipe, a model or text has changed for, and results that were edited",
     )
+
+
+def _add_dry_run(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what would be done, in seconds; run nothing"
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="with --dry-run: time a few passes on random weights, and say how long all take",
+    )
+
+
+def _dry_of(arguments: Namespace) -> Dry:
+    if arguments.time and not arguments.dry_run:
+        raise RecipeError("--time belongs to --dry-run, and does nothing alone. Give both, or neither.")
+    return "timed" if arguments.time else "look" if arguments.dry_run else None
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -39,16 +58,17 @@ def _read(arguments: Namespace) -> Recipe:
     return read_recipe(arguments.recipe, quick=arguments.quick, changes=arguments.changes)
 
 
-def _read_run(arguments: Namespace) -> tuple[Recipe, bool, bool]:
-    return _read(arguments), arguments.dry_run, arguments.overwrite
+def _read_run(arguments: Namespace) -> tuple[Recipe, Dry, bool]:
+    return _read(arguments), _dry_of(arguments), arguments.overwrite
 
 
 def _add_growth(parser: ArgumentParser) -> None:
     parser.add_argument("growth", help="a YAML file: adapter, output, languages, experts; examples/grow.yaml is one")
+    _add_dry_run(parser)
 
 
-def _read_growth(arguments: Namespace) -> Growth:
-    return read_growth(arguments.growth)
+def _read_growth(arguments: Namespace) -> tuple[Growth, Dry]:
+    return read_growth(arguments.growth), _dry_of(arguments)
 
 
 def _add_init(parser: ArgumentParser) -> None:

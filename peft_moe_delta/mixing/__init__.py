@@ -5,8 +5,8 @@
   adapter: after growing, those of what is new alone
 """
 
-from .branches import mix
+from .branches import mix, mixture_config
 from .routers import EARLIER_WEIGHT, fit_routers
 from .statistics import RouterStatistics
 
-__all__ = ["EARLIER_WEIGHT", "RouterStatistics", "fit_routers", "mix"]
+__all__ = ["EARLIER_WEIGHT", "RouterStatistics", "fit_routers", "mix", "mixture_config"]

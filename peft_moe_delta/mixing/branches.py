@@ -59,19 +59,11 @@ def mix(
         PlanError: fewer than two branches, unusable weights, or options that do not fit.
         CheckpointError: a checkpoint cannot be read, or is not of the seed's architecture, sizes or tokenizer.
     """
-    weights = _weights(branches, others, base_output)
-    folder = resolve(seed)
-    readers = {group: CheckpointReader(check_branch(folder, resolve(path))) for group, path in branches.items()}
+    config = mixture_config(seed, branches, languages, others=others, base_output=base_output, **options)
+    weights, folder = _weights(branches, others, base_output), resolve(seed)
+    readers = {group: CheckpointReader(resolve(path)) for group, path in branches.items()}
     model = load_causal_lm(folder, dtype=dtype)
     model.name_or_path = str(seed)
-    config = MoeDeltaConfig(
-        languages=dict(languages or {group: group for group in branches}),
-        experts=dict.fromkeys(branches, 1),
-        record=AdapterRecord(
-            mixed={"seed": str(seed), "branches": {g: str(p) for g, p in branches.items()}, "others": others}
-        ),
-        **options,
-    )
     mixed = get_peft_model(model, config).eval()
     tuner: Any = mixed.base_model
     load_experts(tuner, readers)
@@ -84,6 +76,34 @@ def mix(
         blocks = config.record.base_fingerprint["blocks"]
         config.change(base_fingerprint=fingerprint(base_weights(model), blocks))
     return mixed
+
+
+def mixture_config(
+    seed: str | Path,
+    branches: Mapping[str, str | Path],
+    languages: Mapping[str, str] | None = None,
+    *,
+    others: str | Mapping[str, float] = "seed",
+    base_output: str | Path | None = None,
+    **options: Any,
+) -> MoeDeltaConfig:
+    """The config of a mixture; arguments as of `mix`. Of the checkpoints configs, tokenizers and headers are read.
+
+    Raises:
+        PlanError, CheckpointError: as `mix`.
+    """
+    _weights(branches, others, base_output)
+    folder = resolve(seed)
+    for path in branches.values():
+        check_branch(folder, resolve(path))
+    return MoeDeltaConfig(
+        languages=dict(languages or {group: group for group in branches}),
+        experts=dict.fromkeys(branches, 1),
+        record=AdapterRecord(
+            mixed={"seed": str(seed), "branches": {g: str(p) for g, p in branches.items()}, "others": others}
+        ),
+        **options,
+    )
 
 
 def _weights(

@@ -30,8 +30,8 @@ class RouterStatistics:
         languages: the languages they were taken from, in order.
     """
 
-    A: dict[str, Tensor] = field(default_factory=dict)
-    b: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    A: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    b: dict[str, dict[str, Tensor]] = field(default_factory=dict, repr=False)
     languages: list[str] = field(default_factory=list)
 
     def add(self, language: str, group: str, sums: Mapping[str, tuple[Tensor, Tensor]], tokens: float) -> None:

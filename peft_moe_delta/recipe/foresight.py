@@ -37,7 +37,7 @@ from .fields import Recipe
 from .preview import Seen, seen_steps, table, trainings
 from .stages import BY_CONTEXT, adapter_config, settled_precision
 
-_LOOKED_AT = 30  # rows of every file
+LOOKED_AT = 30  # rows of every file
 _COUNTED = 50_000  # tokens of a language, before its text is judged by its size
 _FULL_TRAINING = 4  # weights, gradients and two states of AdamW, of a model that trains whole
 _PICKLES = "*.bin"
@@ -83,7 +83,7 @@ class Outlook:
 
 
 @dataclass
-class _Found:
+class Found:
     """Faults and doubts, as checks find them."""
 
     faults: list[PeftMoeDeltaError] = field(default_factory=list)
@@ -118,7 +118,7 @@ def look_ahead(recipe: Recipe, *, whole: bool) -> Outlook:
         PeftMoeDeltaError: something stands in the way; with several faults a `RecipeError` that lists them.
     """
     checks.check_training(recipe)  # what follows needs a model that this fits
-    found, form = _Found(), None
+    found, form = Found(), None
     _look_at_text(recipe, found, whole=whole)
     _look_at_tasks(recipe, found, whole=whole)
     _look_at_models(recipe, found, whole=whole)
@@ -134,7 +134,7 @@ def look_ahead(recipe: Recipe, *, whole: bool) -> Outlook:
     return Outlook(recipe, steps, form, (_training_bytes(recipe, memory[0]), memory[1]), disk, found.doubts)
 
 
-def _look_at_text(recipe: Recipe, found: _Found, *, whole: bool) -> None:
+def _look_at_text(recipe: Recipe, found: Found, *, whole: bool) -> None:
     """The first documents of every source that is read, and whether there are enough of them."""
     tokenizer = None
     with found.of("model"):
@@ -144,11 +144,20 @@ def _look_at_text(recipe: Recipe, found: _Found, *, whole: bool) -> None:
     needed = _needed_tokens(recipe)
     for name, code, source in _texts(recipe, whole=whole):
         with found.of(name):
-            first = read_texts(source, language=code, documents=_LOOKED_AT)
-            if doubt := wrong_language_or_script(first, code, f"{name}: {source_of(source, TextSource)}"):
-                found.doubts.append(doubt)
+            look_at_documents(name, code, source, found)
             if tokenizer is not None and name.endswith(".train") and code in needed:
-                _check_amount(source, code, tokenizer, *needed[code])
+                check_amount(source, code, tokenizer, *needed[code])
+
+
+def look_at_documents(name: str, code: str, source: str | TextSource, found: Found) -> None:
+    """Read the first documents, and doubt those that are in another language.
+
+    Raises:
+        DataError: they cannot be read.
+    """
+    first = read_texts(source, language=code, documents=LOOKED_AT)
+    if doubt := wrong_language_or_script(first, code, f"{name}: {source_of(source, TextSource)}"):
+        found.doubts.append(doubt)
 
 
 def _texts(recipe: Recipe, *, whole: bool) -> Iterator[tuple[str, str, str | TextSource]]:
@@ -179,7 +188,7 @@ def _needed_tokens(recipe: Recipe) -> dict[str, tuple[int, str]]:
     return needed
 
 
-def _check_amount(
+def check_amount(
     source: str | TextSource, code: str, tokenizer: PreTrainedTokenizerBase, needed: int, stage: str
 ) -> None:
     """Count tokens while that is quick; of more text, judge by its size, which is the most that it can have."""
@@ -219,7 +228,7 @@ def bytes_on_disk(given: str | TextSource) -> int | None:
     return sum(file.stat().st_size for file in files)
 
 
-def _look_at_tasks(recipe: Recipe, found: _Found, *, whole: bool) -> None:
+def _look_at_tasks(recipe: Recipe, found: Found, *, whole: bool) -> None:
     listed: list[tuple[str, str | TaskSource | None]] = []
     if recipe.tune is not None:
         listed.append(("tune.tasks", recipe.tune.tasks))
@@ -233,10 +242,10 @@ def _look_at_tasks(recipe: Recipe, found: _Found, *, whole: bool) -> None:
     for name, source in listed:
         with found.of(name):
             if source is not None:
-                read_tasks(source, _LOOKED_AT)
+                read_tasks(source, LOOKED_AT)
 
 
-def _look_at_models(recipe: Recipe, found: _Found, *, whole: bool) -> None:
+def _look_at_models(recipe: Recipe, found: Found, *, whole: bool) -> None:
     """Whether the weights of folders are there, by their headers."""
     models = {"model": recipe.model, "post_trained": recipe.post_trained if whole else None}
     for name, model in models.items():
@@ -248,7 +257,7 @@ def _look_at_models(recipe: Recipe, found: _Found, *, whole: bool) -> None:
             load_tokenizer(recipe.post_trained)
 
 
-def _look_at_the_end(recipe: Recipe, found: _Found) -> None:
+def _look_at_the_end(recipe: Recipe, found: Found) -> None:
     """What is needed once the model is made: its report, its card, its way to the Hub."""
     with found.of():
         check_installed()
@@ -291,8 +300,8 @@ def _look_at_memory(recipe: Recipe) -> tuple[Measured, int]:
         RecipeError: a training takes more.
     """
     job = expansion_of(recipe, autocast=settled_precision(recipe.precision) == "bf16")
-    measured, there = measure(job), _memory_here()
-    needs = {"expand": _expansion_bytes(measured)}
+    measured, there = measure(job), memory_here()
+    needs = {"expand": expansion_bytes(measured)}
     needs |= dict.fromkeys((n for n in ("tune", "dense") if getattr(recipe, n)), _FULL_TRAINING * measured.base)
     for name, size in needs.items():
         if size > there:
@@ -304,17 +313,18 @@ def _look_at_memory(recipe: Recipe) -> tuple[Measured, int]:
     return measured, there
 
 
-def _expansion_bytes(measured: Measured) -> int:
+def expansion_bytes(measured: Measured) -> int:
+    """What a training of experts holds."""
     return measured.base + measured.experts + measured.gradients + measured.optimizer + measured.activations
 
 
 def _training_bytes(recipe: Recipe, measured: Measured) -> int:
     full = _FULL_TRAINING * measured.base if recipe.tune or recipe.dense else 0
-    return max(_expansion_bytes(measured), full)
+    return max(expansion_bytes(measured), full)
 
 
-def _memory_here() -> int:
-    """Of the first GPU, else of the machine or of the container that this runs in."""
+def memory_here() -> int:
+    """Bytes of the first GPU, else of the machine or of the container that this runs in."""
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(0).total_memory)
     limit = Path("/sys/fs/cgroup/memory.max")

@@ -13,13 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import whole_folder
 from ..errors import RecipeError
 from ..evaluation import closest_group
 from ..identifier import fit_identifier
+from ..languages import LanguageTable
 from ..loading import load_adapter, load_adapter_config, load_tokenizer
 from ..mixing import EARLIER_WEIGHT, fit_routers
 from ..model import MoeDeltaModel
@@ -43,9 +44,7 @@ def grow(growth: Growth) -> Path:
     """
     growth = replace(growth, precision=settled_precision(growth.precision))
     with whole_folder(growth.output) as folder:
-        base = growth.model or load_adapter_config(growth.adapter).base_model_name_or_path
-        if base is None:
-            raise RecipeError(f"The adapter {growth.adapter} names no base model. Give it as `model`.")
+        base = base_of(growth, load_adapter_config(growth.adapter))
         model = load_adapter(load_model(base), growth.adapter, is_trainable=True)
         tuner, tokenizer = cast("MoeDeltaModel", model.base_model), load_tokenizer(base)
         known = set(tuner.active_config.languages)
@@ -93,6 +92,18 @@ def _train(
         train(growth, model, features, fields, tokenizer, folder, Checkpoints(Path(scratch, "grown"), {}))
 
 
+def base_of(growth: Growth, adapter: PeftConfig) -> str:
+    """The base model of the adapter that grows.
+
+    Raises:
+        RecipeError: it names none.
+    """
+    base = growth.model or adapter.base_model_name_or_path
+    if base is None:
+        raise RecipeError(f"The adapter {growth.adapter} names no base model. Give it as `model`.")
+    return base
+
+
 def _start_from(
     growth: Growth, model: PeftModel, tokenizer: PreTrainedTokenizerBase, new: Mapping[str, str]
 ) -> str | dict[str, str] | None:
@@ -126,7 +137,19 @@ def _balanced(growth: Growth, tuner: MoeDeltaModel, tokenizer: PreTrainedTokeniz
     Raises:
         RecipeError: a group without text.
     """
-    table = tuner.active_config.language_table
+    features = []
+    for codes, share in review_shares(growth, tuner.active_config.language_table, fields):
+        features += blocks(growth, tokenizer, codes, share)
+    random.Random(growth.seed).shuffle(features)
+    return features
+
+
+def review_shares(growth: Growth, table: LanguageTable, fields: Training) -> list[tuple[list[str], Training]]:
+    """Of each group of a grown adapter: its languages that the file gives, and its share of the review.
+
+    Raises:
+        RecipeError: a group without text.
+    """
     members = {group: [c for c in table.members(group) if c in growth.languages] for group in table.groups}
     without = [group for group, codes in members.items() if not codes and table.members(group)]
     if without:
@@ -135,9 +158,7 @@ def _balanced(growth: Growth, tuner: MoeDeltaModel, tokenizer: PreTrainedTokeniz
             f"languages with its file: {', '.join(code for group in without for code in table.members(group))}."
         )
     weights = {group: 1.0 if group in growth.experts else EARLIER_WEIGHT for group, codes in members.items() if codes}
-    features = []
-    for group, weight in weights.items():
-        share = replace(fields, steps=math.ceil(fields.steps * weight / sum(weights.values())))
-        features += blocks(growth, tokenizer, members[group], share)
-    random.Random(growth.seed).shuffle(features)
-    return features
+    return [
+        (members[group], replace(fields, steps=math.ceil(fields.steps * weight / sum(weights.values()))))
+        for group, weight in weights.items()
+    ]

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from pathlib import Path
 from typing import Any, TypeVar
 
 from peft import PeftConfig, TaskType
@@ -16,6 +17,7 @@ from ..kinds import Count, Index, NotNegative
 from ..languages import ORIGINAL_GROUP, LanguageTable
 from ..plan import ExpertPlan
 from ..routing import ClassifierRouting, ContextRouting, Routing, routing_named
+from .readme import say_how_to_load
 from .record import RECORDED, STAGES, AdapterRecord, checked, warn_of_flat_name, with_flat_names
 
 
@@ -274,6 +276,11 @@ class MoeDeltaConfig(PeftConfig):
                 f"top_k={self.top_k} exceeds {largest}, the largest set of experts any token may use under "
                 f"{self.routing!r} routing with experts={self.experts}. Lower top_k or add experts."
             )
+
+    def save_pretrained(self, save_directory: str, **options: Any) -> None:
+        """As PEFT does; the README that it wrote for the adapter then says how to load it."""
+        super().save_pretrained(save_directory, **options)
+        say_how_to_load(Path(save_directory) / "README.md")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are saved."""

@@ -46,10 +46,7 @@ def add_languages(
 ) -> None:
     """Add languages to the active adapter; see `MoeDeltaModel.add_languages`."""
     name, config = tuner.active_adapters[0], tuner.active_config
-    experts = dict(experts or {})
-    _check_languages(config, languages, experts)
-    grown = _grown_config(config, languages, experts)
-    sources = _sources(config, experts, start_from)
+    grown, sources = foreseen_growth(config, languages, experts, start_from)
     blocks = mlp_blocks(tuner.model, config)
     plan = grown.plan(sorted(blocks))  # refuses what does not fit before anything is changed
     before = {layer: found.settings[name].counts for layer, found in tuner.layers(name).items()}
@@ -65,6 +62,22 @@ def add_languages(
             assert isinstance(block, MoeDeltaLayer)
             _append(block, name, LayerSettings.build(config, counts, layer), sources)
     tuner.set_adapter(tuner.active_adapters)
+
+
+def foreseen_growth(
+    config: MoeDeltaConfig,
+    languages: Mapping[str, str],
+    experts: Mapping[str, int | Sequence[int]] | None = None,
+    start_from: StartFrom = None,
+) -> tuple[MoeDeltaConfig, dict[int, int]]:
+    """What an adapter's config becomes, and which groups' experts the new groups' start as, by index.
+
+    Raises:
+        LanguageError, PlanError: as `MoeDeltaModel.add_languages`, but for counts that do not fit the model's layers.
+    """
+    experts = dict(experts or {})
+    _check_languages(config, languages, experts)
+    return _grown_config(config, languages, experts), _sources(config, experts, start_from)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from peft import PeftModel
@@ -37,6 +38,24 @@ def test_the_command_mixes_averages_and_fits_routers(tmp_path, capsys):
     assert logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), token_batch()).isfinite().all()
     statistics = RouterStatistics.load(tmp_path / "adapter" / "router_statistics.safetensors")
     assert statistics.languages == ["en", "hu", "az"]
+
+
+def test_a_dry_run_says_what_would_be_mixed_and_mixes_nothing(tmp_path, capsys):
+    given = arguments(tmp_path)
+    (tmp_path / "az.jsonl").write_text('{"text": "w70 w71"}\n', encoding="utf-8")
+    languages = ["--language=en=original", "--language=hu=uralic", "--language=az=turkic"]
+    main([*given, *languages, f"--text=az={tmp_path / 'az.jsonl'}", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert re.search(r"^uralic +\S+/uralic +hu$", printed, re.MULTILINE) and "Routers: fitted on az." in printed
+    assert printed.endswith("Nothing was run.\n") and not (tmp_path / "adapter").exists()
+    for wrong, message in (
+        ([f"--text=az={tmp_path / 'nowhere.txt'}"], "No file"),
+        (["--routing=by_mood"], "by_mood"),
+        (["--top-k=9"], "top_k=9"),
+        ([f"--branch=other={tmp_path / 'nothing'}"], "nothing"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main([*given, *wrong, "--dry-run"])
 
 
 @pytest.mark.parametrize(

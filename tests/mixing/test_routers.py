@@ -78,6 +78,12 @@ def least_squares(model, layer, weights):
     return torch.linalg.lstsq(torch.cat([x, damping]), torch.cat([y, torch.zeros(len(damping), 3)])).solution
 
 
+def test_in_a_console_statistics_are_a_line():
+    statistics = RouterStatistics()
+    statistics.add("hu", "uralic", {"layer": (torch.eye(64), torch.ones(64))}, tokens=2)
+    assert repr(statistics) == "RouterStatistics(languages=['hu'])"
+
+
 def test_the_streamed_fit_is_the_direct_least_squares_solution():
     fitted = model()
     fit(fitted, batch_size=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,19 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(made, tmp_path, caps
     assert printed.endswith("Nothing was run.\n") and not (tmp_path / "run").exists()
     dry_run(made, tmp_path, command="train")
     assert "grafted" not in capsys.readouterr().out
+
+
+def test_a_dry_run_times_the_expansion_when_asked(made, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(made[0] | {"output": str(tmp_path / "run")}), encoding="utf-8")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)  # those of other libraries are not a user's business
+        main(["run", str(path), "--dry-run", "--time"])
+    printed = capsys.readouterr().out
+    assert "Nothing was run." in printed and "so its 2 take about" in printed
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="--time belongs to --dry-run"):
+        main(["train", str(path), "--time"])
 
 
 def test_what_is_kept_and_why_the_rest_runs_again(made, tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -44,10 +45,10 @@ def files(recipe_fields, tmp_path):
     }
 
 
-def run(fields, tmp_path):
+def run(fields, tmp_path, *more):
     path = tmp_path / "grow.yaml"
     path.write_text(yaml.safe_dump(fields), encoding="utf-8")
-    main(["grow", str(path)])
+    main(["grow", str(path), *more])
 
 
 def load(recipe_fields, folder):
@@ -117,6 +118,34 @@ def test_a_review_starts_from_rows_in_closed_form(files, recipe_fields, tmp_path
         rows, same = (layer.router("default").grown_2 for layer in (ours, theirs))
         assert rows.any()
         torch.testing.assert_close(rows, same, atol=1e-4, rtol=1e-4)
+
+
+def test_a_dry_run_says_what_would_grow_and_grows_nothing(files, tmp_path, capsys):
+    files |= {"start_from": "closest", "expand": TRAINING, "review": TRAINING}
+    run(files, tmp_path, "--dry-run", "--time")
+    printed = capsys.readouterr().out
+    assert "Languages that are added: el (greek)." in printed and "experts of greek" in printed
+    assert re.search(r"^expand +experts of greek +96 tokens$", printed, re.MULTILINE)
+    assert re.search(r"a pass of the expansion took \S+ s, .* so its 2 take about .* seconds", printed)
+    assert not Path(files["output"]).exists()
+    run({name: value for name, value in files.items() if name not in ("expand", "review")}, tmp_path, "--dry-run")
+    assert "Nothing trains" in capsys.readouterr().out
+
+
+def test_a_dry_run_lists_all_that_stands_in_the_way(files, tmp_path):
+    (tmp_path / "short.txt").write_text("rövid\n", encoding="utf-8")
+    files |= {"expand": TRAINING, "review": TRAINING}
+    files["languages"]["el"]["train"] = str(tmp_path / "short.txt")
+    files["languages"]["hu"]["train"] = str(tmp_path / "nowhere.txt")
+    with pytest.raises(SystemExit, match=r"2 faults.*languages\.el\.train.*expand needs 96.*hu\.train: No file"):
+        run(files, tmp_path, "--dry-run")
+    del files["languages"]["hu"]
+    with pytest.raises(SystemExit, match="none of uralic"):
+        run(files, tmp_path, "--dry-run")
+    with pytest.raises(SystemExit, match="gives counts to uralic"):
+        run(files | {"experts": {"uralic": 1}}, tmp_path, "--dry-run")
+    with pytest.raises(SystemExit, match="--time belongs to --dry-run"):
+        run(files, tmp_path, "--time")
 
 
 def test_a_review_needs_text_of_every_group(files, tmp_path):

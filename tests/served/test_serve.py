@@ -24,6 +24,7 @@ pytest.importorskip("uvicorn")
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import ask_server
 from builders import upcycle
 from peft_moe_delta.evaluation.loading import load
 from peft_moe_delta.served.answer import Job, Row, Sampling
@@ -312,3 +313,14 @@ def test_the_command_serves_until_it_is_interrupted(adapter):
         run.send_signal(signal.SIGINT)
         out, _ = run.communicate(timeout=600)
     assert run.returncode == 0 and out == "pico is no longer served\n"
+
+
+def test_the_example_asks_in_each_language(server, monkeypatch, capsys):
+    questions = ["hu=a macska", "el=η γάτα", "en=the cat"]
+    monkeypatch.setattr(sys, "argv", ["ask_server.py", *questions, "--url", server.url, "--max-tokens", "4"])
+    ask_server.main()
+    printed = capsys.readouterr().out
+    assert re.findall(r"^(..): ", printed, re.MULTILINE) == ["hu", "el", "en"]
+    monkeypatch.setattr(sys, "argv", ["ask_server.py", "=the cat", "--url", server.url])
+    with pytest.raises(SystemExit, match="language"):
+        ask_server.main()

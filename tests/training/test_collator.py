@@ -131,7 +131,11 @@ def test_goes_to_the_workers_of_a_data_loader(tokenizer, packing):
     ("documents", "error", "message"),
     [
         ([], DataError, "empty batch"),
-        ([{"input_ids": [5]}], DataError, r"no `language`.*hu, en, fi, az"),
+        (
+            [{"input_ids": [5]}],
+            DataError,
+            r"no `language`.*hu, en, fi, az.*remove_unused_columns=False.*AuxiliaryLossMixin",
+        ),
         ([{"input_ids": [5], "language": None}], DataError, r"no `language`.*hu, en, fi, az"),
         ([{"input_ids": [5], "language": "de"}], LanguageError, "'de'.*hu, en, fi, az"),
         ([{"input_ids": [5, 6], "language": ["en", "de"]}], LanguageError, "'de'.*hu, en, fi, az"),

@@ -8,11 +8,15 @@ from ...evaluation.page import markdown
 from ...hub import push_to_hub
 from ...hub.card import CARD_FILE
 from ...recipe import Recipe, growing, preview
-from ...recipe.foresight import Outlook, look_ahead
+from ...recipe.foresight import Outlook, expansion_of, look_ahead
 from ...recipe.growth import Growth
+from ...recipe.growth_foresight import look_ahead_of_growth
 from ...recipe.reporting import OURS
 from ...recipe.run import Run
+from ...recipe.stages import settled_precision
 from ...recipe.starter import starter
+from ...recipe.timing import estimate
+from ..pipeline import Dry
 from .publish import card_files
 
 log = logging.getLogger(__name__)
@@ -22,11 +26,11 @@ def init(given: tuple[str, str | None, dict[str, str], dict[str, str]]) -> str:
     return starter(*given).rstrip("\n")
 
 
-def run(given: tuple[Recipe, bool, bool]) -> str:
+def run(given: tuple[Recipe, Dry, bool]) -> str:
     recipe, dry, overwrite = given
     outlook = look_ahead(recipe, whole=True)
-    if dry:
-        return str(outlook)
+    if dry is not None:
+        return _foreseen(outlook, dry)
     _warn(outlook)
     job = Run(recipe, overwrite=overwrite)
     report = job.report()
@@ -44,11 +48,11 @@ def run(given: tuple[Recipe, bool, bool]) -> str:
     return "\n".join(lines)
 
 
-def train(given: tuple[Recipe, bool, bool]) -> str:
+def train(given: tuple[Recipe, Dry, bool]) -> str:
     recipe, dry, overwrite = given
     outlook = look_ahead(recipe, whole=False)
-    if dry:
-        return str(outlook)
+    if dry is not None:
+        return _foreseen(outlook, dry)
     _warn(outlook)
     return f"adapter: {Run(recipe, overwrite=overwrite).adapter().folder}"
 
@@ -57,8 +61,23 @@ def status(recipe: Recipe) -> str:
     return preview.status(recipe)
 
 
-def grow(growth: Growth) -> str:
-    return f"adapter: {growing.grow(growth)}"
+def grow(given: tuple[Growth, Dry]) -> str:
+    growth, dry = given
+    if dry is None:
+        return f"adapter: {growing.grow(growth)}"
+    outlook = look_ahead_of_growth(growth)
+    training = growth.expand or growth.review
+    if dry == "look" or training is None:
+        return str(outlook)
+    return f"{outlook}\n{estimate(outlook.job, training)}"
+
+
+def _foreseen(outlook: Outlook, dry: Dry) -> str:
+    if dry == "look":
+        return str(outlook)
+    recipe = outlook.recipe
+    job = expansion_of(recipe, autocast=settled_precision(recipe.precision) == "bf16")
+    return f"{outlook}\n{estimate(job, recipe.expand)}"
 
 
 def _warn(outlook: Outlook) -> None:
