@@ -51,6 +51,7 @@ class Traits:
 
     Attributes:
         architecture: one of `ARCHITECTURES`, `DENSE` or `REMOTE_CODE`.
+        family: `model_type` of a dense checkpoint; of others it does not matter.
         dense_layers: whether some layers are no mixtures.
         own_head_width: whether heads are not hidden_size / num_attention_heads wide.
         positions: type of the rotary positions.
@@ -60,6 +61,7 @@ class Traits:
     """
 
     architecture: str
+    family: str
     dense_layers: bool
     own_head_width: bool
     positions: str
@@ -146,6 +148,11 @@ ROWS: tuple[Row, ...] = (
         ("ok, by its Transformers backend", _UNKNOWN, _UNKNOWN, _UNKNOWN, _UNKNOWN, OK),
     ),
     Row("dense, one language", lambda t: t.architecture == DENSE, _ALL),
+    Row(
+        "dense Mistral with a sliding window",
+        lambda t: t.architecture == DENSE and t.family == "mistral" and t.window,
+        (NOT_RUN, _WRONG, _WRONG, OK, NOT_TRIED, OK),
+    ),
     Row(
         "remote code", lambda t: t.architecture == REMOTE_CODE,
         (NOT_RUN, _UNKNOWN, _UNKNOWN, _UNKNOWN, NOT_TRIED, "ok, with trust_remote_code=True"),

@@ -125,6 +125,7 @@ def traits_of(weights: UpcycledWeights, layout: Layout) -> Traits:
     rope = getattr(config, "rope_parameters", None) or {}
     return Traits(
         architecture=layout.name,
+        family=config.model_type,
         dense_layers=bool(weights.dense_layers) and not layout.replicates,
         own_head_width=getattr(config, "head_dim", None) not in (None, width),
         positions=rope.get("rope_type", "default"),
@@ -145,11 +146,12 @@ def traits_of_export(folder: Path) -> Traits:
     if "auto_map" in fields:  # which transformers would run
         ours = fields.get("moe_delta") or {}
         beyond_text = bool(ours.get("languages")) or "attention" in (ours.get("parts") or {}).values()
-        return Traits(REMOTE_CODE, False, False, "default", False, False, beyond_text)
+        return Traits(REMOTE_CODE, "", False, False, "default", False, False, beyond_text)
     config: Any = load_config(folder)
     width = config.hidden_size // config.num_attention_heads
     return Traits(
         architecture=config.model_type if config.model_type in ARCHITECTURES else DENSE,
+        family=config.model_type,
         dense_layers=bool(getattr(config, "mlp_only_layers", None)),
         own_head_width=getattr(config, "head_dim", None) not in (None, width),
         positions=(getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"),

@@ -20,7 +20,7 @@ SIZES: dict[str, Any] = {
 """vLLM's attention on a CPU wants heads of 32 or more."""
 WINDOW = 16
 REMOTE_CODE, BY_LANGUAGE = "remote code", "remote code by language, or with attention experts"
-DENSE = "dense, one language"
+DENSE, WINDOWED = "dense, one language", "dense Mistral with a sliding window"
 
 STOCK: dict[str, tuple[str, dict[str, Any], list[tuple[int, int]], str]] = {
     "Mixtral": ("llama", {}, UNIFORM, "mixtral"),
@@ -41,7 +41,7 @@ STOCK: dict[str, tuple[str, dict[str, Any], list[tuple[int, int]], str]] = {
     ),
     "FlexOlmo": ("olmo2", {}, UNIFORM, "flex_olmo"),
 }  # fmt: skip
-FORMS = (*STOCK, DENSE, REMOTE_CODE, BY_LANGUAGE)
+FORMS = (*STOCK, DENSE, WINDOWED, REMOTE_CODE, BY_LANGUAGE)
 
 
 def make(form: str, folder: Path) -> Path:
@@ -50,8 +50,9 @@ def make(form: str, folder: Path) -> Path:
         family, config, counts, architecture = STOCK[form]
         weights = upcycle(pico(family, **{**SIZES, **config}), plan_of(counts))
         model = build_model(weights, choose(weights, architecture=architecture).layout)
-    elif form == DENSE:
-        weights = upcycle(pico("llama", **SIZES), plan_of(UNIFORM)).for_group("original")
+    elif form in (DENSE, WINDOWED):
+        dense = pico("llama", **SIZES) if form == DENSE else pico("mistral", **SIZES, sliding_window=WINDOW)
+        weights = upcycle(dense, plan_of(UNIFORM)).for_group("original")
         model = build_model(weights, choose(weights).layout)
     else:
         experts = {"uralic": [2, 1, 2], "turkic": [1, 0, 1]}

@@ -134,6 +134,7 @@ def test_a_tolerance_is_what_rounding_does_and_routers_are_not_rounded(tmp_path)
     ("form", "reason"),
     [
         ("Mixtral with a sliding window", "Mixtral with a sliding window in llama.cpp: silently wrong"),
+        ("dense Mistral with a sliding window", "a sliding window in llama.cpp: silently wrong"),
         (REMOTE_CODE, "remote code in llama.cpp: unsupported"),
         (BY_LANGUAGE, "remote code by language, or with attention experts in llama.cpp: unsupported"),
         ("FlexOlmo", "FlexOlmo in llama.cpp: unsupported"),
