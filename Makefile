@@ -26,7 +26,7 @@ ONE_CARD := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=. OMP_NU
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: fuzz help docs demo demo-quick figures test test-slow test-gpu test-peft-contract test-portable test-browser \
-  test-quantised bench bench-gpu evidence evidence-quick cards distributed lint wheel-test clean
+  test-quantised test-served engines-table bench bench-gpu evidence evidence-quick cards distributed lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -115,6 +115,18 @@ test-quantised: $(INSTALLED)  ## experts over quantised bases; fetches bitsandby
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps -c constraints.txt --upgrade \
 	  --target build/quantised bitsandbytes torchao
 	PYTHONPATH=build/quantised $(PYTEST) tests/tuner/test_quantised.py
+
+# Beside the environment: none of it is needed to use the package. The converter comes out of llama-cpp-python's sources.
+test-served: $(INSTALLED)  ## servers asked by OpenAI's client, and GGUF files in llama.cpp; fetches both and llama.cpp's converter
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade \
+	  --target build/served openai jiter sentencepiece sniffio xllamacpp
+	XDG_CACHE_HOME=$(CURDIR)/build/cache $(BIN)/python -c 'from peft_moe_delta.served.convert import fetched; fetched()'
+	XDG_CACHE_HOME=$(CURDIR)/build/cache PYTHONPATH=build/served $(PYTEST) tests/served
+
+# vLLM and MLX each get an environment of their own in build/engines, a few GB together; the others lie beside ours.
+engines-table: $(INSTALLED)  ## every export in every engine, live: the table of docs/serving.md (a quarter of an hour)
+	XDG_CACHE_HOME=$(CURDIR)/build/cache OMP_NUM_THREADS=1 $(BIN)/python tests/served_table.py --install --write
+	$(BIN)/python docs/generate.py
 
 docs: $(INSTALLED)  ## the documentation as a site, build/docs/site, with every link checked
 	$(BIN)/python docs/generate.py

@@ -3,7 +3,8 @@
     python docs/generate.py            # writes them
     python docs/generate.py --check    # only says whether they are what the code says
 
-In: the dataclasses of recipes and growth files, the commands' argparse declarations, and `engines`. Out: two Markdown
+In: the dataclasses of recipes and growth files, the commands' argparse declarations, `engines`, and what
+tests/served_table.py has found of them. Out: two Markdown
 pages, the table in docs/serving.md and a schema that lies in the package, committed so that they can be read without
 building anything. A test fails when they are stale.
 """
@@ -30,6 +31,7 @@ from peft_moe_delta.recipe.growth import Growth
 
 ROOT = Path(__file__).parents[1]
 TABLE_BEGINS, TABLE_ENDS = "<!-- the table of engines.py -->", "<!-- end of the table -->"
+ENGINES_FOUND = "docs/engines.json"
 SCHEMA = "peft_moe_delta/recipe/recipe.schema.json"
 PIPE = "\\|"  # inside a table's cell
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
@@ -253,9 +255,33 @@ def serving_page() -> str:
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
     before, _, rest = page.partition(TABLE_BEGINS)
     after = rest.partition(TABLE_ENDS)[2]
-    versions = "\n".join(f"- {name}: {version}" for name, version in engines.ENGINES.items())
-    source = f"Measured at {engines.MEASURED} with\n\n{versions}"
-    return f"{before}{TABLE_BEGINS}\n\n{engines.markdown()}\n\n{source}\n\n{TABLE_ENDS}{after}"
+    found = json.loads((ROOT / ENGINES_FOUND).read_text(encoding="utf-8"))
+    versions = "\n".join(
+        f"- {name}: {found[name]['version'] if name in found else version}" for name, version in engines.ENGINES.items()
+    )
+    source = f"The versions, of cells with a number; the others were found at {engines.MEASURED}:\n\n{versions}"
+    return f"{before}{TABLE_BEGINS}\n\n{engines_table(found)}\n\n{source}\n\n{TABLE_ENDS}{after}"
+
+
+def engines_table(found: dict[str, Any]) -> str:
+    """Forms by engines: what we know, and what tests/served_table.py has found."""
+    names = list(engines.ENGINES)
+    lines = [f"| export | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for row in engines.ROWS:
+        cells = [engine_cell(row[name], found.get(name, {}).get("forms", {}).get(row.form)) for name in names]
+        lines.append(f"| {row.form} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def engine_cell(known: str, found: dict[str, Any] | None) -> str:
+    """What we do with a form for an engine, with the largest difference that was found."""
+    said = known if engines.runs(known) else f"refused: {known}"
+    if found is None or found["outcome"] == "fails":
+        return said
+    number = "NaN" if found["difference"] is None else f"{found['difference']:.1g}"
+    if found["outcome"] == "exact" and engines.runs(known):
+        return f"exact{known.removeprefix(engines.OK).removeprefix(engines.NOT_RUN)} ({number})"
+    return f"{said} ({'exact here, ' if found['outcome'] == 'exact' else ''}{number})"
 
 
 def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:

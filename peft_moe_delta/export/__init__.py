@@ -11,6 +11,7 @@ from .choice import (
     explain_choice,
     stock_fits,
     traits_of,
+    traits_of_export,
     with_engines,
 )
 from .gate import check_equal_logits
@@ -38,5 +39,6 @@ __all__ = [
     "explain_choice",
     "stock_fits",
     "traits_of",
+    "traits_of_export",
     "with_engines",
 ]

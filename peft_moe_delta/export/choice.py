@@ -6,11 +6,18 @@ the engine that is to run them. Out: a `Fit` for every form, the best one first,
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from ..engines import ENGINES, REMOTE_CODE, Traits, cells_of, runs, why_not
+from transformers.utils import CONFIG_NAME
+
+from ..engines import ARCHITECTURES, DENSE, ENGINES, REMOTE_CODE, Traits, cells_of, runs, why_not
 from ..errors import GraftError
+from ..files import read_text
+from ..loading import load_config
 from .flex_olmo import FlexOlmoLayout
 from .granite_moe import GemmaGraniteMoeLayout, GraniteMoeLayout, Qwen2GraniteMoeLayout
 from .layout import Layout, MoeLayout, ReplicatedLayout
@@ -118,12 +125,39 @@ def traits_of(weights: UpcycledWeights, layout: Layout) -> Traits:
     rope = getattr(config, "rope_parameters", None) or {}
     return Traits(
         architecture=layout.name,
+        family=config.model_type,
         dense_layers=bool(weights.dense_layers) and not layout.replicates,
         own_head_width=getattr(config, "head_dim", None) not in (None, width),
         positions=rope.get("rope_type", "default"),
         window=getattr(config, "sliding_window", None) is not None,
         biases=any(name.endswith("q_proj.bias") for name in weights.dense),
         beyond_text=weights.attention is not None or weights.languages is not None,
+    )
+
+
+def traits_of_export(folder: Path) -> Traits:
+    """The same of a stand-alone checkpoint that lies in files, by its config.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        DataError: there is no config.json.
+    """
+    fields = json.loads(read_text(folder / CONFIG_NAME))
+    if "auto_map" in fields:  # which transformers would run
+        ours = fields.get("moe_delta") or {}
+        beyond_text = bool(ours.get("languages")) or "attention" in (ours.get("parts") or {}).values()
+        return Traits(REMOTE_CODE, "", False, False, "default", False, False, beyond_text)
+    config: Any = load_config(folder)
+    width = config.hidden_size // config.num_attention_heads
+    return Traits(
+        architecture=config.model_type if config.model_type in ARCHITECTURES else DENSE,
+        family=config.model_type,
+        dense_layers=bool(getattr(config, "mlp_only_layers", None)),
+        own_head_width=getattr(config, "head_dim", None) not in (None, width),
+        positions=(getattr(config, "rope_parameters", None) or {}).get("rope_type", "default"),
+        window=bool(getattr(config, "sliding_window", None)),  # Qwen2-MoE says 0 where there is none
+        biases=bool(getattr(config, "attention_bias", False)),
+        beyond_text=False,
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..engines import START
 from ..errors import CardError, PlanError
 from ..evaluation.page import tables
 from ..evaluation.report import METRICS, TEXT, EvalReport
@@ -25,7 +26,7 @@ from ..tuner.record import AdapterRecord
 from .licence import OTHER, UNKNOWN, licence_for, licence_of
 
 FACTS_FILE, PLAN_FILE, GRAFT_FILE, CARD_FILE = "card.json", "plan.json", "graft.json", "README.md"
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE, SERVED_FILE = "manifest.json", "served.json"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 _ADAPTER_FIELDS = ("routing", "top_k", "expert_rank", "experts")
@@ -54,6 +55,7 @@ class CardFacts:
         data: what it was trained on, in the author's words.
         limits: what a user must know, in the author's words, beside what the facts imply.
         measured_as: name of this model in the report.
+        served: engines that answer as the model does in transformers, as `verify-served --record` keeps them.
         command: the command line that made it.
         versions: package -> version.
     """
@@ -74,6 +76,7 @@ class CardFacts:
     data: str | None = None
     limits: list[str] = field(default_factory=list)
     measured_as: str | None = None
+    served: list[dict[str, Any]] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -139,6 +142,7 @@ class CardFacts:
                 adapter={key: settings[key] for key in _ADAPTER_FIELDS if key in settings},
                 plan=_read(folder / PLAN_FILE) or (_read(Path(adapter) / PLAN_FILE) if adapter else None),
                 graft=graft,
+                served=verified_in(folder),
                 doubts=list(dict.fromkeys([*record.doubts, *doubts_of(graft or {})])),
                 **further,
             )
@@ -204,6 +208,7 @@ def render_card(facts: CardFacts, report: EvalReport | None = None) -> str:
         verdict=(verdict(report, measured_as) if report else None) or "",
         definitions=report.definitions() if report else [],
         kept=kept_languages(facts, report),
+        served=[_served_row(facts.name, row) for row in facts.served],
         warnings=[warning for warning in report.warnings if warning not in facts.doubts] if report else [],
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
@@ -258,6 +263,31 @@ def kept_languages(facts: CardFacts, report: EvalReport | None) -> list[str]:
         and text.get(closest_code(code, filter(None, text))) in KEPT
         and (fixed or closest_code(code, routed))
     ]
+
+
+def verified_in(folder: str | Path) -> list[dict[str, Any]]:
+    """The engines that a model was verified in, by the record in its folder; none where there is no record.
+
+    Raises:
+        CardError: the record is damaged.
+    """
+    rows = (_read(Path(folder) / SERVED_FILE) or {}).get("verified", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and {"engine", "form"} <= set(row) for row in rows):
+        raise CardError(f"{SERVED_FILE} in {folder} is damaged. Remove it, and run `verify-served --record` again.")
+    return rows
+
+
+def _served_row(name: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """A verified engine as the card says it."""
+    start = START.get(row["engine"], "").format(model=f"user/{name}", form=row["form"])
+    difference, allowed = row.get("difference"), row.get("tolerance")
+    return {
+        "engine": f"{row['engine']} {row.get('version') or ''}".strip(),
+        "form": row["form"],
+        "difference": "not compared" if difference is None else f"{difference:.1g}, of {allowed:.1g} allowed",
+        "languages": ", ".join(row.get("languages") or []),
+        "start": f"`{start}`" if start else "",
+    }
 
 
 def doubts_of(graft: Mapping[str, Any]) -> list[str]:

@@ -42,6 +42,10 @@ def application(service: Service) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": VERSION}
+
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         languages = {"languages": list(service.hosted.codes), "auto": service.hosted.reads}

@@ -17,6 +17,9 @@ from ..errors import ServingError
 from .reference import Messages
 
 Body = dict[str, Any]
+UNKNOWN = "unknown"
+OWNERS = {"llamacpp": "llama.cpp"}
+"""Engines that call themselves otherwise than the engines' table does."""
 
 
 class NotOffered(Exception):
@@ -62,7 +65,7 @@ class Server:
         self.extra: Body = {} if language is None else {"language": language}
 
     def version(self) -> str | None:
-        """As vLLM and the llama.cpp server tell it."""
+        """As vLLM, our own and the llama.cpp server tell it."""
         for path, field in (("/version", "version"), ("/props", "build_info")):
             try:
                 found = self._ask("GET", path).get(field)
@@ -71,6 +74,15 @@ class Server:
             if isinstance(found, str):
                 return found
         return None
+
+    def engine(self) -> str:
+        """What the server is, by whose its models are said to be; "unknown" where nobody is named."""
+        try:
+            models = _list(self._ask("GET", "/v1/models"), "data")
+        except NotOffered:
+            return UNKNOWN
+        owner = models[0].get("owned_by") if models and isinstance(models[0], dict) else None
+        return OWNERS.get(owner, owner) if isinstance(owner, str) and owner else UNKNOWN
 
     def tokens(self, text: str) -> list[int]:
         """The ids that the server reads a text as, by `/tokenize` of vLLM (`prompt`) and llama.cpp (`content`)."""

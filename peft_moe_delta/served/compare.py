@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
@@ -245,31 +246,48 @@ def _leaves_at(reference: Reference, answer: Answer, reply: Reply) -> int | None
 
 def _is_tie(reference: Reference, answer: Answer, reply: Reply, place: int) -> bool:
     """Whether what the server has at a place is within the tolerance of the export's best there."""
-    if place >= len(answer.near):
-        return False
-    near = answer.near[place]
+    near = answer.near[place] if place < len(answer.near) else frozenset()
     if reply.ids is not None:
         return not near.isdisjoint(reply.ids[place : place + 1] or reference.ends)
-    before = answer.ids[:place]
-    if _same(reference.text_of(before, answer.prompt), reply.text):  # it ends there
+    if _same(reference.text_of(answer.ids[:place], answer.prompt), reply.text):  # it ends there
         return not near.isdisjoint(reference.ends)
-    others = near - set(answer.ids[place : place + 1]) - set(reference.ends)
-    return any(_begins(reply.text, reference.text_of([*before, other], answer.prompt)) for other in others)
+    return any(
+        _goes_on(reference, answer, reply, earlier, longer=earlier < place)
+        for earlier in range(place + 1)[: len(answer.near)]
+    )
+
+
+def _goes_on(reference: Reference, answer: Answer, reply: Reply, place: int, *, longer: bool) -> bool:
+    """Whether the server's text goes on with a token that is as near as the export's at a place; before the place where
+    the texts part with one that begins as the export's does, as " and" with " "."""
+    before, own = answer.ids[:place], answer.ids[place : place + 1]
+    shared = reference.text_of([*before, *own], answer.prompt) if longer else ""
+    for other in answer.near[place] - set(own) - set(reference.ends):
+        text = reference.text_of([*before, other], answer.prompt)
+        if text.startswith(shared) and _begins(reply.text, text):
+            return True
+    return False
 
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What stands for a last character whose bytes are not all there; some servers leave it out."""
+"""What stands for bytes that are no character, or not all of one. How many of them servers write, one for each byte or
+one for all, is their own affair; at the end some write none."""
 
 
 def _same(ours: str, theirs: str) -> bool:
-    """Whether texts are the same, but for space at both ends and a last character that is not all there."""
-    ours, theirs = ours.strip(), theirs.strip()
-    return theirs in (ours, ours.removesuffix(_UNFINISHED).rstrip())
+    """Whether texts are the same, but for space at both ends and bytes that are no character."""
+    ours, theirs = _uniform(ours).strip(), _uniform(theirs).strip()
+    return theirs.removesuffix(_UNFINISHED).rstrip() == ours.removesuffix(_UNFINISHED).rstrip()
 
 
 def _begins(theirs: str, ours: str) -> bool:
-    """Whether the server's text begins with this one of the export."""
-    return theirs.strip().startswith(ours.strip().removesuffix(_UNFINISHED).rstrip())
+    """Whether the server's text begins with this one of the export, or ends where it does but for space."""
+    ours, theirs = _uniform(ours).removesuffix(_UNFINISHED).lstrip(), _uniform(theirs).lstrip()
+    return theirs.startswith(ours) or theirs.rstrip() == ours.rstrip()
+
+
+def _uniform(text: str) -> str:
+    return re.sub(f"{_UNFINISHED}+", _UNFINISHED, text)
 
 
 def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:

@@ -102,7 +102,6 @@ class Reference:
             )
         input_ids = torch.tensor([list(prompt)], device=self.model.device)
         with evaluating(self.model):
-            scored = self.model(input_ids=input_ids, **self.options).logits[0].float().log_softmax(-1)
             written = self._greedy(input_ids, max_tokens)
         scores = torch.cat(written.scores).float().log_softmax(-1)  # (N, V), with the model's own penalties
         raw = torch.cat(written.logits).float().log_softmax(-1)
@@ -110,11 +109,18 @@ class Reference:
         own = [int(token) for token in ids if int(token) not in self.ends]
         return Answer(
             tuple(prompt),
-            tuple(_at(scored[:-1], input_ids[0, 1:])),
+            tuple(self.logprobs(prompt).tolist()),
             tuple(own),
             tuple(_at(raw, ids)[: len(own)]),
             tuple(frozenset(_near(row, self.tolerance)) for row in scores),
         )
+
+    def logprobs(self, prompt: Sequence[int]) -> Tensor:
+        """Log-probabilities of every token of a prompt but the first, (S - 1,) in fp32."""
+        input_ids = torch.tensor([list(prompt)], device=self.model.device)
+        with evaluating(self.model):
+            scored = self.model(input_ids=input_ids, **self.options).logits[0].float().log_softmax(-1)
+        return scored[:-1].gather(-1, input_ids[0, 1:, None])[:, 0]
 
     def _greedy(self, input_ids: Tensor, max_tokens: int) -> Any:
         return self.model.generate(

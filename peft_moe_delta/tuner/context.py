@@ -106,7 +106,7 @@ class ForwardContext:
             context = cls()
             model.__dict__["_moe_delta_context"] = context
             model.__dict__["forward"] = LanguageForward(model)
-            generation.attach(model)
+            generation.attach(model, context)
             context._handles = [
                 model.register_forward_pre_hook(context._enter, with_kwargs=True),
                 model.register_forward_hook(context._leave, always_call=True),

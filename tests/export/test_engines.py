@@ -60,7 +60,8 @@ def test_every_row_speaks_of_some_export():
     weights = [weights_of(*case) for case in FORMS.values()]
     traits = [traits_of(w, fit.layout) for w in weights for fit in stock_fits(w)]
     remote = [traits_of(w, RemoteCodeLayout()) for w in (weights[0], by_language(weights[0]))]
-    traits += [*remote, traits_of(weights[0].for_group("original"), Layout())]
+    shares = [weights[0].for_group("original"), weights_of(*FORMS["mistral window"]).for_group("original")]
+    traits += [*remote, *(traits_of(share, Layout()) for share in shares)]
     assert [row.form for row in ROWS if not any(map(row.applies, traits))] == []
 
 
@@ -106,6 +107,16 @@ def test_each_engine_gets_the_form_that_it_runs_and_that_form_is_the_mixture(cas
 def test_what_an_engine_gets_wrong_is_refused_with_what_fits(case, engine, reason):
     with pytest.raises(GraftError, match=reason):
         choose(weights_of(*FORMS[case]), serve_with=engine)
+
+
+def test_a_dense_mistral_keeps_its_window_only_where_the_engine_does():
+    share = weights_of(*FORMS["mistral window"]).for_group("original")
+    assert choose(share, serve_with="openvino").layout.name == "dense"
+    with pytest.raises(
+        GraftError, match=r"sliding window in llama.cpp: silently wrong.*What fits: mistral in vllm, openvi"
+    ):
+        choose(share, serve_with="llama.cpp")
+    assert choose(weights_of("llama", {}, UNIFORM).for_group("original"), serve_with="llama.cpp")
 
 
 def test_remote_code_is_for_engines_that_run_transformers_models():

@@ -184,3 +184,31 @@ def test_the_finished_cards_are_what_their_facts_give(folder, tmp_path):
     assert (tmp_path / "README.md").read_text() == (folder.parent / "README.md").read_text()
     facts = json.loads(folder.read_text())
     assert "demo" in " ".join(facts["command"]) and facts["limits"]
+
+
+def test_engines_in_which_it_was_verified(models, tmp_path, facts):
+    assert "## Serving" not in render_card(facts)
+    rows = [
+        {"engine": "llama.cpp", "version": "b1", "form": "m-q8_0.gguf", "difference": 0.0213, "tolerance": 0.1},
+        {"engine": "vllm", "version": "0.32", "form": "the export", "difference": None, "languages": ["en", "hu"]},
+        {"engine": "other", "version": None, "form": "the export", "difference": None},
+    ]
+    text = render_card(replace(facts, served=rows))
+    assert "| llama.cpp b1 | m-q8_0.gguf | 0.02, of 0.1 allowed |  | `llama-server -m m-q8_0.gguf` |" in text
+    assert "| vllm 0.32 | the export | not compared | en, hu | `vllm serve user/pico-hu` |" in text
+    assert "| other | the export | not compared |  |  |" in text
+
+
+def test_what_was_verified_since_a_card_was_written_is_on_it(models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(models["adapter"], folder)
+    line = ["card", str(folder), "--parent", "org/base=mit", "--base-model", "org/base"]
+    main(line)
+    assert "## Serving" not in (folder / "README.md").read_text()
+    row = {"engine": "peft-moe-delta", "version": "0.1.0", "form": "the export", "difference": 1e-6, "tolerance": 1e-3}
+    (folder / "served.json").write_text(json.dumps({"verified": [row]}))
+    main(line)
+    assert "| `peft-moe-delta serve user/model` |" in (folder / "README.md").read_text()
+    (folder / "served.json").write_text('{"verified": [1]}')
+    with pytest.raises(SystemExit):
+        main(line)

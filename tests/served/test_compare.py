@@ -131,7 +131,15 @@ def test_a_near_tie_may_fall_either_way_and_nothing_else(reference, told, near, 
     assert found is agrees and ("near-tie of the export falls otherwise at token 1" in detail) is agrees
 
 
-@pytest.mark.parametrize(("theirs", "agrees"), [("cat\N{REPLACEMENT CHARACTER}", True), ("cat", True), ("ca", False)])
+@pytest.mark.parametrize(
+    ("theirs", "agrees"),
+    [
+        ("cat\N{REPLACEMENT CHARACTER}", True),
+        ("cat\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}", True),
+        ("cat", True),
+        ("ca", False),
+    ],
+)
 def test_a_last_character_that_is_not_all_there_may_be_left_out(reference, theirs, agrees):
     answer = answered(reference, "catη")
     cut = replace(answer, ids=answer.ids[:-1])  # a Greek letter is two bytes, and two tokens
@@ -281,3 +289,24 @@ def test_llama_cpp_agrees_with_a_gguf_file_of_the_export(dense, tmp_path, capsys
     with pytest.raises(SystemExit):
         main([*line, str(other), "--max-tokens", "4"])
     assert "does not agree" in capsys.readouterr().out
+
+
+def test_space_that_is_a_token_is_seen_where_the_server_tells_no_tokens(reference):
+    answer = answered(reference, "cat  d", "")
+    ids = reference.ids_of("cat  d")
+    assert len(ids) > 2 and reference.tokenizer.decode(ids[:2]) == "cat "
+    tie = replace(answer, near=(answer.near[0], answer.near[1] | set(reference.ids_of("z")), *answer.near[2:]))
+    assert _same_text(reference, tie, Reply("catzd", None, None, None))[0] is True
+    assert _same_text(reference, answer, Reply("catzd", None, None, None))[0] is False
+
+
+def test_a_nearer_token_may_begin_as_the_exports_does(reference):
+    [space, the] = reference.ids_of(" ")[:1], reference.ids_of(" the")
+    assert len(the) == 1 and the != space
+    answer = answered(reference, "cat", "", "")
+    answer = replace(
+        answer, ids=(*answer.ids, *space, *space), near=(answer.near[0], frozenset({*space, *the}), frozenset(space))
+    )
+    assert _same_text(reference, answer, Reply("cat the", None, None, None))[0] is True
+    only = replace(answer, near=(answer.near[0], frozenset(space), frozenset(space)))
+    assert _same_text(reference, only, Reply("cat the", None, None, None))[0] is False

@@ -1,6 +1,7 @@
 """Generation: what the cache remembers equals what a full pass recomputes, whoever shares the batch."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -205,6 +206,70 @@ def test_continuous_batching_takes_the_default_language():
     for _ in range(NEW_TOKENS):
         expected = torch.cat([expected, logits(model, expected)[:, -1].argmax(-1, keepdim=True)], dim=1)
     assert found.generated_tokens == expected[0, 12:].tolist()
+
+
+def in_batches(model, prompts, **options):
+    config = GenerationConfig(max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=-1)
+    room = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64)
+    found = model.generate_batch([prompt.tolist() for prompt in prompts], config, room, **options)
+    assert list(found) == [answer.request_id for answer in found.values()] == [f"req_{n}" for n in range(len(prompts))]
+    return [answer.generated_tokens for answer in found.values()]
+
+
+def test_continuous_batching_takes_a_language_for_all_prompts_or_one_for_each():
+    model = upcycle(pico(), trained=True, routing="language")
+    prompts = list(token_batch(batch=4))
+    codes = ["az", "en", "az", "hu"]
+
+    def alone(prompt, code):
+        options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "language": code}
+        return model.generate(input_ids=prompt[None], **options)[0, len(prompt) :].tolist()
+
+    expected = [alone(prompt, code) for prompt, code in zip(prompts, codes, strict=True)]
+    assert in_batches(model, prompts, language=codes) == expected
+    assert in_batches(model, prompts[:1], language="az") == expected[:1]
+    model.set_language("en")
+    assert in_batches(model, prompts[1:2]) == expected[1:2]
+
+
+def test_continuous_batching_refuses_what_its_thread_could_not_say():
+    model = upcycle(pico(), trained=True, routing="language")
+    for reason, options in {
+        "language of the prompts": {},
+        "1 codes for 2": {"language": ["hu"]},
+        "Unknown language .xx.": {"language": "xx"},
+        "no language can be read": {"language": "auto"},
+        "no `language_ids`": {"language_ids": torch.tensor([0, 1])},
+        "serves one language": {"language": ["hu", "az"], "persistent_manager": True},
+    }.items():
+        with pytest.raises(LanguageError, match=reason):
+            model.generate_batch([[3, 4], [5]], **options)
+    with pytest.raises(LanguageError, match="no language can be read"):
+        upcycle(pico(), routing="context").generate_batch([[3, 4]])
+
+
+OTHERS = {"fi": "original", "de": "x"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_assistant_of_other_languages_is_told_none():
+    model = upcycle(pico(), trained=True, routing="language")
+    assistant = upcycle(pico(seed=3), trained=True, languages=OTHERS, experts={"x": 1}).base_model.model
+    expected = token_by_token(model, REPETITIVE, "az")
+    assert torch.equal(generate(model, REPETITIVE, language="az", assistant_model=assistant), expected)
+    assert torch.equal(generate(model, REPETITIVE, language_ids=torch.tensor([3]), assistant_model=assistant), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_threads_with_an_assistant_keep_their_languages():
+    model, assistant = upcycle(pico(), trained=True, routing="language"), pico(seed=3)
+    expected = {code: token_by_token(model, REPETITIVE, code) for code in ("az", "hu", "en")}
+    codes = ["az", "hu", "en"] * 3
+    with ThreadPoolExecutor(3) as pool:
+        found = pool.map(
+            lambda code: generate(model, REPETITIVE, language=code, assistant_model=copy.deepcopy(assistant)), codes
+        )
+        assert all(torch.equal(one, expected[code]) for one, code in zip(found, codes, strict=True))
 
 
 def test_a_pipeline_takes_a_language():

@@ -11,7 +11,7 @@ from ...evaluation.report import FILE as REPORT_FILE
 from ...evaluation.report import EvalReport
 from ...files import read_text
 from ...hub import CardFacts, push_to_hub, write_card
-from ...hub.card import CARD_FILE, FACTS_FILE
+from ...hub.card import CARD_FILE, FACTS_FILE, verified_in
 from ..options import pairs_of
 
 
@@ -26,6 +26,7 @@ def _write_card(folder: Path, arguments: Namespace) -> Path:
     written = folder / FACTS_FILE
     if written.is_file():
         facts = replace(CardFacts.from_json(read_text(written)), **said)
+        facts = replace(facts, served=verified_in(folder) or facts.served)  # since the card was written
     else:
         facts = CardFacts.of(
             folder,
