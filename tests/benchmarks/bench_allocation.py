@@ -1,189 +1,215 @@
-"""Does it matter where the experts are? An inverse-similarity plan with half the experts against the uniform plan.
+"""Does it matter where the experts are, and who shares them? LayerMoE's and DMoE's plans beside others of equal size.
 
-A model of 2.5 million parameters is pre-trained here on English interface text, byte by byte. Then, for each of three
-seeds, Hungarian, Greek and Turkish are learnt by plans with the same tokens in the same order: uniform, inverse
-similarity with half its experts, and uniform with that half, which tells the plan's shape from its size. Bits per byte
-of held-out text, means over seeds with 95% t-intervals, and paired differences.
+    python examples/demo_inputs.py --output build/demo/inputs --also en hu el tr ru
+    python tests/benchmarks/bench_allocation.py --page docs/benchmarks.md
 
-    python examples/demo_inputs.py --output build/demo/inputs --also en hu el tr
-    python tests/benchmarks/bench_allocation.py --json tests/benchmarks/results/allocation.json
+For each random seed, a small model is pre-trained on mostly English text and then learns Hungarian, Greek, Turkish and
+Russian. All plans have the same number of new experts, but for one that is named, and read the same rows in the same
+order.
+
+One group for all new languages, trained and reviewed as in MoE-LPR (arXiv 2408.11396):
+
+- uniform; inverse similarity (LayerMoE, arXiv 2505.22582), as many experts; and uniform with twice as many, which
+  LayerMoE's plan is said to equal
+
+Two groups, a tenth of the steps under hard routing, then top-2 with the routers told the groups (DMoE, arXiv
+2506.12388):
+
+- the groups and the layers that DMoE chooses by how languages move the weights
+- the same layers, groups of the languages least alike
+- the same groups, the layers that move least
+
+And the dense model, all of whose weights train on the same rows. English is scored beside the new languages.
 """
 
 from __future__ import annotations
 
-import argparse
-import copy
-import json
-import random
-import statistics
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
-from learning import interval, linear, train
-from measure import conditions, keep_memory
-from peft import get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from comparison import Batch, Benchmark, Corpus, Rates, Row, batches, learn, pretrain, row, tokens
+from frontier.family import added, trainable
+from frontier.methods import MEASURED
+from frontier.tables import shown, table
+from pairs import ENGLISH, LENGTH, ROWS, Making, copy_of, rows_of
+from peft import PeftModel, get_peft_model
+from torch import nn
+from verdicts import Scores, differences, sentences, values
 
-from peft_moe_delta import ExpertPlan, MoeDeltaConfig, allocate_experts
-from peft_moe_delta.allocation import Measurement, measure_languages
-from peft_moe_delta.evaluation import bits_per_byte
-from peft_moe_delta.sources import read_texts
+from peft_moe_delta import ExpertPlan, MoeDeltaConfig, allocate_experts, group_languages
+from peft_moe_delta.allocation import LanguageStatistics, Measurement, measure_languages
+from peft_moe_delta.languages import ORIGINAL_GROUP
 
-LANGUAGES = {"en": "original", "hu": "expanded", "el": "expanded", "tr": "expanded"}
-NEW = [code for code, group in LANGUAGES.items() if group != "original"]
-SHAPE = {"hidden_size": 160, "intermediate_size": 448, "num_hidden_layers": 8, "num_attention_heads": 5}
-UNIFORM, INVERSE, HALF = "uniform", "inverse similarity, half the experts", "uniform, half the experts"
-BATCH, LENGTH = 8, 256
-SEEDS = (0, 1, 2)
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A token a byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(["<bos>", "<eos>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>")
-
-
-class Corpus:
-    """Training bytes and held-out documents of each language."""
-
-    def __init__(self, folder: Path, test_bytes: int) -> None:
-        self.tokenizer = byte_tokenizer()
-        self.texts = {code: read_texts(str(folder / code / "train.jsonl")) for code in LANGUAGES}
-        self.test = {code: read_texts(str(folder / code / "test.jsonl"), test_bytes) for code in LANGUAGES}
-        self.ids = {
-            code: torch.tensor(self.tokenizer("\n".join(texts), verbose=False)["input_ids"])
-            for code, texts in self.texts.items()
-        }
-
-    def batches(self, codes: Sequence[str], steps: int, seed: int, *, name: bool = True) -> Iterator[dict[str, Tensor]]:
-        """Batches of rows that begin anywhere, each row of one of the languages in turn; `name`: say of which."""
-        rng, known = random.Random(seed), list(LANGUAGES)
-        for step in range(steps):
-            row_codes = [codes[(step * BATCH + row) % len(codes)] for row in range(BATCH)]
-            starts = [rng.randrange(len(self.ids[code]) - LENGTH) for code in row_codes]
-            rows = [self.ids[code][start : start + LENGTH] for code, start in zip(row_codes, starts, strict=True)]
-            ids = torch.stack(rows)
-            batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
-            languages = torch.tensor([known.index(code) for code in row_codes])
-            yield {**batch, "language_ids": languages} if name else batch
+NEW = ("hu", "el", "tr", "ru")
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "head_dim": 16}
+STEPS = {"pre-training": 120, "expansion": 32, "review": 8}
+"""Of 8 x 96 tokens."""
+RATES = (1e-3, 3e-3)
+HARD = 10  # a tenth of the expansion
+TITLES = {
+    "base": "base", "dense": "dense", "uniform": "uniform", "inverse": "inverse similarity",
+    "twice": "uniform, twice the experts", "dmoe": "DMoE's groups and layers", "odds": "groups least alike",
+    "least": "layers that move least",
+}  # fmt: skip
+GROUPED = ("dmoe", "odds", "least")
+PAIRS = (
+    ("inverse", "uniform"), ("inverse", "twice"), ("twice", "uniform"), ("dmoe", "odds"), ("dmoe", "least"),
+    ("dmoe", "uniform"), ("uniform", "dense"),
+)  # fmt: skip
 
 
-def fit(model: nn.Module, batches: Iterator[dict[str, Tensor]], steps: int, rate: float, what: str) -> None:
-    """AdamW, falling linearly to 0."""
-    train(model, batches, rate, linear(steps), steps=steps, label=what, fused=True)
+@dataclass(frozen=True)
+class Allocation:
+    """One random seed under way: the base, what is read, and what plans are made from."""
+
+    base: nn.Module
+    corpus: Corpus
+    new: list[Batch]
+    review: list[Batch]
+    seed: int
+
+    @cached_property
+    def measured(self) -> LanguageStatistics:
+        measurement = Measurement(**MEASURED, seed=self.seed)
+        tokenizer, texts = self.corpus.tokenizer, self.corpus.parts["train"]
+        return measure_languages(
+            self.base, tokenizer, texts, sources=["similarity", "deviation"], measurement=measurement
+        )
+
+    def plan(self, name: str) -> tuple[dict[str, str], ExpertPlan]:
+        """Languages in their groups, and experts in layers."""
+        layers = len(self.measured.layers)
+        if name not in GROUPED:
+            languages = {ENGLISH: ORIGINAL_GROUP, **dict.fromkeys(NEW, "expanded")}
+            strategy = "inverse_similarity" if name == "inverse" else "uniform"
+            budget = (4 if name == "twice" else 2) * layers
+            return languages, allocate_experts(self.measured, strategy, budget, languages=languages)
+        likeness = self.measured.between_languages()
+        alike = group_languages(likeness, NEW, num_groups=2, original=[ENGLISH], resamples=0).as_languages()
+        languages = least_alike(likeness) if name == "odds" else alike
+        every_layer = {code: -change for code, change in self.measured.deviation().items()}
+        figures = every_layer if name == "least" else self.measured.deviation()
+        plan = allocate_experts(
+            figures, "deviation_threshold", languages=languages, top_layers=layers // 2, experts_per_group=2
+        )
+        return languages, plan
+
+    def dense(self, rate: float) -> nn.Module:
+        model = copy_of(self.base)
+        learn(model, [*self.new, *self.review], rate)
+        return model
+
+    def planned(self, name: str, rate: float) -> PeftModel:
+        """Expansion and review."""
+        torch.manual_seed(self.seed)
+        languages, plan = self.plan(name)
+        routing = "language" if name in GROUPED else "learned"
+        config = MoeDeltaConfig(languages=languages, experts=plan, routing=routing, top_k=2)
+        model = get_peft_model(copy_of(self.base), config)
+        hard = max(1, len(self.new) // HARD) if name in GROUPED else 0
+        if hard:
+            learn(model, self.new[:hard], rate)
+            groups = sorted({group for group in languages.values() if group != ORIGINAL_GROUP})
+            model.start_expansion(routing="learned", language_prior_coef=1.28, language_prior_groups=groups)
+        learn(model, self.new[hard:], rate)
+        model.start_review()
+        learn(model, self.review, rate)
+        return model
 
 
-def scores(model: nn.Module, corpus: Corpus) -> dict[str, float]:
-    """Bits per byte of each language."""
-    options = {"max_length": LENGTH, "stride": LENGTH, "batch_size": 16}
-    return {code: bits_per_byte(model, corpus.tokenizer, texts, **options).value for code, texts in corpus.test.items()}
+def least_alike(likeness: Any) -> dict[str, str]:
+    """Two pairs of languages, the ones of least similarity in all."""
+    first, *others = NEW
+
+    def rest(partner: str) -> list[str]:
+        return [code for code in others if code != partner]
+
+    def alike(partner: str) -> float:
+        one, other = rest(partner)
+        return float(likeness[first][partner] + likeness[one][other])
+
+    partner = min(others, key=alike)
+    groups = {first: "expanded_1", partner: "expanded_1", **dict.fromkeys(rest(partner), "expanded_2")}
+    return {ENGLISH: ORIGINAL_GROUP, **{code: groups[code] for code in NEW}}
 
 
-def learn(base: LlamaForCausalLM, plan: ExpertPlan, corpus: Corpus, seed: int, steps: int, what: str) -> nn.Module:
-    """Expansion on the new languages, then a short review on all."""
+def one_seed(corpus: Corpus, seed: int, rates: Rates) -> tuple[dict[str, Row], dict[str, Any]]:
     torch.manual_seed(seed)
-    config = MoeDeltaConfig(languages=dict(LANGUAGES), experts=plan)
-    model = get_peft_model(copy.deepcopy(base), config)
-    fit(model, corpus.batches(NEW, steps, seed), steps, 2e-3, f"{what}, seed {seed}")
-    model.start_review()
-    fit(model, corpus.batches(list(LANGUAGES), steps // 4, seed + 100), steps // 4, 2e-3, "review")
-    return model
+    rows = rows_of(corpus.tokenizer, corpus.parts["train"], seed)
+    base = Making("qwen3", shape=SHAPE).new_model(corpus.tokenizer)
+    pretrain(base, rows, STEPS["pre-training"], str(seed))
+    new = batches(rows, NEW, STEPS["expansion"], f"new {seed}")
+    review = batches(rows, (ENGLISH, *NEW), STEPS["review"], f"review {seed}")
+    work, read = Allocation(base, corpus, new, review, seed), tokens(new) + tokens(review)
+    found = {"base": row(base, corpus)}
+    dense = rates.best("dense", RATES, work.dense)
+    found["dense"] = row(dense, corpus, read=read, trained=trainable(dense))
+    plans: dict[str, Any] = {}
+    for name in TITLES:
+        if name in found:
+            continue
+        model = rates.best(name, RATES, partial(work.planned, name))
+        found[name] = row(model, corpus, read=read, trained=added(model))
+        languages, plan = work.plan(name)
+        plans[name] = {"languages": languages, "experts": [plan.num_experts(i) - 1 for i in work.measured.layers]}
+    return found, {"plans": plans}
 
 
-def averages(results: Sequence[dict[str, float]]) -> dict[str, list[float]]:
-    """Each seed's average over the new languages, and the original one's score."""
-    return {"new": [statistics.mean(r[code] for code in NEW) for r in results], "original": [r["en"] for r in results]}
+# -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--text", type=Path, default=Path("build/demo/inputs/more_text"), help="folder of the text")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--pretraining-steps", type=int, default=500)
-    parser.add_argument("--steps", type=int, default=120, help="of expansion; review takes a quarter of them")
-    parser.add_argument("--test-bytes", type=int, default=12_000, help="of each language")
-    arguments = parser.parse_args()
-    if not all((arguments.text / code).is_dir() for code in LANGUAGES):
-        print(f"skipped: no text in {arguments.text}. Run examples/demo_inputs.py --also {' '.join(LANGUAGES)}.")
-        return
-    keep_memory()
-    corpus = Corpus(arguments.text, arguments.test_bytes)
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=len(corpus.tokenizer), tie_word_embeddings=True, **SHAPE))
-    steps = arguments.pretraining_steps
-    fit(base, corpus.batches(["en"], steps, 0, name=False), steps, 3e-3, "pre-training")
+def laid_out(scores: Scores, name: str) -> str:
+    """New experts a layer, and the groups, of every seed where they differ."""
+    if name not in scores.seeds[0]["plans"]:
+        return ""
+    found = []
+    for one in scores.seeds:
+        plan = one["plans"][name]
+        groups: dict[str, list[str]] = {}
+        for code, group in plan["languages"].items():
+            groups.setdefault(group, []).append(code)
+        named = " + ".join(" ".join(codes) for group, codes in sorted(groups.items()) if group != ORIGINAL_GROUP)
+        counts = " ".join(map(str, plan["experts"]))
+        found.append(f"{counts} ({named})" if name in GROUPED else counts)
+    return "; ".join(dict.fromkeys(found))
 
-    measured = measure_languages(
-        base, corpus.tokenizer, corpus.texts, sources=["similarity"], measurement=Measurement(sequence_length=LENGTH)
+
+def tables(scores: Scores) -> str:
+    """All there is to say."""
+    body = []
+    for name, title in TITLES.items():
+        own = [values(scores.of(name, *codes)) for codes in ((ENGLISH,), *((code,) for code in NEW), NEW)]
+        moved = [shown(scores.less(name, "base", *codes)) for codes in ((ENGLISH,), (ENGLISH, *NEW))]
+        body.append((title, laid_out(scores, name), *own, *(["", ""] if name == "base" else moved)))
+    head = (
+        "bits per byte", "new experts a layer", ENGLISH, *NEW, "new languages", "English, less base",
+        "all five, less base",
+    )  # fmt: skip
+    columns: dict[str, Sequence[str]] = {"new languages": NEW, "English": (ENGLISH,), "all five": (ENGLISH, *NEW)}
+    claims = {
+        f"{TITLES[a]} less {TITLES[b]}, {what}": scores.less(a, b, *columns[what])
+        for a, b in PAIRS
+        for what in ("new languages", "English")
+    }
+    return "\n\n".join(
+        (
+            scores.setting(),
+            table(head, body),
+            differences(scores, PAIRS, TITLES, columns),
+            scores.costs(TITLES),
+            sentences({claim[0].upper() + claim[1:]: found for claim, found in claims.items()}),
+        )
     )
-    layers = SHAPE["num_hidden_layers"]
-    plans = {
-        UNIFORM: allocate_experts(measured, "uniform", 4 * layers, languages=LANGUAGES),
-        INVERSE: allocate_experts(measured, "inverse_similarity", 2 * layers, languages=LANGUAGES),
-        HALF: allocate_experts(measured, "uniform", 2 * layers, languages=LANGUAGES),
-    }
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in plans}
-    for seed in SEEDS:
-        for name, plan in plans.items():
-            results[name].append(scores(learn(base, plan, corpus, seed, arguments.steps, name), corpus))
-    report(plans, results, scores(base, corpus), measured.similarity(NEW, ["en"]).tolist(), arguments)
 
 
-def report(
-    plans: dict[str, ExpertPlan],
-    results: dict[str, list[dict[str, float]]],
-    base: dict[str, float],
-    similarity: list[float],
-    arguments: argparse.Namespace,
-) -> None:
-    """Print the tables, write the JSON file."""
-    by_plan = {name: averages(runs) for name, runs in results.items()}
-    figures = {name: {kind: interval(values) for kind, values in kinds.items()} for name, kinds in by_plan.items()}
-    pairs = [(INVERSE, UNIFORM), (INVERSE, HALF), (HALF, UNIFORM)]
-    differences = {
-        f"{a} - {b}": {
-            kind: interval([x - y for x, y in zip(by_plan[a][kind], by_plan[b][kind], strict=True)])
-            for kind in ("new", "original")
-        }
-        for a, b in pairs
-    }
-    base_averages = averages([base])
-    print("\n| bits per byte, lower is better | new experts a layer | new languages | English |\n|---|---|---:|---:|")
-    print(f"| base | none | {base_averages['new'][0]:.3f} | {base_averages['original'][0]:.3f} |")
-    for name, kinds in figures.items():
-        experts = [plans[name].num_experts(layer) - 1 for layer in plans[name].layers]
-        print(f"| {name} | {' '.join(map(str, experts))} | {shown(kinds['new'])} | {shown(kinds['original'])} |")
-    for name, kinds in differences.items():
-        print(f"| {name} | | {decided(kinds['new'])} | {decided(kinds['original'])} |")
-    print(f"\n{conditions()}")
-    if arguments.json:
-        data = {
-            "settings": {name: str(value) for name, value in vars(arguments).items()} | {"seeds": SEEDS},
-            "similarity": similarity,
-            "plans": {name: json.loads(plan.to_json()) for name, plan in plans.items()},
-            "base": base,
-            "runs": results,
-            "averages": figures,
-            "differences": differences,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+def settings() -> dict[str, Any]:
+    return {"steps": dict(STEPS), "step": [ROWS, LENGTH], "rates": list(RATES), "shape": dict(SHAPE)}
 
 
-def shown(figure: dict[str, float], sign: str = "") -> str:
-    return "{mean:{s}.3f} [{low:{s}.3f}, {high:{s}.3f}]".format(**figure, s=sign)
-
-
-def decided(figure: dict[str, float]) -> str:
-    """A difference, and whether its interval leaves out 0."""
-    return shown(figure, "+") + ("" if figure["low"] * figure["high"] > 0 else ", undecided")
-
+BENCHMARK = Benchmark("allocation", __doc__ or "", (ENGLISH, *NEW), settings, one_seed, tables)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

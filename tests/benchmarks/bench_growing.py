@@ -1,361 +1,362 @@
-"""Lifelong expansion on real text: languages added one after another, and what that costs the ones that were there.
+"""Lifelong expansion: languages added one after another, what that costs those that were there, and the other ways.
 
-    python examples/demo_inputs.py --output build/demo/inputs --also en tr ru      # the text, and a model
-    python tests/benchmarks/bench_growing.py
+    python examples/demo_inputs.py --output build/demo/inputs --also en hu el tr ru
+    python tests/benchmarks/bench_growing.py --page docs/benchmarks.md
 
-A small Llama is pre-trained here on English with a little of everything else, becomes a learned mixture with an expert
-for Hungarian, and then learns Greek, Turkish and Russian, one after another, in two ways: as this library grows an
-adapter, and the published way (LayerMoE, arXiv 2505.22582), which initialises the whole router anew, expands under it
-and protects English alone. Bits per byte of held-out text without telling the model any language, with what an
-insertion moved the earlier ones by; under routing by language, whether their logits are bit-equal.
+For each random seed, a small model is pre-trained on mostly English text and gets an expert for Hungarian. From there
+Greek, Turkish and Russian are added one after another:
 
-Then the classifiers, on the hidden states of a real model: SmolLM2-135M, on the layers where languages look most alike,
-the shares of held-out tokens that each gate takes for English, as fitted in closed form and as trained in a review.
+- grown, as this library does it: new rows in closed form, earlier rows frozen, every earlier group protected
+- the same with the whole router initialised anew and trained at each insertion, which is all they differ in
+- the same with English alone protected, which is all they differ in
+- both, and expansion under learned routing: how LayerMoE's code does it (arXiv 2505.22582)
+
+All four have the same new expert (but the last, which trains it under its own routing), read the same rows in the same
+order, and none reads more: routers in closed form are fitted to the rows of the review. Two rows read the same text in
+another way: all experts trained and reviewed at once, and the dense model, all of whose weights train. Nobody tells a
+model a language when it is scored.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import random
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import chain, zip_longest
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
-from learning import cosine, train
-from measure import conditions, print_table
+from comparison import Batch, Benchmark, Corpus, Rates, Row, as_text, batches, learn, pretrain, row, tokens
+from frontier.family import added, trainable
+from frontier.tables import shown, table
+from pairs import ENGLISH, LENGTH, ROWS, Making, copy_of, rows_of
 from peft import PeftModel, get_peft_model
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from verdicts import Scores, differences, sentences, values
 
 from peft_moe_delta import MoeDeltaConfig, fit_routers
-from peft_moe_delta.allocation import Measurement, measure_languages
-from peft_moe_delta.evaluation import bits_per_byte
+from peft_moe_delta.graft.memory import tuner_of
+from peft_moe_delta.languages import ORIGINAL_GROUP
 from peft_moe_delta.mixing import EARLIER_WEIGHT
-from peft_moe_delta.routing import most_similar_layers
-from peft_moe_delta.tuner import MoeDeltaLayer
 
-ENGLISH, HUNGARIAN, GREEK = "en", "hu", "el"
-INSERTED = {GREEK: "greek", "tr": "turkish", "ru": "russian"}
-VOCABULARY, ROWS, LENGTH = 4096, 10, 128
-SHAPE: dict[str, Any] = {
-    "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6,
-    "num_key_value_heads": 6, "tie_word_embeddings": True, "max_position_embeddings": 512,
+FIRST, LATER = "hu", ("el", "tr", "ru")
+NEW = (FIRST, *LATER)
+STEPS = {"pre-training": 200, "expansion": 48, "review": 12}
+"""Of 8 x 96 tokens; expansion and review for each language."""
+EXPANSION_RATE, REVIEW_RATES, RATES = 3e-3, (1e-3, 1e-2), (1e-3, 3e-3)
+"""Of all experts, as the frontier study found it best on validation text; of reviews; of the dense model. Of two, one
+is chosen for each row."""
+PRIOR = 1.0
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to add a language.
+
+    Attributes:
+        title: what tables call it.
+        anew: the whole router is initialised anew, and all of it trains.
+        english_alone: the prior loss protects English, not what was added before.
+        learned: the expert trains under learned routing.
+    """
+
+    title: str
+    anew: bool = False
+    english_alone: bool = False
+    learned: bool = False
+
+
+WAYS = {
+    "grown": Way("grown"),
+    "anew": Way("routers anew", anew=True),
+    "english": Way("English alone protected", english_alone=True),
+    "published": Way("LayerMoE's published way", anew=True, english_alone=True, learned=True),
+}
+TITLES = {
+    "base": "base", FIRST: "with Hungarian", **{name: way.title for name, way in WAYS.items()},
+    "joint": "all at once", "dense": "dense, one after another",
 }  # fmt: skip
-WAYS = ("ours", "published")
-EXPANSION_RATE = 4e-3
-GATES = 4
-MOST_MOVED, RECOGNISED = 0.02, 0.95
-"""Targets: bits per byte of an earlier language at an insertion; tokens that a gate sends where they belong."""
-Text = Mapping[str, list[str]]
 
 
-def read(inputs: Path, part: str) -> dict[str, list[str]]:
-    """Documents of a part (train, test) by language: those of the demo, then those of `--also` that are there.
+@dataclass(frozen=True)
+class Reading:
+    """What every way of a random seed reads."""
 
-    English is Wikipedia and interface text in training; held out, it is both in turn, where both are there.
+    rows: Mapping[str, Tensor]
+    seed: int
+
+    def new(self, code: str) -> list[Batch]:
+        return batches(self.rows, [code], STEPS["expansion"], f"{code} {self.seed}")
+
+    def review(self, code: str) -> list[Batch]:
+        """What is read once a language has been learnt: those before it, twice as much of each, and itself."""
+        before = [ENGLISH, *NEW[: NEW.index(code)]]
+        turns = before * int(EARLIER_WEIGHT) + [code]
+        return batches(self.rows, turns, STEPS["review"], f"review {code} {self.seed}")
+
+    def all_new(self) -> list[Batch]:
+        """The same batches of new languages, which take turns."""
+        return list(chain.from_iterable(zip(*(self.new(code) for code in NEW), strict=True)))
+
+    def all_reviews(self) -> list[Batch]:
+        """The same batches of all reviews, shuffled."""
+        found = [batch for code in NEW for batch in self.review(code)]
+        return random.Random(self.seed).sample(found, len(found))
+
+    def until(self, code: str) -> int:
+        """Tokens read once a language is there."""
+        return sum(tokens(self.new(c)) + tokens(self.review(c)) for c in NEW[: NEW.index(code) + 1])
+
+
+@dataclass(frozen=True)
+class Growing:
+    """One random seed under way.
+
+    Attributes:
+        expanded: language -> its expert's weights, once it was trained by language: no other way changes them.
     """
-    documents: dict[str, list[str]] = {}
-    for code in (ENGLISH, HUNGARIAN, *INSERTED):
-        files = [f for f in (inputs / "text" / f"{code}.{part}.jsonl", inputs / "more_text" / code / f"{part}.jsonl")]
-        found = [[json.loads(line)["text"] for line in f.open(encoding="utf-8")] for f in files if f.is_file()]
-        kept = found if code == ENGLISH and part == "test" else found[:1]
-        if found:
-            documents[code] = [d for d in chain.from_iterable(zip_longest(*kept)) if d is not None]
-    return documents
 
+    base: nn.Module
+    text: Reading
+    corpus: Corpus
+    expanded: dict[str, dict[str, Tensor]]
 
-def make_tokenizer(text: Text) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of all languages: the vocabulary does not grow here."""
-    bpe = ByteLevelBPETokenizer()
-    documents = [document for documents in text.values() for document in documents]
-    bpe.train_from_iterator(documents, vocab_size=VOCABULARY, special_tokens=["<eos>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
+    def upcycled(self, codes: Sequence[str]) -> PeftModel:
+        languages = {ENGLISH: ORIGINAL_GROUP, **{code: code for code in codes}}
+        config = MoeDeltaConfig(languages=languages, experts=dict.fromkeys(codes, 1), routing="language")
+        return get_peft_model(copy_of(self.base), config)
 
+    def first(self, rate: float) -> PeftModel:
+        """With Hungarian: what every way of growing begins with."""
+        torch.manual_seed(self.text.seed)
+        model = self.upcycled([FIRST])
+        learn(model, self.text.new(FIRST), EXPANSION_RATE)
+        return self.reviewed(model, self.text.review(FIRST), rate)
 
-def rows_of(tokenizer: PreTrainedTokenizerBase, text: Text, seed: int, limit: int | None = None) -> dict[str, Tensor]:
-    """Shuffled rows of `LENGTH` tokens by language, (N, LENGTH)."""
-    rows = {}
-    for code, documents in text.items():
-        shuffled = random.Random(seed).sample(documents, len(documents))[:limit]
-        encoded = tokenizer(shuffled, verbose=False)["input_ids"]
-        tokens = torch.tensor([t for ids in encoded for t in [*ids, tokenizer.eos_token_id]])
-        found = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-        rows[code] = found[torch.randperm(len(found), generator=torch.Generator().manual_seed(seed))]
-    return rows
+    def joint(self, rate: float) -> PeftModel:
+        """All languages at once, from the same batches."""
+        torch.manual_seed(self.text.seed)
+        model = self.upcycled(NEW)
+        learn(model, self.text.all_new(), EXPANSION_RATE)
+        return self.reviewed(model, self.text.all_reviews(), rate)
 
+    def reviewed(self, model: PeftModel, read: list[Batch], rate: float) -> PeftModel:
+        groups = list(tuner_of(model).active_config.language_table.groups)
+        model.start_review(routing="learned", language_prior_groups=groups, language_prior_coef=PRIOR)
+        fit_routers(model, as_text(read, self.corpus.tokenizer), self.corpus.tokenizer, max_length=LENGTH)
+        learn(model, read, rate)
+        return model
 
-def mostly_english(rows: Mapping[str, Tensor], steps: int) -> Tensor:
-    """`ROWS` rows a step: nine tenths English, a tenth of the other languages in turn."""
-    others = [code for code in rows if code != ENGLISH]
-    picked = []
-    for i in range(steps * ROWS):
-        code, at = (others[i // 10 % len(others)], i // 10 // len(others)) if i % 10 == 9 else (ENGLISH, i - i // 10)
-        picked.append(rows[code][at % len(rows[code])])
-    return torch.stack(picked)
+    def grown(self, first: PeftModel, way: Way, rate: float) -> list[PeftModel]:
+        """The model after each insertion."""
+        stages = [first]
+        for code in LATER:
+            torch.manual_seed(self.text.seed + 1)
+            stages.append(self.inserted(copy.deepcopy(stages[-1]), way, code, rate))
+        return stages[1:]
 
+    def inserted(self, model: PeftModel, way: Way, code: str, rate: float) -> PeftModel:
+        """One language more."""
+        model.add_languages({code: code}, {code: 1})
+        if way.anew:
+            initialise_routers(model)
+        if way.learned:
+            model.start_expansion(routing="learned", train_earlier_rows=True)
+            learn(model, self.text.new(code), EXPANSION_RATE)
+        else:
+            self.expand_by_language(model, code)
+        groups = [ORIGINAL_GROUP] if way.english_alone else list(tuner_of(model).active_config.language_table.groups)
+        model.start_review(
+            routing="learned", language_prior_groups=groups, language_prior_coef=PRIOR, train_earlier_rows=way.anew
+        )
+        read = self.text.review(code)
+        if not way.anew:
+            texts = as_text(read, self.corpus.tokenizer)
+            fit_routers(model, texts, self.corpus.tokenizer, only="newest", max_length=LENGTH)
+        learn(model, read, rate)
+        return model
 
-def learn(
-    model: nn.Module,
-    rows: Mapping[str, Tensor],
-    codes: Sequence[str],
-    steps: int,
-    rate: float,
-    label: str,
-    *,
-    newest: str | None = None,
-) -> None:
-    """Train on equally many rows of each language a step.
-
-    But for a `newest`, of which there are as many fewer as `fit_routers` weighs it less.
-    """
-    weights = {c: 1.0 if c == newest or newest is None else EARLIER_WEIGHT for c in codes}
-    each = {c: int(ROWS * weight / sum(weights.values())) for c, weight in weights.items()}
-    arguments: dict[str, Any] = {"use_cache": False}
-    if isinstance(model, PeftModel):
-        table = model.active_peft_config.language_table
-        arguments["language_ids"] = torch.tensor([table.id_of(c) for c, n in each.items() for _ in range(n)])
-
-    def batches() -> Iterator[dict[str, Any]]:
-        for step in range(steps):
-            ids = torch.cat([rows[c][[(step * n + i) % len(rows[c]) for i in range(n)]] for c, n in each.items()])
-            yield {"input_ids": ids, "labels": ids, **arguments}
-
-    schedule = cosine(steps, warm_up=max(1, steps // 10), floor=0.0)
-    train(model, batches(), rate, schedule, steps=steps, label=label, weight_decay=0.01)
-
-
-def score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, text: Text, limit: int = 20_000) -> dict[str, float]:
-    """Bits per byte by language; the model is not told which."""
-    return {
-        code: bits_per_byte(model, tokenizer, head(documents, limit), max_length=LENGTH, stride=LENGTH).value
-        for code, documents in text.items()
-    }
-
-
-def head(documents: Sequence[str], limit: int) -> list[str]:
-    """The first documents, up to a number of characters."""
-    kept: list[str] = []
-    for document in documents:
-        if sum(map(len, kept)) < limit:
-            kept.append(document)
-    return kept
-
-
-@torch.no_grad()
-def told(model: PeftModel, rows: Mapping[str, Tensor], codes: Sequence[str]) -> dict[str, Tensor]:
-    """Logits of some held-out rows under routing by language."""
-    with model.base_model.in_routing("language"):
-        return {code: model(input_ids=rows[code][:4], language=code, use_cache=False).logits for code in codes}
-
-
-# -- growing ----------------------------------------------------------------------------------------------------------
-
-
-def insert(model: PeftModel, way: str, code: str, rows: Mapping[str, Tensor], tokenizer: Any, steps: int) -> None:
-    """One language more, in one of the ways."""
-    model.add_languages({code: INSERTED[code]}, {INSERTED[code]: 1})
-    known = list(model.active_peft_config.languages)
-    if way == "published":
-        for layer in model.layers().values():
-            parts = list(layer.router("default").parameters())
-            fresh = nn.init.xavier_normal_(torch.empty_like(layer.router("default").rows))
-            for part, initial in zip(parts, fresh.split([len(p) for p in parts]), strict=True):
-                part.data.copy_(initial)
-        model.start_expansion(routing="learned", train_earlier_rows=True)
-        learn(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
-        model.start_review(train_earlier_rows=True, language_prior_groups=["original"])
-    else:
+    def expand_by_language(self, model: PeftModel, code: str) -> None:
+        """Train the new expert, or take it from the way that came first."""
         model.start_expansion(routing="language")
-        learn(model, rows, [code], steps, EXPANSION_RATE, f"{way}: expansion, {code}")
-        groups = list(model.active_peft_config.record.group_order)
-        model.start_review(routing="learned", language_prior_groups=groups, language_prior_coef=1.0)
-        fit_routers(model, documents(tokenizer, rows, known), tokenizer, only="newest", max_length=LENGTH)
-    rate, newest = (1e-2, None) if way == "published" else (1e-3, code)
-    learn(model, rows, known, review_steps(steps), rate, f"{way}: review", newest=newest)
+        new = {n: p for n, p in model.named_parameters() if p.requires_grad and "moe_delta_experts" in n}
+        if code not in self.expanded:
+            learn(model, self.text.new(code), EXPANSION_RATE)
+            self.expanded[code] = {name: parameter.detach().clone() for name, parameter in new.items()}
+        with torch.no_grad():
+            for name, parameter in new.items():
+                parameter.copy_(self.expanded[code][name])
+
+    def dense(self, rate: float) -> list[nn.Module]:
+        """The model after each language, all weights trained on the same batches in the same order."""
+        stages = [self.base]
+        for code in NEW:
+            model = copy_of(stages[-1])
+            learn(model, [*self.text.new(code), *self.text.review(code)], rate)
+            stages.append(model)
+        return stages[1:]
 
 
-def documents(tokenizer: Any, rows: Mapping[str, Tensor], codes: Sequence[str], number: int = 200) -> Text:
-    """Training rows as text, for `fit_routers`."""
-    return {code: tokenizer.batch_decode(rows[code][:number]) for code in codes}
-
-
-def review_steps(steps: int) -> int:
-    """How long a review is beside an expansion."""
-    return max(1, steps * 3 // 5)
-
-
-def growing(inputs: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Figures of one seed by name."""
-    torch.manual_seed(seed)
-    text, held_out = read(inputs, "train"), read(inputs, "test")
-    tokenizer = make_tokenizer(text)
-    rows, test_rows = rows_of(tokenizer, text, seed), rows_of(tokenizer, held_out, seed)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, eos_token_id=0, bos_token_id=0, pad_token_id=0, **SHAPE))
-    learn(base, {"base": mostly_english(rows, 7 * steps)}, ["base"], 7 * steps, 3e-3, "pre-training")
-    scores = {"base": score(base, tokenizer, held_out)}
-
-    languages = {ENGLISH: "original", HUNGARIAN: "hungarian"}
-    model = get_peft_model(base, MoeDeltaConfig(languages=languages, experts={"hungarian": 1}, routing="language"))
-    learn(model, rows, [HUNGARIAN], steps, EXPANSION_RATE, "expansion, hu")
-    model.start_review(routing="learned", language_prior_groups=["original", "hungarian"], language_prior_coef=1.0)
-    learn(model, rows, [ENGLISH, HUNGARIAN], review_steps(steps), 1e-2, "review")
-    scores["en, hu"] = score(model, tokenizer, held_out)
-
-    equal = True
-    for way in WAYS:
-        grown, known = copy.deepcopy(model), [ENGLISH, HUNGARIAN]
-        for code in (c for c in INSERTED if c in text):
-            torch.manual_seed(seed + 1)
-            before = told(grown, test_rows, known)
-            insert(grown, way, code, rows, tokenizer, steps)
-            if way == "ours":
-                after = told(grown, test_rows, known)
-                equal = equal and all(torch.equal(after[c], before[c]) for c in known)
-            known.append(code)
-            scores[f"{way}, + {code}"] = score(grown, tokenizer, held_out)
-    parameters = sum(p.numel() for n, p in base.named_parameters() if "moe_delta_" not in n)
-    return {"seed": seed, "steps": steps, "parameters": parameters, "bits_per_byte": scores, "told_bit_equal": equal}
-
-
-def moved(scores: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Way and language -> by how much its insertion moved each language that was there, and itself."""
-    found: dict[str, dict[str, float]] = {}
-    for way in WAYS:
-        before, known = scores["en, hu"], [ENGLISH, HUNGARIAN]
-        for name in (n for n in scores if n.startswith(f"{way}, + ")):
-            known = [*known, name.removeprefix(f"{way}, + ")]
-            found[name] = {code: scores[name][code] - before[code] for code in known}
-            before = scores[name]
-    return found
-
-
-# -- classifiers ------------------------------------------------------------------------------------------------------
+def initialise_routers(model: PeftModel) -> None:
+    """As LayerMoE's code does it at each insertion."""
+    tuner = tuner_of(model)
+    for layer in tuner.layers().values():
+        router = layer.router(tuner.active_adapters[0])
+        parts = list(router.parameters())
+        fresh = nn.init.xavier_normal_(torch.empty_like(router.rows))
+        for part, initial in zip(parts, fresh.split([len(p) for p in parts]), strict=True):
+            part.data.copy_(initial)
 
 
 @torch.no_grad()
-def recognised(model: PeftModel, rows: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-    """Gate layer -> share of each language's held-out tokens that the gate takes for original ones."""
-    taken: dict[str, dict[str, list[Tensor]]] = {str(layer): {code: [] for code in rows} for layer in model.layers()}
-
-    def note(layer: MoeDeltaLayer, args: tuple[Tensor], *, into: list[Tensor]) -> None:
-        gate = layer.classifier("default")
-        assert gate is not None
-        into.append(gate.recognises(args[0].flatten(0, 1), 0))
-
-    for code, held_out in rows.items():
-        layers = model.layers().items()
-        handles = [m.register_forward_pre_hook(partial(note, into=taken[str(i)][code])) for i, m in layers]
-        for batch in held_out.split(8):
-            model(input_ids=batch, use_cache=False)
-        for handle in handles:
-            handle.remove()
-    return {i: {c: torch.cat(parts).float().mean().item() for c, parts in by.items()} for i, by in taken.items()}
+def told(model: PeftModel, text: Reading, codes: Sequence[str]) -> list[Tensor]:
+    """Logits of some rows under routing by language."""
+    with tuner_of(model).in_routing("language"):
+        return [model(input_ids=text.rows[code][:2], language=code, use_cache=False).logits for code in codes]
 
 
-def classifiers(inputs: Path, steps: int, tokens: int, seed: int) -> dict[str, Any]:
-    """Gates on the layers of a real model where languages look most alike."""
+def told_alike(stages: Sequence[PeftModel], text: Reading) -> bool:
+    """Whether insertions leave earlier languages bit-equal under routing by language."""
+    known = [[ENGLISH, *NEW[: i + 1]] for i in range(len(stages) - 1)]
+    pairs = zip(stages, stages[1:], known, strict=False)
+    return all(
+        torch.equal(one, other)
+        for before, after, codes in pairs
+        for one, other in zip(told(before, text, codes), told(after, text, codes), strict=True)
+    )
+
+
+def one_seed(corpus: Corpus, seed: int, rates: Rates) -> tuple[dict[str, Row], dict[str, Any]]:
+    """All rows: `base`, `joint`, and `<way>/<language>` for a model after that language was added."""
     torch.manual_seed(seed)
-    codes = (ENGLISH, HUNGARIAN, GREEK)
-    base = AutoModelForCausalLM.from_pretrained(inputs / "model", dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(inputs / "model")
-    text, held_out = ({code: read(inputs, part)[code] for code in codes} for part in ("train", "test"))
-    rows = {code: found[: -(-tokens // LENGTH)] for code, found in rows_of(tokenizer, text, seed).items()}
-    test_rows = {code: found[: -(-tokens // LENGTH // 2)] for code, found in rows_of(tokenizer, held_out, seed).items()}
-    measurement = Measurement(tokens=2000, sequence_length=LENGTH)
-    statistics = measure_languages(base, tokenizer, text, sources=["similarity"], measurement=measurement)
-    similarity = statistics.similarity([HUNGARIAN, GREEK], [ENGLISH]).tolist()
-    layers = most_similar_layers(similarity, count=GATES)
-    config = MoeDeltaConfig(
-        languages={ENGLISH: "original", HUNGARIAN: "hungarian", GREEK: "greek"},
-        experts={"hungarian": 1, "greek": 1},
-        layers_to_transform=layers,
-        classifier_layers=layers,
-        routing="classifier",
-    )
-    model = get_peft_model(base, config)
-    fit_routers(model, documents(tokenizer, rows, codes), tokenizer, only="gates", max_length=LENGTH)
-    fitted = recognised(model, test_rows)
-    model.start_review(language_prior_groups=["original", "hungarian", "greek"], language_prior_coef=1.0)
-    learn(model, rows, codes, steps, 2e-3, "gates")
-    return {"layers": layers, "similarity": similarity, "fitted": fitted, "reviewed": recognised(model, test_rows)}
+    text = Reading(rows_of(corpus.tokenizer, corpus.parts["train"], seed), seed)
+    base = Making("qwen3", shape=SHAPE).new_model(corpus.tokenizer)
+    pretrain(base, text.rows, STEPS["pre-training"], str(seed))
+    work = Growing(base, text, corpus, {})
+    rows = {"base": row(base, corpus)}
+    first = rates.best(FIRST, REVIEW_RATES, work.first)
+    rows[FIRST] = row(first, corpus, read=text.until(FIRST), trained=added(first))
+    alike = True
+    for name, way in WAYS.items():
+        stages = rates.best(name, REVIEW_RATES, lambda rate, way=way: work.grown(first, way, rate))
+        rows |= {f"{name}/{c}": scored(m, corpus, text, c, added(m)) for c, m in zip(LATER, stages, strict=True)}
+        alike = alike and told_alike([first, *stages], text)
+    stages = rates.best("dense", RATES, work.dense)
+    rows |= {f"dense/{c}": scored(m, corpus, text, c, trainable(m)) for c, m in zip(NEW, stages, strict=True)}
+    joint = rates.best("joint", REVIEW_RATES, work.joint)
+    rows["joint"] = row(joint, corpus, read=text.until(NEW[-1]), trained=added(joint))
+    return rows, {"told_bit_equal": alike}
 
 
-# -- everything -------------------------------------------------------------------------------------------------------
+def scored(model: nn.Module, corpus: Corpus, text: Reading, code: str, trained: int) -> Row:
+    """A stage's row: all languages at the end, before that those that are there."""
+    known = [ENGLISH, *NEW[: NEW.index(code) + 1]]
+    return row(model, corpus, read=text.until(code), trained=trained, codes=known)
 
 
-def show(results: Mapping[str, Any]) -> None:
-    """The tables."""
-    for found in results["growing"]:
-        scores, moves = found["bits_per_byte"], moved(found["bits_per_byte"])
-        codes = list(scores["base"])
-        print_table(
-            f"Bits per byte, no language told, and what each insertion moved it by (seed {found['seed']})",
-            ("", *codes),
-            [
-                (name, *(f"{v:.3f}" + (f" ({moves[name][c]:+.3f})" if c in moves.get(name, {}) else "")
-                         for c, v in row.items()))
-                for name, row in scores.items()
-            ],
-        )  # fmt: skip
-        print(f"- earlier languages bit-equal under routing by language: {found['told_bit_equal']}")
-        for way in WAYS:
-            moved_most = max((v for n, m in moves.items() if n.startswith(way) for v in list(m.values())[:-1]), key=abs)
-            print(f"- {way}: an insertion moves an earlier language by up to {moved_most:+.3f} (target {MOST_MOVED})")
-    if gates := results.get("classifiers"):
-        print_table(
-            f"Share of held-out tokens of SmolLM2-135M that a gate takes for English: fitted; after a review (targets: "
-            f"English {RECOGNISED}, others {1 - RECOGNISED:.2f})",
-            ("layer", *next(iter(gates["fitted"].values()))),
-            [
-                (layer, *(f"{v:.1%}; {gates['reviewed'][layer][c]:.1%}" for c, v in row.items()))
-                for layer, row in gates["fitted"].items()
-            ],
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def at(name: str, code: str = LATER[-1]) -> str:
+    """The row of a way when a language has been added; the last one by default."""
+    return f"{name}/{code}" if name in WAYS or name == "dense" else name
+
+
+def learnt(name: str, code: str) -> str:
+    """The row in which a language was new."""
+    if code == ENGLISH:
+        return "base"
+    return FIRST if code == FIRST and name in WAYS else at(name, code)
+
+
+def total_drift(scores: Scores, name: str, *codes: str) -> Any:
+    """From the row in which a language was new to the last one, the mean over languages."""
+    return sum(scores.of(at(name), code) - scores.of(learnt(name, code), code) for code in codes) / len(codes)
+
+
+def most_at_once(scores: Scores, name: str) -> float:
+    """The most that one insertion moved a language that was there, mean over seeds."""
+    stages = [FIRST if name in WAYS else at(name, FIRST), *(at(name, code) for code in LATER)]
+    moved = [
+        float((scores.of(after, code) - scores.of(before, code))[0].mean())
+        for index, (before, after) in enumerate(pairwise(stages))
+        for code in (ENGLISH, *NEW[: index + 1])
+    ]
+    return max(moved, key=abs)
+
+
+def kept_table(scores: Scores) -> str:
+    """Every row's bits per byte, and what moved."""
+    codes, earlier, body = (ENGLISH, *NEW), NEW[:-1], []
+    for name, title in TITLES.items():
+        own = [values(scores.of(at(name), code)) for code in codes]
+        english = "" if name == "base" else shown(scores.less(at(name), "base", ENGLISH))
+        gained = "" if name == "base" else shown(scores.less(at(name), "base", *NEW))
+        drift = most = ""
+        if name in WAYS or name == "dense":
+            drift = shown(scores.interval(total_drift(scores, name, *earlier)))
+            most = f"{most_at_once(scores, name):+.3f}"
+        body.append((title, *own, english, drift, most, gained))
+    head = (
+        "bits per byte", *codes, "English, less base", f"drift of {', '.join(earlier)}", "most by one insertion",
+        "new languages, less base",
+    )  # fmt: skip
+    return table(head, body)
+
+
+COMPARED = {
+    "English": (ENGLISH,), "earlier languages": NEW[:-1], "newest language": NEW[-1:], "all five": (ENGLISH, *NEW),
+}  # fmt: skip
+
+
+def tables(scores: Scores) -> str:
+    """All there is to say."""
+    last = {at(name): title for name, title in TITLES.items()}
+    others = [at(name) for name in ("anew", "english", "published", "joint", "dense")]
+    alike = all(one["told_bit_equal"] for one in scores.seeds)
+    claims = {
+        "Grown, English, less the base": scores.less(at("grown"), "base", ENGLISH),
+        "Grown, total drift of Hungarian, Greek and Turkish": scores.interval(total_drift(scores, "grown", *NEW[:-1])),
+        "Grown, new languages, less the base": scores.less(at("grown"), "base", *NEW),
+        **{
+            f"Grown less {last[other]}, {what}": scores.less(at("grown"), other, *codes)
+            for other in others
+            for what, codes in (("English", (ENGLISH,)), ("all five languages", (ENGLISH, *NEW)))
+        },
+    }
+    return "\n\n".join(
+        (
+            scores.setting(),
+            kept_table(scores),
+            differences(scores, [(at("grown"), other) for other in others], last, COMPARED),
+            scores.costs(last),
+            f"{sentences(claims)}\n{joint_cost(scores)}\n- Earlier languages' logits under routing by language, before "
+            f"and after every insertion of every way: {'bit-equal' if alike else 'NOT bit-equal'}.",
         )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--inputs", type=Path, default=Path("build/demo/inputs"), help="made by examples/demo_inputs.py"
     )
-    parser.add_argument(
-        "--steps", type=int, default=90, help="of an expansion; pre-training takes 7 times, a review 3 fifths"
-    )
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--gate-steps", type=int, default=10, help="review steps of the classifiers; 0 leaves them out")
-    parser.add_argument("--gate-tokens", type=int, default=5000, help="of each language, to fit and train gates")
-    parser.add_argument("--output", type=Path, help="write everything as JSON")
-    arguments = parser.parse_args()
-    if not (arguments.inputs / "text").is_dir():
-        print(
-            f"skipped: no text in {arguments.inputs}; make it with examples/demo_inputs.py --output build/demo/inputs"
-        )
-        return
-    started = time.perf_counter()
-    results: dict[str, Any] = {}
-    if arguments.gate_steps:
-        results["classifiers"] = classifiers(arguments.inputs, arguments.gate_steps, arguments.gate_tokens, seed=0)
-    results["growing"] = [growing(arguments.inputs, arguments.steps, seed) for seed in range(arguments.seeds)]
-    results |= {"conditions": conditions(), "seconds": round(time.perf_counter() - started)}
-    show(results)
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
+
+def joint_cost(scores: Scores) -> str:
+    """What adding the last language costs, and what training all again would."""
+    whole, before = scores.row(at("grown"))["tokens"], scores.row(at("grown", LATER[-2]))["tokens"]
+    return (
+        f"- Cost: adding the last language read {whole - before:,} tokens. Training all four at once again reads "
+        f"{scores.row('joint')['tokens']:,}, {scores.row('joint')['tokens'] / (whole - before):.1f} times as many, "
+        "for a model of the same parameters and operations per token."
+    )
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "steps": dict(STEPS), "step": [ROWS, LENGTH], "rates": list(RATES),
+        "review_rates": list(REVIEW_RATES), "expansion_rate": EXPANSION_RATE,
+        "shape": dict(SHAPE),
+    }  # fmt: skip
+
+
+BENCHMARK = Benchmark("growing", __doc__ or "", (ENGLISH, *NEW), settings, one_seed, tables)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

@@ -1,17 +1,20 @@
 """Mixing on real text: three languages branch from one seed and are mixed, with and without attention experts.
 
-    python examples/demo_inputs.py --output build/demo/inputs          # the text
-    python tests/benchmarks/bench_mixing.py --output tests/benchmarks/results/mixing.json
+    python examples/demo_inputs.py --output build/demo/inputs --also en hu el
+    python tests/benchmarks/bench_mixing.py --page docs/benchmarks.md
 
-For each random seed, from nothing: a Llama of 2.4 million parameters is pre-trained on English, Hungarian and Greek;
-three branches continue it, one a language; they are mixed, everything outside of experts averaged, and trained on all
-languages for the same number of tokens: MLP experts only (BTX), attention experts with shared keys and values, and
-with their own (BAM). The dense model continues the seed on all data, on as many tokens as branches and mixture took
-together. Experts and routers train in the mixtures; MLP routing is top-2 in all of them, so that attention is all they
-differ in.
+For each random seed, from nothing: a small Llama is pre-trained on English, Hungarian and Greek; three branches
+continue it, one a language; they are mixed, everything outside of experts averaged, and trained on all languages,
+the same rows in the same order: MLP experts only (BTX), attention experts with shared keys and values, and with
+their own (BAM). The dense model continues the seed on the rows that branches and mixture read together, all of its
+weights training.
 
-Published order (BAM, arXiv 2408.08274): full <= shared_kv <= BTX in loss. Each step of it is confirmed or refuted where
-the 95% t-interval over seeds of the difference in bits per byte, mean over languages, lies on one side of 0.
+Attention experts are parameters and operations that BTX has not. So there is a plain mixture of the same size: one MLP
+expert more, which begins as the mean of the branches and reads no text of its own, and one more for each token. An MLP
+is as large here as three attention modules, so that parameters and operations are those of the full form, but for
+router rows and attention's scores.
+
+Published order (BAM, arXiv 2408.08274): full <= shared_kv <= BTX in loss.
 
 And without training (DUME, arXiv 2603.29765): the same branches over the seed, routers fitted in closed form on
 training text, top-1; on test text, the share of tokens on their language's expert, and bits per byte beside forced
@@ -20,220 +23,211 @@ routing.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
-from learning import cosine, interval, train
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from comparison import Batch, Benchmark, Corpus, Rates, Row, batches, bits, learn, row, tokens
+from frontier.family import added, trainable
+from frontier.tables import shown, table
+from pairs import ENGLISH, LENGTH, ROWS, Making, copy_of, rows_of
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+from verdicts import Scores, differences, sentences, values
 
 from peft_moe_delta import fit_routers, mix
-from peft_moe_delta.evaluation import bits_per_byte
+from peft_moe_delta.graft.memory import tuner_of
+from peft_moe_delta.languages import ORIGINAL_GROUP
 from peft_moe_delta.tuner import MoeDeltaLayer
 
-LANGUAGES = ("en", "hu", "el")
-VOCABULARY, ROW, BATCH = 4096, 128, 8
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-    "num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 256, "tie_word_embeddings": True,
-    "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0,
-}  # fmt: skip
-STEPS = {"seed": 120, "branch": 60, "mixture": 36}
-"""Optimizer steps of BATCH x ROW tokens."""
+LANGUAGES = (ENGLISH, "hu", "el")
+STEPS = {"seed": 120, "branch": 32, "mixture": 30}
+"""Of 8 x 96 tokens; a branch's for each language."""
+SEED_RATE, BRANCH_RATE, RATES = 4e-3, 1e-3, (1e-3, 3e-3)
+"""Of the seed and of branches, which all mixtures share; of mixtures and the dense model, one is chosen for each."""
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16}
+MORE = "more"
+"""The group of the further MLP expert."""
 MIXTURES: dict[str, dict[str, Any]] = {
-    "BTX": {},
-    "shared_kv": {"attention_experts": "shared_kv"},
-    "full": {"attention_experts": "full"},
+    "BTX": {"top_k": 2},
+    "BTX, larger": {"top_k": 3},
+    "shared_kv": {"top_k": 2, "attention_experts": "shared_kv"},
+    "full": {"top_k": 2, "attention_experts": "full"},
 }
-STEPS_OF_THE_ORDER = (("full", "shared_kv"), ("shared_kv", "BTX"), ("full", "BTX"), ("full", "dense"))
+TITLES = {
+    "seed": "seed", "dense": "dense, all data", "BTX": "BTX", "BTX, larger": "BTX of full's size",
+    "shared_kv": "BAM, shared_kv", "full": "BAM, full", "closed form": "closed form, no training",
+    "forced": "the same, told the language",
+}  # fmt: skip
+PAIRS = (
+    ("full", "shared_kv"), ("shared_kv", "BTX"), ("full", "BTX"), ("full", "BTX, larger"), ("shared_kv", "BTX, larger"),
+    ("BTX, larger", "BTX"), ("full", "dense"), ("BTX", "dense"),
+)  # fmt: skip
+FITTED = 100  # rows of each language that closed-form routers read
 PERCENT_OWN, PERCENT_WORSE = 95.0, 3.0
 """Targets of the closed-form routers."""
 
 
-def read(folder: Path, code: str, split: str) -> list[str]:
-    lines = (folder / f"{code}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["text"] for line in lines]
+class Mixing:
+    """One random seed under way: the seed's and the branches' checkpoints, and what everybody reads."""
+
+    def __init__(self, corpus: Corpus, seed: int, folder: Path) -> None:
+        torch.manual_seed(seed)
+        self.corpus, self.seed, self.folder = corpus, seed, folder
+        rows = rows_of(corpus.tokenizer, corpus.parts["train"], seed)
+        self.branch_text = {code: batches(rows, [code], STEPS["branch"], f"{code} {seed}") for code in LANGUAGES}
+        self.mixture_text = batches(rows, LANGUAGES, STEPS["mixture"], f"mixture {seed}")
+        self.fitted = {code: corpus.tokenizer.batch_decode(rows[code][:FITTED]) for code in LANGUAGES}
+        self.base = Making("llama", shape=SHAPE).new_model(corpus.tokenizer)
+        learn(self.base, batches(rows, LANGUAGES, STEPS["seed"], f"seed {seed}"), SEED_RATE)
+        self.saved(self.base, "seed")
+        branches = [self.branch(code) for code in LANGUAGES]
+        self.saved(mean_of(self.base, branches), MORE)
+
+    def branch(self, code: str) -> nn.Module:
+        model = copy_of(self.base)
+        learn(model, self.branch_text[code], BRANCH_RATE)
+        return self.saved(model, code)
+
+    def saved(self, model: Any, name: str) -> nn.Module:
+        for part in (model, self.corpus.tokenizer):
+            part.save_pretrained(self.folder / name)
+        return model
+
+    @property
+    def dense_text(self) -> list[Batch]:
+        """What branches and mixture read together; languages take turns."""
+        return [*chain.from_iterable(zip(*self.branch_text.values(), strict=True)), *self.mixture_text]
+
+    def dense(self, rate: float) -> nn.Module:
+        model = copy_of(self.base)
+        learn(model, self.dense_text, rate)
+        return model
+
+    def mixture(self, name: str, rate: float) -> PeftModel:
+        torch.manual_seed(self.seed)
+        groups = [*LANGUAGES, MORE] if name == "BTX, larger" else LANGUAGES
+        model = mix(
+            self.folder / "seed",
+            {group: self.folder / group for group in groups},
+            others=dict.fromkeys((ORIGINAL_GROUP, *LANGUAGES), 1.0),
+            base_output=self.folder / f"{name} at {rate}",
+            **MIXTURES[name],
+        )
+        learn(model, self.mixture_text, rate)
+        return model
+
+    def untrained(self) -> PeftModel:
+        """Branches' experts over the seed, routers in closed form."""
+        model = mix(self.folder / "seed", {code: self.folder / code for code in LANGUAGES}, top_k=1)
+        fit_routers(model, self.fitted, self.corpus.tokenizer, max_length=LENGTH)
+        return model
 
 
-def make_tokenizer(texts: Mapping[str, list[str]]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the training text."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator((text for documents in texts.values() for text in documents), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", bos_token="<eos>", pad_token="<eos>")
+def mean_of(base: nn.Module, branches: list[nn.Module]) -> nn.Module:
+    """The mean of models' weights, in a copy of another."""
+    model = copy_of(base)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.stack([branch.get_parameter(name) for branch in branches]).mean(0))
+    return model
 
 
-def batches(streams: Mapping[str, Tensor], steps: int, seed: int, name: bool) -> Iterator[dict[str, Any]]:
-    """Random rows; languages take turns. `name`: say which they are."""
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(steps):
-        codes = [list(streams)[(step * BATCH + row) % len(streams)] for row in range(BATCH)]
-        starts = [int(torch.randint(len(streams[code]) - ROW, (), generator=generator)) for code in codes]
-        tokens = torch.stack([streams[c][s : s + ROW] for c, s in zip(codes, starts, strict=True)])
-        yield {"input_ids": tokens, "labels": tokens, "use_cache": False, **({"language": codes} if name else {})}
-
-
-def fit(model: nn.Module, streams: Mapping[str, Tensor], steps: int, rate: float, seed: int) -> None:
-    """AdamW with a cosine schedule."""
-    rows = batches(streams, steps, seed, name=hasattr(model, "peft_config"))
-    train(model, rows, rate, cosine(steps), steps=steps, betas=(0.9, 0.95), weight_decay=0.01)
-
-
-def score(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, list[str]], name: bool = False):
-    """Bits per byte of each language; `name`: tell the model which it is."""
-    return {
-        code: bits_per_byte(
-            model, tokenizer, documents, max_length=ROW, stride=ROW, batch_size=16, language=code if name else None
-        ).value
-        for code, documents in texts.items()
-    }
-
-
-def shares_on_own_expert(model: Any, tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, list[str]]) -> list[float]:
+@torch.no_grad()
+def shares_on_own_expert(model: PeftModel, tokenizer: PreTrainedTokenizerFast, texts: Mapping[str, list[str]]) -> Any:
     """For each layer, mean over languages of the share of tokens whose first choice is their language's expert."""
-    layers = [module for module in model.modules() if type(module) is MoeDeltaLayer]
+    layers: list[MoeDeltaLayer] = list(tuner_of(model).layers().values())
     right, total = torch.zeros(len(layers), len(texts)), torch.zeros(len(texts))
+
+    def count(router: nn.Module, given: Any, logits: Tensor, *, at: tuple[int, int], own: int) -> None:
+        right[at] += (logits.argmax(-1) == own).sum()
+
     for column, (code, documents) in enumerate(texts.items()):
-        own = model.active_peft_config.record.group_order.index(code)
-
-        def count(router: nn.Module, args: Any, logits: Tensor, index: int, own: int = own, column: int = column):
-            right[index, column] += (logits.argmax(-1) == own).sum()
-
+        own = tuner_of(model).active_config.record.group_order.index(code)
         handles = [
-            layer.moe_delta_router["default"].register_forward_hook(lambda *a, index=i, count=count: count(*a, index))
-            for i, layer in enumerate(layers)
+            layer.router("default").register_forward_hook(partial(count, at=(index, column), own=own))
+            for index, layer in enumerate(layers)
         ]
         for document in documents:
-            for row in tokenizer(document, return_tensors="pt")["input_ids"].split(ROW, dim=1):
-                total[column] += row.numel()
-                with torch.no_grad():
-                    model(input_ids=row, use_cache=False)
+            for ids in tokenizer(document, return_tensors="pt")["input_ids"].split(LENGTH, dim=1):
+                total[column] += ids.numel()
+                model(input_ids=ids, use_cache=False)
         for handle in handles:
             handle.remove()
     return (right / total).mean(dim=1).tolist()
 
 
-def run(seed: int, text: Mapping[str, dict[str, list[str]]], tokenizer: Any, folder: Path) -> dict[str, Any]:
-    """Everything from one random seed."""
-    torch.manual_seed(seed)
-    streams = {
-        code: torch.tensor([t for d in documents for t in (*tokenizer(d)["input_ids"], 0)])
-        for code, documents in text["train"].items()
-    }
-    base = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    fit(base, streams, STEPS["seed"], 2e-3, 10 * seed)
-    paths = {name: folder / f"{seed}-{name}" for name in ("seed", *LANGUAGES)}
-    for code, path in paths.items():
-        branch = LlamaForCausalLM(base.config)
-        branch.load_state_dict(base.state_dict())
-        if code != "seed":
-            fit(branch, {code: streams[code]}, STEPS["branch"], 1e-3, 10 * seed + 1)
-        branch.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    branches = {code: paths[code] for code in LANGUAGES}
-    found: dict[str, Any] = {"seed": score(base, tokenizer, text["test"])}
-
-    fit(base, streams, len(LANGUAGES) * STEPS["branch"] + STEPS["mixture"], 1e-3, 10 * seed + 2)
-    found["dense"] = score(base, tokenizer, text["test"])
-    for name, options in MIXTURES.items():
-        torch.manual_seed(seed)
-        output = folder / f"{seed}-{name}-base"
-        model = mix(paths["seed"], branches, others="average", base_output=output, **options)
-        fit(model, streams, STEPS["mixture"], 1e-3, 10 * seed + 3)
-        found[name] = score(model, tokenizer, text["test"])
-
-    model = mix(paths["seed"], branches, top_k=1)
-    fit_routers(model, text["train"], tokenizer, max_length=ROW)
-    shares = shares_on_own_expert(model, tokenizer, text["test"])
-    found["closed form"] = score(model, tokenizer, text["test"])
-    model.active_peft_config.routing = "language"
-    found["forced"] = score(model, tokenizer, text["test"], name=True)
-    return {"bits_per_byte": found, "share_on_own_expert": shares}
-
-
-def verdict(runs: list[dict[str, Any]], better: str, worse: str) -> dict[str, Any]:
-    """Whether `better` needs fewer bits than `worse`, from the differences of each random seed."""
-    differences = [
-        statistics.mean(r["bits_per_byte"][better][c] - r["bits_per_byte"][worse][c] for c in LANGUAGES) for r in runs
-    ]
-    claim = {"claim": f"{better} <= {worse}", "mean": statistics.mean(differences)}
-    if len(runs) == 1:
-        return {**claim, "interval": None, "verdict": "undecided"}
-    found = interval(differences)
-    word = "confirmed" if found["high"] <= 0 else "refuted" if found["low"] > 0 else "undecided"
-    return {**claim, "interval": [found["low"], found["high"]], "verdict": word}
-
-
-def closed_form(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The two figures of closed-form routers that have a target: the worst over languages and random seeds."""
-    layers = SHAPE["num_hidden_layers"]
-    middle = range(layers // 4, layers - layers // 4)
-    worse = max(
-        100 * (r["bits_per_byte"]["closed form"][c] / r["bits_per_byte"]["forced"][c] - 1)
-        for r in runs
-        for c in LANGUAGES
-    )
-    own = min(100 * r["share_on_own_expert"][layer] for r in runs for layer in middle)
-    return {"middle_layers": list(middle), "percent_on_own_expert": own, "percent_worse_than_forced": worse}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, default=Path("build/demo/inputs/text"), help="made by demo_inputs.py")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--share", type=float, default=1.0, help="share of the optimizer steps, for a quick look")
-    parser.add_argument("--output", type=Path, help="write everything as JSON")
-    arguments = parser.parse_args()
-    STEPS.update({name: max(1, round(arguments.share * steps)) for name, steps in STEPS.items()})
-    if not arguments.text.is_dir():
-        print(f"skipped: no text in {arguments.text}; make it with examples/demo_inputs.py --output build/demo/inputs")
-        return
-    start = time.perf_counter()
-    text = {split: {c: read(arguments.text, c, split) for c in LANGUAGES} for split in ("train", "test")}
-    tokenizer = make_tokenizer(text["train"])
+def one_seed(corpus: Corpus, seed: int, rates: Rates) -> tuple[dict[str, Row], dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
-        runs = [run(seed, text, tokenizer, Path(folder)) for seed in range(arguments.seeds)]
-    names = list(runs[0]["bits_per_byte"])
-    rows = []
-    for name in names:
-        values = [[r["bits_per_byte"][name][c] for r in runs] for c in LANGUAGES]
-        rows.append((name, *(f"{statistics.mean(v):.3f} ({min(v):.3f} to {max(v):.3f})" for v in values)))
-    measure.print_table(
-        f"Bits per byte on test text: mean over {len(runs)} random seeds (range)", ("", *LANGUAGES), rows
-    )
-    verdicts = [verdict(runs, *pair) for pair in STEPS_OF_THE_ORDER]
-    for v in verdicts:
-        interval = "one random seed" if v["interval"] is None else "[{:+.4f}, {:+.4f}]".format(*v["interval"])
-        print(f"- {v['claim']}: {v['mean']:+.4f} {interval}, {v['verdict']}")
-    fitted = closed_form(runs)
-    own, worse = fitted["percent_on_own_expert"], fitted["percent_worse_than_forced"]
-    print(
-        f"- closed-form routers: {own:.1f}% of tokens on their language's expert in layers {fitted['middle_layers']} "
-        f"(target {PERCENT_OWN:.0f}), {worse:+.2f}% bits per byte against forced routing (target {PERCENT_WORSE:.0f})"
-    )
-    if arguments.output is not None:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "conditions": measure.conditions(), "seconds": round(time.perf_counter() - start), "shape": SHAPE,
-            "steps": STEPS, "tokens_a_step": ROW * BATCH, "verdicts": verdicts, "closed_form": fitted, "runs": runs,
-        }  # fmt: skip
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        work = Mixing(corpus, seed, Path(folder))
+        branched = sum(map(tokens, work.branch_text.values()))
+        mixed = branched + tokens(work.mixture_text)
+        rows = {"seed": row(work.base, corpus)}
+        dense = rates.best("dense", RATES, work.dense)
+        rows["dense"] = row(dense, corpus, read=tokens(work.dense_text), trained=trainable(dense))
+        for name in MIXTURES:
+            model = rates.best(name, RATES, partial(work.mixture, name))
+            rows[name] = row(model, corpus, read=mixed, trained=added(model))
+        model = work.untrained()
+        shares = shares_on_own_expert(model, corpus.tokenizer, corpus.parts["test"])
+        rows["closed form"] = row(model, corpus, read=branched)
+        with tuner_of(model).in_routing("language"):
+            # A token costs the same, whoever names its expert.
+            rows["forced"] = {**rows["closed form"], "bits": bits(model, corpus, told=True)}
+    return rows, {"share_on_own_expert": shares}
 
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def tables(scores: Scores) -> str:
+    """All there is to say."""
+    trained = {name: title for name, title in TITLES.items() if name in (*MIXTURES, "dense")}
+    body = []
+    for name, title in TITLES.items():
+        moved = ["", ""] if name == "seed" else [shown(scores.less(name, "seed", *c)) for c in ((ENGLISH,), LANGUAGES)]
+        body.append((title, *(values(scores.of(name, code)) for code in LANGUAGES), *moved))
+    head = ("bits per byte", *LANGUAGES, "English, less seed", "all, less seed")
+    claims = {f"{TITLES[a]} less {TITLES[b]}, all languages": scores.less(a, b, *LANGUAGES) for a, b in PAIRS}
+    claims |= {f"{TITLES[n]}, English, less the seed": scores.less(n, "seed", ENGLISH) for n in trained}
+    columns = {"English": (ENGLISH,), "Hungarian": ("hu",), "Greek": ("el",), "all": LANGUAGES}
+    return "\n\n".join(
+        (
+            scores.setting(),
+            table(head, body),
+            differences(scores, PAIRS, TITLES, columns),
+            scores.costs(TITLES),
+            f"{sentences(claims)}\n{closed_form(scores)}",
+        )
+    )
+
+
+def closed_form(scores: Scores) -> str:
+    """The two figures of closed-form routers that have a target: the worst over languages, layers and random seeds."""
+    own = min(100 * share for one in scores.seeds for share in one["share_on_own_expert"])
+    worse = max(
+        float((100 * (scores.of("closed form", code) / scores.of("forced", code) - 1))[0].max()) for code in LANGUAGES
+    )
+    return (
+        f"- Closed-form routers: {own:.1f}% of held-out tokens or more on their language's expert in every layer "
+        f"(target {PERCENT_OWN:.0f}), {worse:+.2f}% bits per byte or less against forced "
+        f"routing (target {PERCENT_WORSE:.0f})."
+    )
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "steps": dict(STEPS), "step": [ROWS, LENGTH], "rates": list(RATES), "seed_rate": SEED_RATE,
+        "branch_rate": BRANCH_RATE, "shape": dict(SHAPE),
+    }  # fmt: skip
+
+
+BENCHMARK = Benchmark("mixing", __doc__ or "", LANGUAGES, settings, one_seed, tables)
 
 if __name__ == "__main__":
-    main()
+    BENCHMARK.main()

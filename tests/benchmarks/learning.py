@@ -1,18 +1,14 @@
-"""The training loop of the benchmarks that learn something, and intervals over their random seeds."""
+"""The training loop of the benchmarks that learn something."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
-
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
-"""Student's t for a two-sided 95% interval, by the number of values."""
 
 
 def train(
@@ -46,17 +42,6 @@ def train(
     model.eval()
 
 
-def linear(steps: int) -> Callable[[int], float]:
-    """From 1 down to 0."""
-    return lambda step: 1 - step / steps
-
-
 def cosine(steps: int, warm_up: int = 20, floor: float = 0.05) -> Callable[[int], float]:
     """Linear warm-up times a cosine down to `floor`."""
     return lambda s: min(1.0, (s + 1) / warm_up) * (floor + (1 - floor) * (1 + math.cos(math.pi * s / steps)) / 2)
-
-
-def interval(values: Sequence[float]) -> dict[str, float]:
-    """Mean over random seeds with its 95% t-interval."""
-    mean, half = statistics.mean(values), T_95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half}
