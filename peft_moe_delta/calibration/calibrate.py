@@ -103,7 +103,7 @@ def calibrate_routers(
         max_length: tokens of a document that are used.
         batch_size: documents in one pass.
         seed: of all that is drawn.
-        progress: wraps lists of batches, e.g. `tqdm.tqdm`.
+        progress: wraps the list of what is tried, and those of conversations' batches, e.g. `tqdm.tqdm`.
 
     Raises:
         LanguageError: an unknown language, a group without text, or conversations where no language is original.
@@ -139,7 +139,7 @@ def calibrate_routers(
         statistics_of(model, [(s.language, s.fitted) for s in sources if s.original is side], batch_size)
         for side in (True, False)
     )
-    for weight in weights:
+    for weight in progress(list(weights)) if progress else weights:
         set_routers(model, original, others, weight)
         candidates.append(look("closed form", weight))
     curve = tuple(candidate.trial for candidate in candidates[1:])

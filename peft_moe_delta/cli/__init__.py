@@ -88,10 +88,16 @@ def _carry_out(command: Command, arguments: Namespace, verbosity: str) -> str:
     with redirect_stdout(progress), redirect_stderr(progress), warnings.catch_warnings():
         if verbosity != "verbose":  # between other libraries: a user of a command can do nothing about it
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.showwarning = _warn
         given = command.read(arguments)
         module, _, function = command.work.partition(":")
         result: str = getattr(importlib.import_module(f".work.{module}", __package__), function)(given)
     return result
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """A warning as whoever types a command reads it: without the line of code that it comes from."""
+    print(f"Warning: {message}", file=sys.stderr)
 
 
 class Nowhere(io.TextIOBase):

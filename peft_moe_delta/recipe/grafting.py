@@ -35,7 +35,7 @@ from ..sources import pool, read_tasks, read_texts
 from .checks import calibration
 from .data import held_out
 from .fields import AUTO, Recipe
-from .scoring import CHAT_FILE, arithmetic, scores_of
+from .scoring import CHAT_FILE, arithmetic, bar, scores_of
 from .stages import load_model, save_with_tokenizer
 
 _RELOAD = Path(__file__).with_name("reload.py")
@@ -98,7 +98,8 @@ def _calibrate(recipe: Recipe, grafted: PeftModel, tokenizer: PreTrainedTokenize
     with arithmetic(recipe):
         if tokenizer.chat_template is not None and (fields is None or fields.conversations):
             number = 0 if fields is None else fields.conversations
-            made = made_up_conversations(grafted, tokenizer, _SHOWN + number, seed=recipe.seed)
+            said = bar("conversations, made up")
+            made = made_up_conversations(grafted, tokenizer, _SHOWN + number, seed=recipe.seed, progress=said)
         shown, made = made[:_SHOWN], made[_SHOWN:]
         if fields is not None:
             texts = {}
@@ -114,6 +115,7 @@ def _calibrate(recipe: Recipe, grafted: PeftModel, tokenizer: PreTrainedTokenize
                 steps=fields.steps,
                 max_length=fields.sequence_length,
                 seed=recipe.seed,
+                progress=bar("calibration"),
             )
     return shown
 

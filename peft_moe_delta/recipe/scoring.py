@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation import TaskSet
+from ..evaluation.forward import Progress
 from ..evaluation.loading import Measured
 from ..evaluation.measure import measure
 from ..evaluation.routes import expert_names, route_drift
@@ -72,7 +73,7 @@ def score(recipe: Recipe, name: str, checkpoint: Path | str, folder: Path) -> No
             material_of(recipe),
             batch_size=_BATCH,
             max_new_tokens=_WRITTEN,
-            bar=lambda label: partial(tqdm, desc=label, leave=False),
+            bar=bar,
         )
     found.save(folder / FINDINGS)
 
@@ -117,7 +118,13 @@ def scores_of(
 ) -> Scores:
     """Score a model as the recipe computes."""
     with arithmetic(recipe):
-        return score_material(Measured(model, tokenizer, None), material, batch_size=_BATCH)
+        measured = Measured(model, tokenizer, None)
+        return score_material(measured, material, batch_size=_BATCH, bar=lambda label: bar(f"validation, {label}"))
+
+
+def bar(label: str) -> Progress:
+    """What shows how far a part of a step is, for as long as it takes."""
+    return partial(tqdm, desc=label, leave=False)
 
 
 def ready(model: PreTrainedModel, recipe: Recipe) -> PreTrainedModel:

@@ -7,6 +7,7 @@ gives text to train on and text to test on, by `part`; steps are as many as ther
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,8 @@ from . import checks
 from .fields import Recipe
 from .foresight import bytes_on_disk, count_tokens
 from .reader import parsed
+
+log = logging.getLogger(__name__)
 
 _BATCH = 8
 _STEPS, _REVIEW_STEPS = 1000, 100
@@ -48,7 +51,7 @@ languages:
 # `expert_rank: 16` trains low-rank experts, which take a fraction of the memory.
 adapter: {{experts: {{{experts}}}, routing: language, top_k: 1}}
 
-# Stage 1, the experts: as many steps as there is text for, {most} at the most.
+# Stage 1, the experts: as many steps as there is text for, {most} at the most, of rows as long as it fills.
 expand: {{steps: {steps}, batch_size: {batch}, sequence_length: {length}, learning_rate: 5.0e-5}}
 
 # Stage 2, the routers, on text of all languages.
@@ -80,6 +83,11 @@ def starter(model: str, post_trained: str | None, languages: Mapping[str, str], 
     """
     if both := sorted(set(languages) & set(originals)):
         raise LanguageError(f"{', '.join(both)}: given as --language and as --original. A language is one of the two.")
+    if not originals:
+        log.warning(
+            "No --original is given: the review will not show the routers what the model spoke before, and nobody will "
+            "measure whether that is kept. Add --original en=FILE for each such language that you have text of."
+        )
     config, tokenizer = load_config(model), load_tokenizer(model)
     texts = {**originals, **languages}
     there = {code: _tokens(with_part(path, "train"), code, tokenizer) for code, path in texts.items()}
