@@ -215,7 +215,7 @@ def run_until(recipe: str, moment: float | None) -> tuple[bool, str, float]:
 def test_sigint_at_random_moments(fields, write_recipe):
     """Ten times into one run or several; whenever one comes to its end, all of its files are as without."""
     for name in ("tune", "expand", "review", "dense"):
-        fields[name] = fields[name] | {"steps": 60}  # so that many moments are in a training
+        fields[name] = fields[name] | {"steps": 50}  # so that many moments are in a training
     output, recipe = Path(fields["output"]), write_recipe(fields)
     over, _, seconds = run_until(recipe, None)
     expected = contents(output)
