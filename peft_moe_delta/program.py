@@ -24,3 +24,9 @@ def is_command_line() -> bool:
     # Python is still looking for the module it was told to run, so that `sys.argv` does not name it yet.
     given = zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
     return next((name for option, name in given if option == "-m"), None) == __package__
+
+
+def called() -> str:
+    """How this program was called, by name: where it is installed is nobody's business."""
+    name = Path(sys.argv[0]).name
+    return NAME if name == "__main__.py" else name

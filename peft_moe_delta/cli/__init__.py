@@ -14,7 +14,8 @@ import sys
 import traceback
 import warnings
 from argparse import Namespace
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from ..program import NAME, VERSION
 from . import allocation, budget, delta, evaluate, graft, mix, pipeline, publish, served
@@ -85,19 +86,24 @@ def _carry_out(command: Command, arguments: Namespace, verbosity: str) -> str:
     logging.getLogger("peft_moe_delta").setLevel(logging.WARNING if verbosity == "quiet" else logging.INFO)
     progress = Nowhere() if verbosity == "quiet" else sys.stderr
     # Trainer's log lines are progress, not results
-    with redirect_stdout(progress), redirect_stderr(progress), warnings.catch_warnings():
+    with redirect_stdout(progress), redirect_stderr(progress), warnings.catch_warnings(), _warnings_in_a_line():
         if verbosity != "verbose":  # between other libraries: a user of a command can do nothing about it
             warnings.simplefilter("ignore", FutureWarning)
-            warnings.showwarning = _warn
         given = command.read(arguments)
         module, _, function = command.work.partition(":")
         result: str = getattr(importlib.import_module(f".work.{module}", __package__), function)(given)
     return result
 
 
-def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    """A warning as whoever types a command reads it: without the line of code that it comes from."""
-    print(f"Warning: {message}", file=sys.stderr)
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Warnings as whoever types a command reads them: without the line of code that they come from."""
+    kept = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"Warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = kept
 
 
 class Nowhere(io.TextIOBase):

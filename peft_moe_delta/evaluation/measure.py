@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..errors import DataError
+from ..program import called
 from .compare import Items, all_pairs, check_references, compare, confusion_items, status_of, transfer
 from .confusion import check_can_score, language_confusion
 from .fertility import fertility
@@ -332,8 +333,8 @@ def doubts(material: Material) -> list[str]:
 
 
 def command() -> list[str]:
-    """The command line, its program by name: where it is installed is nobody's business."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
+    """The command line, its program by name."""
+    return [called(), *sys.argv[1:]]
 
 
 def versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 from ..evaluation.report import EvalReport
 from ..hub import CardFacts, licence_for, licence_of, write_card
 from ..hub.card import public_name
+from ..program import called
 from .fields import Card, Recipe, Training, Tuning
 from .reporting import OURS
 from .workspace import LOG_FILE, RECORD, Step
@@ -39,7 +40,7 @@ def write(
     said: dict[str, Any] = {
         "data": card.data,
         "limits": card.limits,
-        "command": [Path(sys.argv[0]).name, *map(_shown, sys.argv[1:])],
+        "command": [called(), *map(_shown, sys.argv[1:])],
         "versions": written["versions"],
         "base_model": base,
         "parents": parents,
