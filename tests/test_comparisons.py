@@ -16,6 +16,7 @@ from pairs import ROWS, Making
 from peft import get_peft_model
 from verdicts import Scores, filled, sentences, word
 
+from made_up import documents
 from peft_moe_delta import MoeDeltaConfig
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation.bootstrap import Interval
@@ -23,25 +24,15 @@ from peft_moe_delta.evaluation.bootstrap import Interval
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 MODULES = (bench_growing, bench_mixing, bench_allocation)
 BENCHMARKS = [module.BENCHMARK for module in MODULES]
-ALPHABETS = {
-    "en": "abcdefghijklm", "hu": "nopqrstuvwáé", "el": "αβγδεζηθικλμ", "tr": "çğışöünoprst", "ru": "абвгдежзиклм",
-}  # fmt: skip
 PICO = {
     "hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
 
 
-def documents(code: str, number: int) -> list[str]:
-    """Documents of made-up words in a language's own letters."""
-    drawn = random.Random(code)
-    words = ["".join(drawn.choice(ALPHABETS[code]) for _ in range(drawn.randint(4, 7))) for _ in range(90)]
-    return [" ".join(drawn.choice(words) for _ in range(60)) for _ in range(number)]
-
-
 def corpus_of(codes) -> Corpus:
     parts = {"train": slice(0, 60), "validation": slice(60, 62), "test": slice(62, 66)}
-    return Corpus.of({part: {code: documents(code, 66)[cut] for code in codes} for part, cut in parts.items()})
+    return Corpus.of({part: {code: documents(code, 66, 60)[cut] for code in codes} for part, cut in parts.items()})
 
 
 @pytest.fixture

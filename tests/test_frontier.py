@@ -22,31 +22,23 @@ from frontier.scores import DOCUMENTS, Results
 from frontier.tables import NOTHING, filled, page
 from pairs import Making, copy_of
 
+from made_up import documents
 from peft_moe_delta.errors import DataError
 
-ALPHABETS = {
-    "en": "abcdefghijklm", "hu": "nopqrstuvwáé", "el": "αβγδεζηθικλμ", "ru": "абвгдежзиклм", "de": "äöüßxyzabcd",
-}  # fmt: skip
+LANGUAGES = ("en", "hu", "el", "ru", "de")
 PICO = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 16,
 }  # fmt: skip
 
 
-def documents(code: str, number: int) -> list[str]:
-    """Documents of made-up words in a language's own letters."""
-    drawn = random.Random(code)
-    words = ["".join(drawn.choice(ALPHABETS[code]) for _ in range(drawn.randint(4, 7))) for _ in range(90)]
-    return [" ".join(drawn.choice(words) for _ in range(50)) for _ in range(number)]
-
-
 @pytest.fixture(scope="module")
 def text():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(material, "QUESTIONS", {"validation": 4, "test": 6})
-        train = {code: documents(code, 60) for code in ("en", "hu", "el", "ru")}
+        train = {code: documents(code, 60, 50) for code in ("en", "hu", "el", "ru")}
         held_out = {
-            part: {code: documents(code, 70)[60 : 60 + number] for code in ALPHABETS}
+            part: {code: documents(code, 70, 50)[60 : 60 + number] for code in LANGUAGES}
             for part, number in (("validation", 2), ("test", 4), ("other", 3))
         }
         yield material.material_of(train, held_out)

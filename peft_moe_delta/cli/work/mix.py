@@ -11,11 +11,10 @@ from ...evaluation.identification import wrong_language_or_script
 from ...languages import ORIGINAL_GROUP
 from ...loading import load_config
 from ...mixing import fit_routers, mix, mixture_config
+from ...recipe.foresight import LOOKED_AT
 from ...recipe.preview import table
 from ...sources import read_texts
 from ..options import pairs_of
-
-_LOOKED_AT = 30  # documents of every text, in a dry run
 
 
 def run(arguments: Namespace) -> str:
@@ -54,7 +53,7 @@ def _foreseen(
 ) -> str:
     """What would be mixed, and how large it is."""
     config = mixture_config(arguments.seed, branches, languages, **options)
-    first = {code: read_texts(path, language=code, documents=_LOOKED_AT) for code, path in given.items()}
+    first = {code: read_texts(path, language=code, documents=LOOKED_AT) for code, path in given.items()}
     measured = measure(Job(load_config(arguments.seed), config, batch_size=1, sequence_length=2, autocast=False))
     rows = [("group", "experts from", "languages")]
     for group, path in {ORIGINAL_GROUP: arguments.seed, **branches}.items():
