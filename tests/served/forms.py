@@ -7,7 +7,7 @@ from typing import Any
 
 from builders import pico
 from builders import upcycle as adapter
-from export.test_export import GRANITE_SCALES, LLAMA3, UNIFORM, WITH_DENSE, YARN
+from export.test_export import GRANITE_SCALES, LINEAR, LLAMA3, UNIFORM, WITH_DENSE, YARN
 from export.upcycled import plan_of, upcycle
 from peft_moe_delta.export import build_model, choose
 from peft_moe_delta.graft.memory import to_stock
@@ -26,14 +26,16 @@ STOCK: dict[str, tuple[str, dict[str, Any], list[tuple[int, int]], str]] = {
     "Mixtral": ("llama", {}, UNIFORM, "mixtral"),
     "Mixtral with its own head_dim": ("llama", {"head_dim": 64}, UNIFORM, "mixtral"),
     "Mixtral with llama3 rope scaling": ("llama", {"rope_parameters": LLAMA3}, UNIFORM, "mixtral"),
-    "Mixtral with another rope scaling": ("llama", {"rope_parameters": YARN}, UNIFORM, "mixtral"),
+    "Mixtral with YaRN": ("llama", {"rope_parameters": YARN}, UNIFORM, "mixtral"),
+    "Mixtral with another rope scaling": ("llama", {"rope_parameters": LINEAR}, UNIFORM, "mixtral"),
     "Mixtral with a sliding window": ("mistral", {"sliding_window": WINDOW}, UNIFORM, "mixtral"),
     "Qwen2-MoE": ("qwen2", {}, UNIFORM, "qwen2_moe"),
     "Qwen2-MoE with dense layers": ("qwen2", {}, WITH_DENSE, "qwen2_moe"),
     "Qwen3-MoE": ("qwen3", {}, UNIFORM, "qwen3_moe"),
     "Qwen3-MoE with dense layers": ("qwen3", {}, WITH_DENSE, "qwen3_moe"),
     "Qwen3-MoE with biases": ("qwen3", {"attention_bias": True}, UNIFORM, "qwen3_moe"),
-    "Qwen-MoE with rope scaling": ("qwen3", {"rope_parameters": YARN}, UNIFORM, "qwen3_moe"),
+    "Qwen-MoE with YaRN": ("qwen3", {"rope_parameters": YARN}, UNIFORM, "qwen3_moe"),
+    "Qwen-MoE with another rope scaling": ("qwen3", {"rope_parameters": LINEAR}, UNIFORM, "qwen3_moe"),
     "GraniteMoe": ("granite", GRANITE_SCALES, UNIFORM, "granitemoe"),
     "GraniteMoe with biases": ("llama", {"attention_bias": True}, UNIFORM, "granitemoe"),
     "GraniteMoe with rope scaling or its own head_dim": (
