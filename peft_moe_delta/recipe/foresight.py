@@ -28,6 +28,7 @@ from ..checkpoint import CheckpointReader
 from ..errors import PeftMoeDeltaError, RecipeError
 from ..evaluation.figures import check_installed
 from ..evaluation.identification import wrong_language_or_script
+from ..kinds import size_text
 from ..languages import read_code
 from ..loading import load_config, load_tokenizer
 from ..sources import TaskSource, TextSource, each_text, files_of, is_on_hub, read_tasks, read_texts, source_of
@@ -71,7 +72,7 @@ class Outlook:
             lines.append(f"The result: {self.form}, in {self.recipe.output}/grafted.")
             if self.recipe.graft.by_context:
                 lines.append(f"The same model routed by context, as remote code, in {self.recipe.output}/{BY_CONTEXT}.")
-        (needed, there), (written, free) = ([f"{size / 1e9:,.1f} GB" for size in p] for p in (self.memory, self.disk))
+        (needed, there), (written, free) = (map(size_text, pair) for pair in (self.memory, self.disk))
         lines.append(f"Training takes about {needed} of memory; there are {there}.")
         lines.append(f"The steps that run write about {written}; {free} are free.")
         return "\n".join([*lines, *(f"Doubtful: {doubt}" for doubt in self.doubts), "Nothing was run."])
@@ -306,7 +307,7 @@ def _look_at_memory(recipe: Recipe) -> tuple[Measured, int]:
     for name, size in needs.items():
         if size > there:
             raise RecipeError(
-                f"{name}: its training takes {size / 1e9:,.1f} GB of memory, and there are {there / 1e9:,.1f} GB. "
+                f"{name}: its training takes {size_text(size)} of memory, and there are {size_text(there)}. "
                 f"Lower {name}.batch_size or {name}.sequence_length, set adapter.expert_rank, or take another machine: "
                 "`peft-moe-delta plan` says what fits."
             )
@@ -357,7 +358,7 @@ def _look_at_disk(recipe: Recipe, steps: list[Seen], measured: Measured) -> tupl
     free = shutil.disk_usage(place).free
     if written > free:
         raise RecipeError(
-            f"output: the steps that run write about {written / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB "
+            f"output: the steps that run write about {size_text(written)}, and {place} has {size_text(free)} "
             "free. Make room, or choose another `output`."
         )
     return written, free

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..kinds import size_text
 from .fields import Recipe, Training
 from .run import Run
 from .unfinished import Checkpoint, Checkpoints
@@ -132,10 +133,9 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
 def status(recipe: Recipe) -> str:
     """A table of the steps: how old and how large each is, and what the next run would do with it."""
     rows = [
-        (s.name, s.age, "" if s.size is None else f"{s.size / 1e9:,.3f}", s.state)
-        for s in seen_steps(recipe, whole=True)
+        (s.name, s.age, "" if s.size is None else size_text(s.size), s.state) for s in seen_steps(recipe, whole=True)
     ]
-    return table([("step", "made", "GB", "the next run"), *rows])
+    return table([("step", "made", "size", "the next run"), *rows])
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from builders import perturbed
 from peft_moe_delta.cli import main
+from peft_moe_delta.kinds import size_text
 from peft_moe_delta.recipe import read_recipe
 from peft_moe_delta.recipe.data import Hashes
 from peft_moe_delta.recipe.reader import laid_over, read_change
@@ -152,11 +154,17 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(made, tmp_path, caps
     assert printed.count("runs for the first time") == len(names)
     assert "expanded             128 tokens  runs" in printed
     assert f"The result: mixtral, in {tmp_path}/run/grafted." in printed and "run/by_context" in printed
-    assert "GB of memory; there are" in printed and "GB are free." in printed
+    assert re.search(r"takes about [\d.]+ [kM]B of memory; there are .*B\.\n", printed) and "B are free." in printed
     assert "Doubtful: languages.hu.test: " in printed and "look like 'en'. Check the file" in printed
     assert printed.endswith("Nothing was run.\n") and not (tmp_path / "run").exists()
     dry_run(made, tmp_path, command="train")
     assert "grafted" not in capsys.readouterr().out
+
+
+def test_sizes_have_a_unit_that_fits():
+    sizes = (0, 1_234, 2_500_000, 999_000_000, 80e9, 1_234e9)
+    said = ["0.0 kB", "1.2 kB", "2.5 MB", "999.0 MB", "80.0 GB", "1,234.0 GB"]
+    assert [size_text(size) for size in sizes] == said
 
 
 def test_a_dry_run_times_the_expansion_when_asked(made, tmp_path, capsys):
@@ -184,11 +192,11 @@ def test_what_is_kept_and_why_the_rest_runs_again(made, tmp_path, capsys, monkey
     def states(*words: str) -> dict[str, list[str]]:
         main([*words, str(recipe)])
         lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
-        return {line.split()[0]: line.split(None, 1)[1].split("  ") for line in lines}
+        return {line.split()[0]: re.split("  +", line)[1:] for line in lines}
 
     seen = states("status")
     assert seen["expanded"][0] == "just now" and seen["expanded"][-1] == seen["base"][-1] == "kept"
-    assert seen["reviewed"][-1].strip() == "runs for the first time"
+    assert seen["reviewed"][-1] == "runs for the first time"
     assert states("run", "--dry-run")["expanded"][-1] == "kept"
     with Path(fields["languages"]["el"]["train"]).open("a") as file:
         file.write('{"text": "new"}\n')
