@@ -205,6 +205,27 @@ def test_what_is_kept_and_why_the_rest_runs_again(made, tmp_path, capsys, monkey
     assert "runs again" in states("status", "--set", "expand.steps=1")["expanded"][-1]
 
 
+def test_a_recipe_that_only_trains_has_a_status(made, tmp_path, capsys):
+    fields = {name: value for name, value in made[0].items() if name != "review"} | {"output": str(tmp_path / "run")}
+    recipe = tmp_path / "recipe.yaml"
+
+    def status() -> tuple[list[str], str]:
+        recipe.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        main(["status", str(recipe)])
+        rows, why = capsys.readouterr().out.split("\n\n")
+        return [" ".join(row.split()) for row in rows.splitlines()[1:]], why
+
+    waiting = [f"{name} runs for the first time" for name in ("base", "post_trained", "expanded")]
+    rows, why = status()
+    assert rows == waiting and why.startswith(
+        "`run` would not get further: graft: after training, routing is 'language'"
+    )
+    Run(read_recipe(str(recipe))).base()
+    fields["post_trained"] = str(tmp_path / "nowhere")
+    rows, why = status()
+    assert rows[0].endswith("kept") and rows[1:] == waiting[2:] and "nowhere" in why
+
+
 def test_hashes_of_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):
     file, memory = tmp_path / "model", tmp_path / "hashes.json"
     file.write_text("one")
