@@ -197,7 +197,7 @@ def _advice(job: Job, one: Measured, memory: int) -> Iterator[str]:
             f"activation checkpointing (--checkpointing) brings activations from {size_text(one.activations)} to "
             f"{size_text(less)}"
         )
-    shared = one.base + one.experts + one.gradients + one.optimizer
+    shared = one.total - one.activations
     room = SHARE * memory - one.activations - _gathered(one)
     if room > 0:
         yield f"{SHARDED} has room for it on {math.ceil(shared / room)} GPUs of this size"

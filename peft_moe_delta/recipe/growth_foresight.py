@@ -16,7 +16,7 @@ from ..loading import load_adapter_config, load_config, load_tokenizer
 from ..tuner import MoeDeltaConfig
 from ..tuner.growing import foreseen_growth
 from .fields import Training
-from .foresight import Found, check_amount, expansion_bytes, look_at_documents, memory_here
+from .foresight import Found, check_amount, check_memory, look_at_documents
 from .growing import base_of, review_shares
 from .growth import CLOSEST, Growth
 from .preview import table
@@ -72,14 +72,9 @@ def look_ahead_of_growth(growth: Growth) -> GrowthOutlook:
     grown, _ = foreseen_growth(adapter, new, growth.experts, start_from)
     _look_at_text(growth, base, new, grown, found)
     job = _expansion(growth, base, grown)
-    memory = 0, memory_here()
+    trains = "review" if growth.expand is None and growth.review is not None else "expand"
     with found.of():
-        memory = expansion_bytes(measure(job)), memory_here()
-        if memory[0] > memory[1]:
-            raise RecipeError(
-                f"expand: its training takes {size_text(memory[0])} of memory, and there are {size_text(memory[1])}. "
-                "Lower expand.batch_size or expand.sequence_length, or take another machine."
-            )
+        memory = check_memory({trains: measure(job).total}, "or take another machine")
     found.refuse()
     return GrowthOutlook(growth, new, job, memory, found.doubts)
 

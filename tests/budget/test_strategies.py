@@ -23,8 +23,10 @@ def test_copies_add_buckets_and_shards_add_what_is_whole_at_a_time():
     one, copies, shards = budget.strategies[:3]
     measured = budget.measured
     assert (one.engine, copies.engine, shards.engine) == ("one GPU", "DDP", "FSDP2 or ZeRO-3")
-    assert one.total == (
-        measured.base + measured.experts + measured.gradients + measured.optimizer + measured.activations
+    assert (
+        one.total
+        == measured.total
+        == (measured.base + measured.experts + measured.gradients + measured.optimizer + measured.activations)
     )
     assert copies.total == one.total + measured.gradients
     assert shards.buffers == measured.outside + 2 * measured.layer + measured.layer_gradients
