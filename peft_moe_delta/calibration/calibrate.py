@@ -46,8 +46,8 @@ from .conversations import made_up_conversations, turn_of_user
 from .report import CHAT, TEXT, Calibration
 from .trials import Routers, Source, Tried, router_parameters, try_out
 
-WEIGHTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""What is tried as the weight of original tokens."""
+WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0)
+"""What is tried first as the weight of original tokens; then come half and double the best one."""
 
 
 def calibrate_routers(
@@ -76,7 +76,7 @@ def calibrate_routers(
         tokenizer: the post-trained model's; None loads the one beside it.
         conversations: how many the post-trained model is to make up, or conversations with the chat template applied,
             your own or of `made_up_conversations`; `[]` for none, which leaves chat to chance.
-        weights: of an error on an original token, to choose from.
+        weights: of an error on an original token, to choose from; half and double the best one are tried as well.
         steps: of the review; 0 leaves it out.
         learning_rate: of the review.
         held_out: share of each source that is held back to choose by.
@@ -108,31 +108,52 @@ def calibrate_routers(
         conversations = made_up_conversations(model, tokenizer, conversations, **options) if conversations else []
     sources = _sources(tuner, texts_by_language, conversations, tokenizer, held_out, max_length, seed)
 
-    candidates = [Routers.of(tuner, "before", 1.0)]
+    before = Routers.of(tuner, "before", 1.0)
     groups = list(tuner.active_config.language_table.groups)
     tuner.start_review(language_prior_coef=1.0, language_prior_groups=groups, train_earlier_rows=True)
+
+    def look(routers: list[Routers]) -> list[Tried]:
+        return try_out(tuner, sources, routers, batch_size, progress) if routers else []
+
+    earlier, *closed = _closed_forms(model, sources, before, weights, batch_size, look)
+    best = min(closed, key=_cost)
+    candidates = [earlier, *closed]
+    if steps:
+        best.routers.fill(tuner)
+        _review(tuner, sources, best.routers.weight, steps, learning_rate, batch_size, seed)
+        candidates += look([Routers.of(tuner, "review", best.routers.weight)])
+    kept = min(candidates, key=_cost)
+    kept.routers.fill(tuner)
+    curve = tuple(sorted((one.trial for one in closed), key=lambda trial: trial.weight))
+    found = Calibration(
+        kept.routers.name, best.routers.weight, curve, earlier.rows, kept.rows, len(conversations), steps
+    )
+    _note(tuner, found)
+    return found
+
+
+def _closed_forms(
+    model: PeftModel,
+    sources: Sequence[Source],
+    before: Routers,
+    weights: Sequence[float],
+    batch_size: int,
+    look: Callable[[list[Routers]], list[Tried]],
+) -> list[Tried]:
+    """The routers that there were, and the closed form under every weight, and under half and double the best one."""
+    tuner = cast("MoeDeltaModel", model.base_model)
     original, others = (
         statistics_of(model, [(s.language, s.fitted) for s in sources if s.original is side], batch_size)
         for side in (True, False)
     )
-    for weight in weights:
+
+    def closed_form(weight: float) -> Routers:
         set_routers(model, original, others, weight)
-        candidates.append(Routers.of(tuner, "closed form", weight))
-    before, *closed = tried = try_out(tuner, sources, candidates, batch_size, progress)
-    best = min(closed, key=_cost)
-    if steps:
-        best.routers.fill(tuner)
-        _review(tuner, sources, best.routers.weight, steps, learning_rate, batch_size, seed)
-        reviewed = Routers.of(tuner, "review", best.routers.weight)
-        tried += try_out(tuner, sources, [reviewed], batch_size, progress)
-    kept = min(tried, key=_cost)
-    kept.routers.fill(tuner)
-    curve = tuple(one.trial for one in closed)
-    found = Calibration(
-        kept.routers.name, best.routers.weight, curve, before.rows, kept.rows, len(conversations), steps
-    )
-    _note(tuner, found)
-    return found
+        return Routers.of(tuner, "closed form", weight)
+
+    found = look([before, *map(closed_form, weights)])
+    best = min(found[1:], key=_cost).routers.weight
+    return found + look([closed_form(weight) for weight in (best / 2, best * 2) if weight not in weights])
 
 
 def _cost(tried: Tried) -> float:
