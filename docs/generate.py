@@ -68,10 +68,11 @@ the steps before it. Where one of these changes, the steps that read it run agai
 which and why. How often a training is saved is not among them.
 
 - **Ctrl-C** ends a run with one line. A training first finishes the step it is in and saves a checkpoint, hidden beside
-  the step's place (`.expanded.checkpoints`). The same command goes on from there, and its result is the same, byte for
-  byte, as without the interruption, as far as the machine computes the same twice. Only times, speeds and memory are
-  its own: in `step.json`, in the last line of `log.json`, and in the report. A second Ctrl-C ends at once, without a
-  checkpoint.
+  the step's place (`.expanded.checkpoints`). SIGTERM does the same to a training: `kill` sends it, and so do schedulers
+  such as Slurm, which must leave time for a step and a checkpoint before they send SIGKILL. The same command goes on
+  from there, and its result is the same, byte for byte, as without the interruption, as far as the machine computes the
+  same twice. Only times, speeds and memory are its own: in `step.json`, in the last line of `log.json`, and in the
+  report. A second signal ends the run at once, without a checkpoint.
 - A checkpoint belongs to one training. When the recipe, a model or text has changed for it, the training begins anew
   and says why. Checkpoints are removed when the training is finished.
 - Against crashes, `trainer: {{save_steps: 500}}` saves every 500 steps as well, and keeps the last one.

@@ -25,10 +25,10 @@ from .routing.context import THRESHOLD, recognise, token_scores
 from .tuner import MoeDeltaTuner
 from .tuner.identifier import Identifiers, columns_of, fitted_of
 
-MEMORIES = (16, 32, 64)
-"""Tokens. In 16 to 64 tokens a language is plain, and text that changes its language is followed soon."""
+MEMORIES = (32, 64, 128)
+"""Tokens. A longer memory gets over more names and code, a shorter one follows a change of language a little sooner."""
 
-USUAL_MEMORY = 32
+USUAL_MEMORY = 64
 """Where no text is held out to choose by."""
 
 ORIGINAL_WEIGHT = 4.0
@@ -89,8 +89,8 @@ def fit_identifier(
         texts_by_language: language code -> documents, streamed, of the kind that the model will see. Every language
             with experts needs some, here or in an earlier fit; and one of the original languages, if there are any.
         tokenizer: None loads the one beside the base model.
-        memory: tokens to remember; None for the one of 16, 32 and 64 that errs least on every tenth document, held out,
-            and for the one in force where some languages keep their counts.
+        memory: tokens to remember; None for the one of 32, 64 and 128 that errs least on every tenth document, held
+            out, and for the one in force where some languages keep their counts.
 
     Returns:
         What is recognised of the held-out documents. Its doubts go into the adapter's record, and so into the report of

@@ -110,6 +110,14 @@ def bytes_of(size: int | str) -> int:
     return int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
 
 
+def size_text(size: float) -> str:
+    """5,000,000,000 -> `"5.0 GB"`; MB and kB for what is smaller."""
+    for unit, one in (("GB", 1e9), ("MB", 1e6)):
+        if size >= one:
+            return f"{size / one:,.1f} {unit}"
+    return f"{size / 1e3:,.1f} kB"
+
+
 def _read_section(kind: Any, data: Any, where: str) -> Any:
     """A dataclass from a mapping with its fields."""
     if not isinstance(data, Mapping):

@@ -99,8 +99,11 @@ def test_what_is_no_better_on_held_out_text_is_not_kept():
 
 @pytest.mark.filterwarnings("ignore:Grafting looks doubtful")
 def test_the_weight_moves_tokens_to_expert_0():
-    curve = calibrate(planted(), weights=(1e-3, 1.0, 1e3), steps=0).curve
-    assert [trial.weight for trial in curve] == [1e-3, 1.0, 1e3]
+    found = calibrate(planted(), weights=(1e-3, 1.0, 1e3), steps=0)
+    curve, tried = found.curve, [trial.weight for trial in found.curve]
+    assert tried == sorted(tried) and {1e-3, 1.0, 1e3} < set(tried)
+    best = min((trial for trial in curve if trial.weight in (1e-3, 1.0, 1e3)), key=lambda trial: trial.cost).weight
+    assert set(tried) - {1e-3, 1.0, 1e3} == {best / 2, best * 2}
     rights = [trial.original_right for trial in curve]
     assert rights == sorted(rights)
     assert [trial.new_right for trial in curve] == sorted((trial.new_right for trial in curve), reverse=True)

@@ -60,6 +60,9 @@ def test_pages_made_from_the_code_are_current():
 def test_the_recipe_of_the_quickstart_is_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text(snippets("docs/quickstart.md", "yaml")[0], encoding="utf-8")
     assert read_recipe(tmp_path / "recipe.yaml").expanded_languages == ["hu"]
+    changes = re.findall(r"--set (\S+)", (ROOT / "docs/quickstart.md").read_text(encoding="utf-8"))
+    tried = read_recipe(tmp_path / "recipe.yaml", changes=changes)
+    assert (tried.output, tried.expand.steps, tried.limits.test_documents) == ("try", 6, 8)
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")

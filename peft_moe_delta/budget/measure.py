@@ -95,6 +95,11 @@ class Measured:
     linear_bytes: int
     flops: int
 
+    @property
+    def total(self) -> int:
+        """All that a process holds, as it is while gradients of several passes add up."""
+        return self.base + self.experts + self.gradients + self.optimizer + self.activations
+
 
 def measure(job: Job) -> Measured:
     """What a training takes.

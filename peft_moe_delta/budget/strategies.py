@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..kinds import size_text
 from .measure import Job, Measured, measure
 
 RANK = 16
@@ -193,10 +194,10 @@ def _advice(job: Job, one: Measured, memory: int) -> Iterator[str]:
     if not job.checkpointing:
         less = measure(replace(job, checkpointing=True)).activations
         yield (
-            f"activation checkpointing (--checkpointing) brings activations from {one.activations / 1e9:,.1f} to "
-            f"{less / 1e9:,.1f} GB"
+            f"activation checkpointing (--checkpointing) brings activations from {size_text(one.activations)} to "
+            f"{size_text(less)}"
         )
-    shared = one.base + one.experts + one.gradients + one.optimizer
+    shared = one.total - one.activations
     room = SHARE * memory - one.activations - _gathered(one)
     if room > 0:
         yield f"{SHARDED} has room for it on {math.ceil(shared / room)} GPUs of this size"
@@ -204,7 +205,7 @@ def _advice(job: Job, one: Measured, memory: int) -> Iterator[str]:
     length = job.sequence_length if job.batch_size > 1 else max(2, job.sequence_length // 2)
     less = measure(replace(job, batch_size=1, sequence_length=length)).activations
     yield (
-        f"a pass of 1 x {length:,} tokens has {less / 1e9:,.1f} GB of activations, and a step may be several passes "
+        f"a pass of 1 x {length:,} tokens has {size_text(less)} of activations, and a step may be several passes "
         "whose gradients add up"
     )
     if job.autocast and not job.experts_as_base:

@@ -19,55 +19,35 @@ the share of answers that are lost. (A source is a language's text, or the conve
 predictions move from the post-trained model's own (Kullback-Leibler), and not its loss: a model that was tuned far from
 raw text predicts it better with experts it should not have used. Text of a new language costs what it is predicted
 worse. An answer, which was written greedily, is lost where one of its tokens would no longer be written.
-
-Shape legend: T tokens, E experts.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from statistics import fmean
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from ..documents import each_document
 from ..errors import DataError, LanguageError
-from ..evaluation.forward import batches_by_length, evaluating
 from ..languages import ORIGINAL_GROUP
 from ..loading import tokenizer_of
 from ..mixing.routers import check_groups, set_routers, statistics_of
 from ..mixing.statistics import RouterStatistics
 from ..model import MoeDeltaModel
 from ..padding import beginning_of_prompt, padded
-from ..routing import routing_named
 from ..tuner.processes import check_whole
-from ..tuner.recording import recording
 from .conversations import made_up_conversations, turn_of_user
-from .report import CHAT, TEXT, Calibration, Routed, Trial
+from .report import CHAT, TEXT, Calibration
+from .trials import Routers, Source, Tried, router_parameters, try_out
 
-WEIGHTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-"""What is tried as the weight of original tokens."""
-
-Rows = Sequence[Sequence[int]]
-
-
-@dataclass(frozen=True)
-class _Source:
-    language: str
-    kind: str
-    original: bool
-    fitted: Rows
-    held_out: Sequence[tuple[Sequence[int], int]]
-    """Rows, and where in each the answer begins."""
-    begun: int
-    """Tokens that a row begins with and that are none of its own."""
+WEIGHTS = (0.25, 1.0, 4.0, 16.0, 64.0)
+"""What is tried first as the weight of original tokens; then come half and double the best one."""
 
 
 def calibrate_routers(
@@ -96,14 +76,14 @@ def calibrate_routers(
         tokenizer: the post-trained model's; None loads the one beside it.
         conversations: how many the post-trained model is to make up, or conversations with the chat template applied,
             your own or of `made_up_conversations`; `[]` for none, which leaves chat to chance.
-        weights: of an error on an original token, to choose from.
+        weights: of an error on an original token, to choose from; half and double the best one are tried as well.
         steps: of the review; 0 leaves it out.
         learning_rate: of the review.
         held_out: share of each source that is held back to choose by.
         max_length: tokens of a document that are used.
         batch_size: documents in one pass.
         seed: of all that is drawn.
-        progress: wraps the list of what is tried, and those of conversations' batches, e.g. `tqdm.tqdm`.
+        progress: wraps lists of batches, those of conversations and those of held-out text, e.g. `tqdm.tqdm`.
 
     Raises:
         LanguageError: an unknown language, a group without text, or conversations where no language is original.
@@ -128,56 +108,56 @@ def calibrate_routers(
         conversations = made_up_conversations(model, tokenizer, conversations, **options) if conversations else []
     sources = _sources(tuner, texts_by_language, conversations, tokenizer, held_out, max_length, seed)
 
-    def look(name: str, weight: float) -> _Candidate:
-        rows = tuple(_routed(tuner, source, batch_size) for source in sources)
-        return _Candidate(name, weight, rows, [parameter.detach().clone() for parameter in _routers(tuner)])
-
-    candidates = [look("before", 1.0)]
+    before = Routers.of(tuner, "before", 1.0)
     groups = list(tuner.active_config.language_table.groups)
     tuner.start_review(language_prior_coef=1.0, language_prior_groups=groups, train_earlier_rows=True)
-    original, others = (
-        statistics_of(model, [(s.language, s.fitted) for s in sources if s.original is side], batch_size)
-        for side in (True, False)
-    )
-    for weight in progress(list(weights)) if progress else weights:
-        set_routers(model, original, others, weight)
-        candidates.append(look("closed form", weight))
-    curve = tuple(candidate.trial for candidate in candidates[1:])
-    best = min(candidates[1:], key=lambda candidate: candidate.trial.cost)
+
+    def look(routers: list[Routers]) -> list[Tried]:
+        return try_out(tuner, sources, routers, batch_size, progress) if routers else []
+
+    earlier, *closed = _closed_forms(model, sources, before, weights, batch_size, look)
+    best = min(closed, key=_cost)
+    candidates = [earlier, *closed]
     if steps:
-        best.fill(tuner)
-        _review(tuner, sources, best.weight, steps, learning_rate, batch_size, seed)
-        candidates.append(look("review", best.weight))
-    kept = min(candidates, key=lambda candidate: candidate.trial.cost)
-    kept.fill(tuner)
-    found = Calibration(kept.name, best.weight, curve, candidates[0].rows, kept.rows, len(conversations), steps)
+        best.routers.fill(tuner)
+        _review(tuner, sources, best.routers.weight, steps, learning_rate, batch_size, seed)
+        candidates += look([Routers.of(tuner, "review", best.routers.weight)])
+    kept = min(candidates, key=_cost)
+    kept.routers.fill(tuner)
+    curve = tuple(sorted((one.trial for one in closed), key=lambda trial: trial.weight))
+    found = Calibration(
+        kept.routers.name, best.routers.weight, curve, earlier.rows, kept.rows, len(conversations), steps
+    )
     _note(tuner, found)
     return found
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """Routers that were tried, and how text fared under them."""
+def _closed_forms(
+    model: PeftModel,
+    sources: Sequence[Source],
+    before: Routers,
+    weights: Sequence[float],
+    batch_size: int,
+    look: Callable[[list[Routers]], list[Tried]],
+) -> list[Tried]:
+    """The routers that there were, and the closed form under every weight, and under half and double the best one."""
+    tuner = cast("MoeDeltaModel", model.base_model)
+    original, others = (
+        statistics_of(model, [(s.language, s.fitted) for s in sources if s.original is side], batch_size)
+        for side in (True, False)
+    )
 
-    name: str
-    weight: float
-    rows: tuple[Routed, ...]
-    weights: list[Tensor]
+    def closed_form(weight: float) -> Routers:
+        set_routers(model, original, others, weight)
+        return Routers.of(tuner, "closed form", weight)
 
-    @property
-    def trial(self) -> Trial:
-        """In five numbers; a side without sources costs nothing."""
-        sides = [[row for row in self.rows if row.original is original] for original in (True, False)]
-        right = [fmean(row.right for row in side) if side else 1.0 for side in sides]
-        cost = [fmean(row.cost for row in side) if side else 0.0 for side in sides]
-        answers = min(row.answers for row in self.rows)
-        return Trial(self.weight, right[0], right[1], cost[0], cost[1], answers)
+    found = look([before, *map(closed_form, weights)])
+    best = min(found[1:], key=_cost).routers.weight
+    return found + look([closed_form(weight) for weight in (best / 2, best * 2) if weight not in weights])
 
-    @torch.no_grad()
-    def fill(self, tuner: MoeDeltaModel) -> None:
-        """Give the model these routers."""
-        for parameter, weight in zip(_routers(tuner), self.weights, strict=True):
-            parameter.copy_(weight)
+
+def _cost(tried: Tried) -> float:
+    return tried.trial.cost
 
 
 def _note(tuner: MoeDeltaModel, found: Calibration) -> None:
@@ -196,7 +176,7 @@ def _sources(
     held_out: float,
     max_length: int,
     seed: int,
-) -> list[_Source]:
+) -> list[Source]:
     """Every language's text, and the conversations, as rows of ids; a share of each is held back."""
     check_groups(tuner, texts, RouterStatistics())
     table = tuner.active_config.language_table
@@ -230,7 +210,7 @@ def _sources(
         random.Random(seed).shuffle(rows)
         back = min(max(1, round(held_out * len(rows))), len(rows) - 1)
         fitted = [row for row, _ in rows[back:]]
-        sources.append(_Source(code, kind, group == ORIGINAL_GROUP, fitted, rows[:back], len(bos)))
+        sources.append(Source(code, kind, group == ORIGINAL_GROUP, fitted, rows[:back], len(bos)))
     return sources
 
 
@@ -242,69 +222,9 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> str:
         return ""
 
 
-def _routers(tuner: MoeDeltaModel) -> Iterator[torch.nn.Parameter]:
-    """What is calibrated."""
-    for _, _, layer in tuner.expert_layers():
-        yield from layer.router(tuner.active_adapters[0]).parameters()
-        gate = layer.classifier(tuner.active_adapters[0])
-        yield from () if gate is None else gate.parameters()
-
-
-def _routed(tuner: MoeDeltaModel, source: _Source, batch_size: int) -> Routed:
-    """A source's held-out rows under the routers there are, beside routing by language."""
-    adapter, table = tuner.active_adapters[0], tuner.active_config.language_table
-    group, rule = table.group_of[table.id_of(source.language)], routing_named("language")
-    counts = {index: layer.settings[adapter].counts for index, layer in tuner.layers().items()}
-    own = {index: torch.tensor(rule.allowed_experts(count)[group]) for index, count in counts.items()}
-    rows, right, sums, targets = source.held_out, list[Tensor](), torch.zeros(4, dtype=torch.float64), 0
-    with evaluating(tuner.model):
-        for batch in batches_by_length([len(row) for row, _ in rows], batch_size):
-            ids, mask = padded([rows[index][0] for index in batch])
-            with tuner.in_routing("language"):
-                told = _logits(tuner, ids, mask, source.language)
-            with recording(tuner.model) as recorded:
-                free = _logits(tuner, ids, mask, source.language)
-            chosen = {index: passes[0].indices_TK[:, 0].cpu() for index, passes in recorded.items()}
-            mask[:, : source.begun] = 0
-            right += [own[index][first_T][mask.view(-1).bool()] for index, first_T in chosen.items()]
-            for free_SV, told_SV, index in zip(free, told, batch, strict=True):  # a batch in fp32 is large
-                sums += _compared(free_SV, told_SV, *rows[index])
-                targets += len(rows[index][0]) - 1
-    loss, alone, divergence = (sums[:3] / max(targets, 1)).tolist()
-    return Routed(
-        language=source.language,
-        kind=source.kind,
-        original=source.original,
-        right=torch.cat(right).double().mean().item(),
-        loss=loss,
-        told=alone,
-        divergence=divergence,
-        answers=sums[3].item() / len(rows),
-    )
-
-
-def _logits(tuner: MoeDeltaModel, ids: Tensor, mask: Tensor, language: str) -> Tensor:
-    model: Any = tuner.model
-    ids, mask = ids.to(model.device), mask.to(model.device)
-    logits: Tensor = model(input_ids=ids, attention_mask=mask, language=language, use_cache=False).logits
-    return logits
-
-
-def _compared(free_SV: Tensor, told_SV: Tensor, row: Sequence[int], answer: int) -> Tensor:
-    """Of one row, summed over its tokens: loss, loss under routing by language, divergence of the former from that; and
-    1 where its answer stays as it is, as far as it was written greedily."""
-    free_SV, told_SV = (logits[: len(row) - 1].float().log_softmax(-1) for logits in (free_SV, told_SV))
-    targets_S = torch.tensor(row[1:], device=free_SV.device)
-    losses = [F.nll_loss(log_probabilities, targets_S, reduction="sum") for log_probabilities in (free_SV, told_SV)]
-    divergence = F.kl_div(free_SV, told_SV, log_target=True, reduction="sum")
-    lost_S = (told_SV.argmax(-1) == targets_S) & (free_SV.argmax(-1) != targets_S)
-    stays = ~lost_S[max(answer - 1, 0) :].any()
-    return torch.stack([*losses, divergence, stays.to(divergence)]).double().cpu()
-
-
 def _review(
     tuner: MoeDeltaModel,
-    sources: Sequence[_Source],
+    sources: Sequence[Source],
     weight: float,
     steps: int,
     learning_rate: float,
@@ -317,7 +237,7 @@ def _review(
     """
     model, drawn = tuner.model, random.Random(seed)
     training = [module for module in model.modules() if not module.training]
-    parameters = [parameter for parameter in _routers(tuner) if parameter.requires_grad]
+    parameters = [parameter for parameter in router_parameters(tuner) if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     chances = [(weight if s.original else 1.0) / fmean(len(row) for row in s.fitted) for s in sources]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import beside, whole_file, writing
+from ..kinds import size_text
 from .header import unique_json
 from .manifest import file_sha256
 
@@ -159,7 +160,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointError(
-            f"The output needs {needed / 1e9:,.2f} GB, and the disk of {folder} has {free / 1e9:,.2f} GB free. Make "
+            f"The output needs {size_text(needed)}, and the disk of {folder} has {size_text(free)} free. Make "
             "room, or choose an output folder on another disk."
         )
 

@@ -6,7 +6,7 @@
 | 2 | the command line, a recipe or another file of settings cannot be read |
 | 3 | a file, a model or the Hub: missing, damaged, not to be written, out of reach |
 | 4 | out of memory |
-| 130 | interrupted, by Ctrl-C |
+| 130 | interrupted, by Ctrl-C, or by SIGTERM while a recipe trains |
 """
 
 from __future__ import annotations

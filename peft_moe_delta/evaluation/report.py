@@ -26,6 +26,8 @@ FILE = "report.json"
 TEXT = "held-out text"
 """The task that bits per byte is measured on."""
 
+_MODELS_SHOWN, _SCORES_SHOWN = 4, 4  # in a notebook
+
 Status = Literal["original", "expanded", "unseen"]
 """Whether the base model spoke a language, experts were trained on it, or neither."""
 
@@ -252,6 +254,16 @@ class EvalReport:
     warnings: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """The first scores of the first models, those that the report is about before the others."""
+        shown, columns = self.own_first(), self.columns()
+        lines = [f"EvalReport(models={len(shown)}, scores={len(self.scores)}, warnings={len(self.warnings)})"]
+        for model in shown[:_MODELS_SHOWN]:
+            scores = [(column, self.score(model.name, column)) for column in columns[:_SCORES_SHOWN]]
+            told = ", ".join(f"{heading(column)} {score.value:.3f}" for column, score in scores if score is not None)
+            lines.append(f"{model.name}: {told or 'no scores'}{', ...' if len(columns) > _SCORES_SHOWN else ''}")
+        return "\n  ".join([*lines, *(["..."] if len(shown) > _MODELS_SHOWN else [])])
 
     def subjects(self) -> list[str]:
         """The models that the report is about, the first one first."""

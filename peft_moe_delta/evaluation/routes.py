@@ -118,21 +118,28 @@ def route_drift(
 
 
 def drift_doubts(rows: Iterable[Agreement], statuses: Mapping[str, Status]) -> list[str]:
-    """Where routes drift so far that what the experts learnt may not be reached, and what to do about it."""
-    found = []
+    """Where routes drift so far that what the experts learnt may not be reached, and what to do about it: one sentence
+    for two models, which names the languages."""
+    drifted: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        agree, of = fmean(row.shares), f"{row.language!r} tokens ({row.kind})"
-        original, strays = status_of_row(row, statuses) == "original", row.off - row.reference_off
-        # Where original tokens are on expert 0, the post-trained model itself runs, wherever they were before.
-        moved = agree < AGREE and not (original and row.off <= STRAY)
-        if moved or (original and strays > STRAY):
-            found.append(
-                f"Routes drift: {agree:.0%} of {of} go to the same experts in {row.model!r} as in {row.reference!r}, "
-                f"and {row.off:.0%} instead of {row.reference_off:.0%} leave expert 0. What the experts learnt may not "
-                "be reached: calibrate the routers on the grafted model (calibrate_routers), or route by language or "
-                "by context."
+        if _drifts(row, statuses):
+            drifted.setdefault((row.reference, row.model), []).append(
+                f"{fmean(row.shares):.0%} of {row.language!r} tokens ({row.kind}) keep their experts and {row.off:.0%} "
+                f"instead of {row.reference_off:.0%} leave expert 0"
             )
-    return found
+    return [
+        f"Routes drift: from {reference!r} to {model!r} {'; '.join(found)}. What the experts learnt may not be "
+        "reached: calibrate the routers on the grafted model (calibrate_routers), or route by language or by context."
+        for (reference, model), found in drifted.items()
+    ]
+
+
+def _drifts(row: Agreement, statuses: Mapping[str, Status]) -> bool:
+    """Whether a language's routes moved. Where original tokens are on expert 0, the post-trained model itself runs,
+    wherever they were before."""
+    original = status_of_row(row, statuses) == "original"
+    moved = fmean(row.shares) < AGREE and not (original and row.off <= STRAY)
+    return moved or (original and row.off - row.reference_off > STRAY)
 
 
 def status_of_row(row: Agreement, statuses: Mapping[str, Status]) -> Status | None:

@@ -30,7 +30,7 @@ from ..architectures import attention_module_name, mlp_module_name
 from ..attention import Borrowed, OwnSlot, SharedKeyValues, cache_slots
 from ..engines import REMOTE_CODE
 from ..routing import LanguageRouting, Routes, choose_experts, classifier_logits, recognised, router_logits
-from ..routing.context import PassTokens, TokenMemory, recognise
+from ..routing.context import EvidenceSteps, PassTokens, TokenMemory, recognise
 from .layout import Layout, add_legacy_rope
 from .weights import UpcycledWeights
 
@@ -38,7 +38,7 @@ MODULE = "modeling_moe_delta"
 _TEMPLATE = Path(__file__).with_name(f"{MODULE}.py")
 _ATTENTION_TEMPLATE = Path(__file__).with_name("modeling_attention.py")
 _CONTEXT_TEMPLATE = Path(__file__).with_name("modeling_context.py")
-_CONTEXT = (recognise, TokenMemory, PassTokens)
+_CONTEXT = (EvidenceSteps, recognise, TokenMemory, PassTokens)
 _IMPORT = re.compile(r"from \.\.routing import .*\n")
 _IMPORTED = {
     "import inspect\n": "from dataclasses import dataclass\n",

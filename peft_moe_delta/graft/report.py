@@ -6,6 +6,7 @@ In: the norms of deltas and weights; a graft. Out: frozen rows that `dataclasses
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -123,3 +124,18 @@ class GraftReport:
     first_new_token_id: int | None = None
     warnings: tuple[str, ...] = ()
     calibration: Mapping[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """What came out, why, how exactly, and the first reason for doubt."""
+        scales = f"scale={reprlib.repr(self.scale)}, expert_scale={reprlib.repr(self.expert_scale)}"
+        lines = [f"GraftReport of {self.post_trained} as {self.layout or 'an adapter'}, {scales}"]
+        if self.choice is not None:
+            lines.append(self.choice)
+        if self.max_logit_difference is not None:
+            lines.append(f"largest logit difference to the adapter: {self.max_logit_difference:.1g}")
+        if self.route_agreement is not None:
+            lines.append(f"routes that agree with the adapter's: {self.route_agreement:.1%}")
+        if self.warnings:
+            more = f" ({len(self.warnings) - 1} more in .warnings)" if len(self.warnings) > 1 else ""
+            lines.append(f"doubtful: {self.warnings[0]}{more}")
+        return "\n  ".join(lines)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import ceil
@@ -28,6 +28,7 @@ from ..checkpoint import CheckpointReader
 from ..errors import PeftMoeDeltaError, RecipeError
 from ..evaluation.figures import check_installed
 from ..evaluation.identification import wrong_language_or_script
+from ..kinds import size_text
 from ..languages import read_code
 from ..loading import load_config, load_tokenizer
 from ..sources import TaskSource, TextSource, each_text, files_of, is_on_hub, read_tasks, read_texts, source_of
@@ -71,7 +72,7 @@ class Outlook:
             lines.append(f"The result: {self.form}, in {self.recipe.output}/grafted.")
             if self.recipe.graft.by_context:
                 lines.append(f"The same model routed by context, as remote code, in {self.recipe.output}/{BY_CONTEXT}.")
-        (needed, there), (written, free) = ([f"{size / 1e9:,.1f} GB" for size in p] for p in (self.memory, self.disk))
+        (needed, there), (written, free) = (map(size_text, pair) for pair in (self.memory, self.disk))
         lines.append(f"Training takes about {needed} of memory; there are {there}.")
         lines.append(f"The steps that run write about {written}; {free} are free.")
         return "\n".join([*lines, *(f"Doubtful: {doubt}" for doubt in self.doubts), "Nothing was run."])
@@ -127,11 +128,10 @@ def look_ahead(recipe: Recipe, *, whole: bool) -> Outlook:
             form = checks.check_graft(recipe).target
         _look_at_the_end(recipe, found)
     with found.of():
-        memory = _look_at_memory(recipe)
+        measured, memory = _look_at_memory(recipe)
     found.refuse()
     steps = seen_steps(recipe, whole=whole)
-    disk = _look_at_disk(recipe, steps, memory[0])
-    return Outlook(recipe, steps, form, (_training_bytes(recipe, memory[0]), memory[1]), disk, found.doubts)
+    return Outlook(recipe, steps, form, memory, _look_at_disk(recipe, steps, measured), found.doubts)
 
 
 def _look_at_text(recipe: Recipe, found: Found, *, whole: bool) -> None:
@@ -293,34 +293,37 @@ def expansion_of(recipe: Recipe, **changes: Any) -> Job:
     )
 
 
-def _look_at_memory(recipe: Recipe) -> tuple[Measured, int]:
-    """What the expansion takes, and how many bytes there are.
+def _look_at_memory(recipe: Recipe) -> tuple[Measured, tuple[int, int]]:
+    """What the expansion takes; and bytes that trainings take at the most, and that there are.
 
     Raises:
-        RecipeError: a training takes more.
+        RecipeError: as `check_memory`.
     """
-    job = expansion_of(recipe, autocast=settled_precision(recipe.precision) == "bf16")
-    measured, there = measure(job), memory_here()
-    needs = {"expand": expansion_bytes(measured)}
+    measured = measure(expansion_of(recipe, autocast=settled_precision(recipe.precision) == "bf16"))
+    needs = {"expand": measured.total}
     needs |= dict.fromkeys((n for n in ("tune", "dense") if getattr(recipe, n)), _FULL_TRAINING * measured.base)
+    other = "set adapter.expert_rank, or take another machine: `peft-moe-delta plan` says what fits"
+    return measured, check_memory(needs, other)
+
+
+def check_memory(needs: Mapping[str, int], other: str) -> tuple[int, int]:
+    """Bytes that trainings take at the most, and that there are.
+
+    Args:
+        needs: section of a training -> what it takes.
+        other: what to do beside smaller batches, for the error.
+
+    Raises:
+        RecipeError: one takes more than there are.
+    """
+    there = memory_here()
     for name, size in needs.items():
         if size > there:
             raise RecipeError(
-                f"{name}: its training takes {size / 1e9:,.1f} GB of memory, and there are {there / 1e9:,.1f} GB. "
-                f"Lower {name}.batch_size or {name}.sequence_length, set adapter.expert_rank, or take another machine: "
-                "`peft-moe-delta plan` says what fits."
+                f"{name}: its training takes {size_text(size)} of memory, and there are {size_text(there)}. "
+                f"Lower {name}.batch_size or {name}.sequence_length, {other}."
             )
-    return measured, there
-
-
-def expansion_bytes(measured: Measured) -> int:
-    """What a training of experts holds."""
-    return measured.base + measured.experts + measured.gradients + measured.optimizer + measured.activations
-
-
-def _training_bytes(recipe: Recipe, measured: Measured) -> int:
-    full = _FULL_TRAINING * measured.base if recipe.tune or recipe.dense else 0
-    return max(expansion_bytes(measured), full)
+    return max(needs.values()), there
 
 
 def memory_here() -> int:
@@ -357,7 +360,7 @@ def _look_at_disk(recipe: Recipe, steps: list[Seen], measured: Measured) -> tupl
     free = shutil.disk_usage(place).free
     if written > free:
         raise RecipeError(
-            f"output: the steps that run write about {written / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB "
+            f"output: the steps that run write about {size_text(written)}, and {place} has {size_text(free)} "
             "free. Make room, or choose another `output`."
         )
     return written, free

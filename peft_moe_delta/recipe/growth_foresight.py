@@ -11,11 +11,12 @@ from math import ceil
 
 from ..budget import Job, measure
 from ..errors import RecipeError
+from ..kinds import size_text
 from ..loading import load_adapter_config, load_config, load_tokenizer
 from ..tuner import MoeDeltaConfig
 from ..tuner.growing import foreseen_growth
 from .fields import Training
-from .foresight import Found, check_amount, expansion_bytes, look_at_documents, memory_here
+from .foresight import Found, check_amount, check_memory, look_at_documents
 from .growing import base_of, review_shares
 from .growth import CLOSEST, Growth
 from .preview import table
@@ -50,7 +51,7 @@ class GrowthOutlook:
         added = ", ".join(f"{code} ({group})" for code, group in self.new.items()) or "none"
         lines = [f"Languages that are added: {added}.", ""]
         lines += [table(rows) if len(rows) > 1 else "Nothing trains: the new experts stay as they start.", ""]
-        needed, there = (f"{size / 1e9:,.1f} GB" for size in self.memory)
+        needed, there = map(size_text, self.memory)
         lines.append(f"Training takes about {needed} of memory; there are {there}.")
         lines.append(f"The grown adapter: {growth.output}. {growth.adapter} stays as it is.")
         return "\n".join([*lines, *(f"Doubtful: {doubt}" for doubt in self.doubts), "Nothing was run."])
@@ -71,14 +72,9 @@ def look_ahead_of_growth(growth: Growth) -> GrowthOutlook:
     grown, _ = foreseen_growth(adapter, new, growth.experts, start_from)
     _look_at_text(growth, base, new, grown, found)
     job = _expansion(growth, base, grown)
-    memory = 0, memory_here()
+    trains = "review" if growth.expand is None and growth.review is not None else "expand"
     with found.of():
-        memory = expansion_bytes(measure(job)), memory_here()
-        if memory[0] > memory[1]:
-            raise RecipeError(
-                f"expand: its training takes {memory[0] / 1e9:,.1f} GB of memory, and there are {memory[1] / 1e9:,.1f} "
-                "GB. Lower expand.batch_size or expand.sequence_length, or take another machine."
-            )
+        memory = check_memory({trains: measure(job).total}, "or take another machine")
     found.refuse()
     return GrowthOutlook(growth, new, job, memory, found.doubts)
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a model trains: noted, so that the step under way ends and what has been learnt is saved.
+"""Ctrl-C or SIGTERM while a model trains: noted, so that the step under way ends and what has been learnt is saved.
 
 In: a block of work that says from when on it cannot be left at any point. Out: `KeyboardInterrupt` at a point where it
 can.
@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
+
+_USUAL: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+}
+"""What Python starts with."""
 
 
 class Interruption:
-    """Ctrl-C, held back from `hold` to the end of a block, and raised there.
+    """Ctrl-C, or the SIGTERM that schedulers send, held back from `hold` to the end of a block, and raised there.
 
         with Interruption() as interruption:
             load()                     # Ctrl-C ends this at once
             interruption.hold()
             train(interruption)        # and this where it looks at `asked`
 
-    A second Ctrl-C is not held back. Outside of the main thread, which alone gets signals, and where somebody else
-    handles this one, nothing is.
+    A second one is not held back. Outside of the main thread, which alone gets signals, nothing is, and neither is a
+    signal that somebody else handles.
 
     Attributes:
-        asked: whether Ctrl-C was pressed and held back.
+        asked: whether one has come and was held back.
     """
 
     def __init__(self) -> None:
@@ -33,26 +41,33 @@ class Interruption:
         return self
 
     def hold(self) -> None:
-        """From here on Ctrl-C is noted."""
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, self._note)
+        """From here on they are noted."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, usual in _USUAL.items():
+            if signal.getsignal(number) == usual:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Only that: what else is done in here may meet itself half done, such as a line that is being written."""
         self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._release()
+
+    def _release(self) -> None:
+        """Both signals do what they did before."""
+        for number, usual in _USUAL.items():
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, usual)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ctrl-C as before; an error after it is taken to be its consequence, as it ends worker processes too.
+        """Signals as before; an error after one is taken to be its consequence, as it ends worker processes too.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C was held back.
+            KeyboardInterrupt: a signal was held back.
         """
-        if signal.getsignal(signal.SIGINT) == self._note:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._release()
         if self.asked and error is None:
             raise KeyboardInterrupt
         if self.asked and isinstance(error, Exception):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import PeftMoeDeltaError
+from ..kinds import size_text
 from .fields import Recipe, Training
 from .run import Run
 from .unfinished import Checkpoint, Checkpoints
@@ -130,12 +132,22 @@ def trainings(recipe: Recipe) -> dict[str, Training]:
 
 
 def status(recipe: Recipe) -> str:
-    """A table of the steps: how old and how large each is, and what the next run would do with it."""
-    rows = [
-        (s.name, s.age, "" if s.size is None else f"{s.size / 1e9:,.3f}", s.state)
-        for s in seen_steps(recipe, whole=True)
-    ]
-    return table([("step", "made", "GB", "the next run"), *rows])
+    """A table of the steps: how old and how large each is, and what the next run would do with it. Where a run would
+    not come to its end, the steps up to there, the adapter's in any case, and why.
+
+    Raises:
+        PeftMoeDeltaError: not even the adapter's steps can be looked at.
+    """
+    preview = Preview(recipe.output)
+    run = Run(recipe, preview)
+    why_not: list[str] = []
+    try:
+        run.measured()
+    except PeftMoeDeltaError as error:
+        run.adapter()  # a recipe may be there to train alone
+        why_not = ["", f"`run` would not get further: {error}"]
+    rows = [(s.name, s.age, "" if s.size is None else size_text(s.size), s.state) for s in preview.seen]
+    return "\n".join([table([("step", "made", "size", "the next run"), *rows]), *why_not])
 
 
 def table(rows: Iterable[Sequence[str]]) -> str:

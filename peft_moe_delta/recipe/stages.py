@@ -205,7 +205,7 @@ def train(
     """Train an upcycled model on documents that know their language; the log goes to `folder`.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C has stopped it, and a checkpoint is saved.
+        KeyboardInterrupt: Ctrl-C or SIGTERM has stopped it, and a checkpoint is saved.
     """
     collator = LanguageCollator(tokenizer, model)
     collator.look_through(features)

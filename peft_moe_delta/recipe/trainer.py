@@ -1,5 +1,5 @@
 """Hugging Face's `Trainer` as a step uses it: its arguments, those that a recipe sets and whatever else its `trainer`
-sections say, and what lets it stop at Ctrl-C and end where it would have ended without.
+sections say, and what lets it stop at Ctrl-C or SIGTERM and end where it would have ended without.
 
 In: a training's fields. Out: `TrainingArguments`, or an error that names the field; a `Trainer`.
 """
@@ -152,7 +152,7 @@ class _Losses(TrainerCallback, ExportableState):
 
 
 class StepMonitor(TrainingMonitor):
-    """The monitor, which also stops a training at Ctrl-C: after the step under way, with a checkpoint.
+    """The monitor, which also stops a training at Ctrl-C or SIGTERM: after the step under way, with a checkpoint.
 
     Attributes:
         stopped: whether it has.

@@ -49,7 +49,7 @@ class Checkpoints:
     Attributes:
         name: of its step.
         folder: where Trainer writes them.
-        interruption: Ctrl-C, which makes one; from `begin` on.
+        interruption: Ctrl-C or SIGTERM, which makes one; from `begin` on.
     """
 
     def __init__(self, step: Path, read: Mapping[str, Any], interruption: Interruption | None = None) -> None:
@@ -57,7 +57,7 @@ class Checkpoints:
         Args:
             step: folder of the step's result.
             read: what the step reads, as a flat mapping.
-            interruption: Ctrl-C; None to leave it alone, as where nothing is going to be taken up again.
+            interruption: Ctrl-C and SIGTERM; None to leave them alone, as where nothing is going to be taken up again.
         """
         self.name, self.folder = step.name, step.with_name(f".{step.name}.checkpoints")
         self.interruption, self._holds = interruption or Interruption(), interruption is not None

@@ -103,12 +103,12 @@ class Workspace:
         return step
 
     def training(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path, Checkpoints], None]) -> Step:
-        """As `step`, for `make(folder, checkpoints)` that trains: at Ctrl-C it saves a checkpoint, and the next run
-        goes on from there.
+        """As `step`, for `make(folder, checkpoints)` that trains: at Ctrl-C or SIGTERM it saves a checkpoint, and the
+        next run goes on from there.
 
         Raises:
             RecipeError: as `step`.
-            KeyboardInterrupt: after Ctrl-C, once the checkpoint, or the result, is saved.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once the checkpoint, or the result, is saved.
         """
         with Interruption() as interruption:
             step, read = step_of(self.output / name, inputs)

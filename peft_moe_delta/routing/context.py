@@ -1,9 +1,9 @@
 """Routing by context: as by language, where the text so far says which language it is.
 
 A language is a property of a text, and a token alone says little of it. So evidence is added up over the last tokens of
-the text, for every language that has experts:
+the text, for every language that has experts, between two bounds:
 
-    evidence_l(t) = sum of score_l(x_i) over the last `memory` tokens i <= t,
+    evidence_l(t) = min(30, max(-15, evidence_l(t - 1) + score_l(x_t))),  from 0, over the last `memory` tokens,
     score_l(x) = log p_l(x) - log(sum_o p_o(x) + exp(-H_l - margin)),
 
 where p_l are a language's token frequencies, o runs over the original languages, and H_l is the entropy of l. The last
@@ -11,7 +11,12 @@ term stands for a language that nobody named: text that is less typical of l tha
 taken for l. A token belongs to the language with most evidence, if that is above a threshold, and else to an original
 one, on expert 0. It depends on no weight of the model, so it is the same in every layer, before and after a graft.
 
-Scores and sums are whole numbers, so that one pass, token by token, any batch and any device agree exactly. What is
+The bounds are those of a cumulative sum test (Page 1954). A long text gathers more evidence than it takes to be sure;
+without the upper bound it would take as long to undo it where the language changes, and without the lower one, text of
+another language before would count for as long against the new one. So what is remembered can be long, which a text
+with names and code in it needs, and a change is still followed soon.
+
+Scores and evidence are whole numbers, so that one pass, token by token, any batch and any device agree exactly. What is
 remembered of a text lies in the cache, as one more layer of it.
 
 Shape legend: B batch, S sequence, V vocabulary, L languages, C languages with experts.
@@ -41,8 +46,8 @@ MARGIN = 2.5
 Between 2 and 3, 99 to 100% of the tokens of German, French, Spanish and Turkish stay on expert 0 of an adapter for
 Hungarian and Greek (tests/benchmarks/bench_identifier.py)."""
 
-THRESHOLD = 5 * UNITS
-"""Evidence that a language needs, 5 nats: odds of 148 to 1."""
+THRESHOLD = 3 * UNITS
+"""Evidence that a language needs, 3 nats: odds of 20 to 1."""
 
 
 class ContextRouting(LanguageRouting):
@@ -100,15 +105,62 @@ def recognise(
         ids_BS = torch.cat([earlier_BM.to(ids_BS), ids_BS], dim=1)
     known_BS = (ids_BS >= 0) & (ids_BS < len(scores_VC))
     scores_BSC = scores_VC[ids_BS.clamp(0, len(scores_VC) - 1)].int() * known_BS[..., None]
-    total_BSC = F.pad(scores_BSC.cumsum(1, dtype=torch.int32), (0, 0, 1, 0))  # total[i]: before token i
-    place_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-    first_BS = (place_S + 1 - memory).clamp(min=0).expand_as(ids_BS)
-    if starts_BS is not None:
-        starts_BS = F.pad(starts_BS, (ids_BS.shape[1] - length, 0))
-        first_BS = torch.maximum(first_BS, (place_S * starts_BS).cummax(1).values)
-    forgotten_BSC = total_BSC.gather(1, first_BS[..., None].expand_as(scores_BSC))
-    most_BS, column_BS = (total_BSC[:, 1:] - forgotten_BSC)[:, ids_BS.shape[1] - length :].max(-1)
+    begins_BS1 = None if starts_BS is None else F.pad(starts_BS, (ids_BS.shape[1] - length, 0))[..., None]
+    evidence_BSC = EvidenceSteps.of(scores_BSC, begins_BS1).over_last(memory).from_zero()
+    most_BS, column_BS = evidence_BSC[:, ids_BS.shape[1] - length :].max(-1)
     return (column_BS + 1) * (most_BS > threshold)
+
+
+@dataclass(frozen=True)
+class EvidenceSteps:
+    """For each position, what some tokens up to it do to evidence: x becomes min(high, max(low, x + added)).
+
+    One such step after another is such a step again, so those of many tokens are put together by doubling. All are
+    (B, S, C) int32.
+    """
+
+    added: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, scores_BSC: Tensor, begins_BS1: Tensor | None) -> EvidenceSteps:
+        """Of single tokens; where a document begins, nothing before it counts."""
+        most, least = 30 * 16, -15 * 16  # 30 nats for a language, and 15 against it, in the units of the scores
+        low, high = torch.full_like(scores_BSC, least), torch.full_like(scores_BSC, most)
+        if begins_BS1 is not None:
+            low, high = (torch.where(begins_BS1, scores_BSC, bound) for bound in (low, high))
+        return cls(scores_BSC, low, high)
+
+    def over_last(self, tokens: int) -> EvidenceSteps:
+        """Of that many tokens up to each position, or of as many as there are."""
+        whole, covered, part, size = None, 0, self, 1
+        while True:
+            if tokens & size:
+                whole = part if whole is None else whole.after(part.earlier(covered))
+                covered += size
+            if covered == tokens:
+                assert whole is not None
+                return whole
+            part, size = part.after(part.earlier(size)), 2 * size
+
+    def after(self, first: EvidenceSteps) -> EvidenceSteps:
+        """Both, the other one first."""
+        low, high = (torch.clamp(bound + self.added, self.low, self.high) for bound in (first.low, first.high))
+        return EvidenceSteps(first.added + self.added, low, high)
+
+    def earlier(self, tokens: int) -> EvidenceSteps:
+        """Those of so many positions before; where there are none, what changes nothing."""
+        length, unbounded = self.added.shape[1], 1 << 30
+
+        def moved(part_BSC: Tensor, fill: int) -> Tensor:
+            return F.pad(part_BSC, (0, 0, tokens, 0), value=fill)[:, :length]
+
+        return EvidenceSteps(moved(self.added, 0), moved(self.low, -unbounded), moved(self.high, unbounded))
+
+    def from_zero(self) -> Tensor:
+        """Evidence at each position, (B, S, C)."""
+        return torch.clamp(self.added, self.low, self.high)
 
 
 class TokenMemory(DynamicLayer):

@@ -74,6 +74,7 @@ class MoeDeltaConfig(PeftConfig):
 
     Raises:
         LanguageError: `languages` is empty or malformed, or an unknown group in `language_prior_groups`.
+        TypeError: an unknown field; the message says what is spelt nearly like it.
         PlanError: unknown routing, `top_k` or `expert_rank` below 1, a value of a wrong type, another task.
     """
 

@@ -10,12 +10,12 @@ import functools
 import inspect
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..errors import CheckpointError, PlanError, RecipeError
-from ..kinds import Count, Finite, Index, read_fields
+from ..kinds import Count, Finite, Index, did_you_mean, read_fields
 
 FORMAT = 2
 """The record's own. Format 1 had no section: the same names stood flat among the fields."""
@@ -159,6 +159,7 @@ def with_flat_names(config: type[T]) -> type[T]:
 
     @functools.wraps(fill)
     def init(self: Any, *args: Any, **values: Any) -> None:
+        _check_known(config.__name__, values, [name for name in signature.parameters if name != "self"])
         record = AdapterRecord.of(values)
         fill(self, *args, **{name: v for name, v in values.items() if name not in RECORDED} | {"record": record})
 
@@ -169,6 +170,20 @@ def with_flat_names(config: type[T]) -> type[T]:
     for name in RECORDED:
         setattr(config, name, _moved(name))
     return config
+
+
+def _check_known(config: str, values: Iterable[str], known: Collection[str]) -> None:
+    """Refuse names that are no fields, in Python's words: by them PEFT knows a config of a newer version.
+
+    Raises:
+        TypeError: there are some.
+    """
+    unknown = [name for name in values if name not in known and name not in RECORDED]
+    if unknown:
+        raise TypeError(
+            f"{config} got an unexpected keyword argument {', '.join(map(repr, unknown))}."
+            f"{did_you_mean(unknown, known)} Its fields: {', '.join(known)}."
+        )
 
 
 def _moved(name: str) -> property:

@@ -6,7 +6,8 @@
 2. tokens that are taken for their own language, or left on expert 0, by an adapter for Hungarian and Greek that was
    fitted on the demo's text and reads another domain's: what it knows, and languages that nobody named;
 3. tokens after a change of language until the text is followed;
-4. the same figures without memory, with other memories and margins, and for a rule with an exponential memory;
+4. the same figures without memory, with other memories, thresholds and margins, and for other rules: evidence that
+   is summed up without bounds, and with an exponential memory;
 5. the same figures for what a model's states say in place of token counts: the mean over as many tokens of the
    embeddings, or of what the first layer's MLP reads, by least squares. It has no answer for a language that nobody
    named.
@@ -28,13 +29,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from peft_moe_delta.routing.context import MARGIN, THRESHOLD, recognise, token_scores
+from peft_moe_delta.routing.context import MARGIN, THRESHOLD, UNITS, recognise, token_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ROOT.parent / "shared" / "data" / "libreoffice_help"
 INPUTS = ROOT / "build" / "demo" / "inputs"
 TEN = ("en", "de", "fr", "es", "hu", "tr", "el", "ru", "ja", "zh")
-BYTES, DOCUMENTS, LONGEST, MEMORY = 300_000, 80, 400, 32
+BYTES, DOCUMENTS, LONGEST, MEMORY = 300_000, 80, 400, 64
 FITTED = 100  # documents of a language whose states are looked at
 Ids = list[list[int]]
 
@@ -77,8 +78,16 @@ def scores_for(train: dict[str, Ids], original: tuple[str, ...], vocabulary: int
     return token_scores(counts, [code in original for code in train], margin)
 
 
-def read(ids: list[int], scores: Tensor, memory: int = MEMORY) -> Tensor:
-    return recognise(torch.tensor([ids[:LONGEST]]), scores, memory, THRESHOLD)[0]
+def read(ids: list[int], scores: Tensor, memory: int = MEMORY, threshold: int = THRESHOLD) -> Tensor:
+    return recognise(torch.tensor([ids[:LONGEST]]), scores, memory, threshold)[0]
+
+
+def read_without_bounds(ids: list[int], scores: Tensor, memory: int) -> Tensor:
+    """The sum over the last tokens, for comparison."""
+    total = F.pad(scores[torch.tensor(ids[:LONGEST])].int().cumsum(0), (0, 0, 1, 0))
+    first = (torch.arange(len(total) - 1) + 1 - memory).clamp(min=0)
+    most, column = (total[1:] - total[first]).max(-1)
+    return (column + 1) * (most > 5 * UNITS)
 
 
 def read_with_decay(ids: list[int], scores: Tensor, decay: float) -> Tensor:
@@ -179,8 +188,14 @@ def main() -> None:
     known, test = ["hu", "el"], {code: text.test[code] for code in TEN[:8]}
     scores = scores_for(demo, ("en",), vocabulary)
     line("2. tokens, hu and el known", shares(test, known, lambda ids: read(ids, scores)))
-    for memory in (1, 8, 16, 64):
+    for memory in (1, 16, 32, 128):
         line(f"4. memory {memory}", shares(test, known, lambda ids, memory=memory: read(ids, scores, memory)))
+    for nats in (2, 5):
+        rule = partial(read, scores=scores, threshold=nats * UNITS)
+        line(f"   threshold {nats} nats", shares(test, known, rule))
+    for memory in (32, 64):
+        rule = partial(read_without_bounds, scores=scores, memory=memory)
+        line(f"   without bounds, memory {memory}", shares(test, known, rule))
     for decay in (0.9, 0.95, 0.97):
         line(f"   decay {decay}", shares(test, known, lambda ids, decay=decay: read_with_decay(ids, scores, decay)))
     for margin in (1.0, 2.0, 3.0, 4.0, 99.0):

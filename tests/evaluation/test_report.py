@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,17 @@ def test_saving_and_loading_gives_the_same_report(tmp_path):
     report.save(tmp_path / "new folder")
     assert EvalReport.load(tmp_path / "new folder") == report
     assert EvalReport.load(tmp_path / "new folder/report.json") == report
+
+
+def test_in_a_notebook_it_is_a_few_lines():
+    report = sample_report()
+    first, own, *others = repr(report).splitlines()
+    assert first == "EvalReport(models=3, scores=9, warnings=1)" and str(report) == repr(report)
+    assert own.startswith("  ours: ") and "1.750" in own and own.endswith("0.750")
+    assert len(others) == 2
+    scores = [replace(score, task=f"set {number}") for score in report.scores for number in range(50)]
+    lines = repr(replace(report, models=report.models * 3, scores=scores)).splitlines()
+    assert len(lines) == 6 and max(map(len, lines)) < 200
 
 
 def test_the_file_is_plain_text_that_anyone_can_read(tmp_path):

@@ -1,6 +1,7 @@
 """Deltas between checkpoints: paired by name, read lazily, reported by part, saved and restored."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft_moe_delta.checkpoint import CheckpointReader, write_safetensors
 from peft_moe_delta.errors import CheckpointError, GraftError
 from peft_moe_delta.graft.arithmetic import graft_tensor
 from peft_moe_delta.graft.delta import PostTrainingDelta
+from peft_moe_delta.graft.report import GraftReport
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -128,6 +130,20 @@ def test_a_descendant_is_not_doubtful_and_strangers_and_twins_are(base, post_tra
     assert any("self_attn" in reason for reason in stranger.doubtful)
     twin = PostTrainingDelta.from_checkpoints(weights, weights).report()
     assert twin.doubtful == ("the two checkpoints are equal: there is nothing to graft",)
+
+
+def test_a_report_of_a_graft_is_a_few_lines_in_a_notebook():
+    tokens = tuple(f"token {number}" for number in range(1000))
+    report = GraftReport("post", 1.0, {"uralic": 0.5}, layout="mixtral", choice="mixtral: exact", new_tokens=tokens)
+    report = replace(report, max_logit_difference=1.2e-6, route_agreement=0.987, warnings=("one", "two"))
+    assert repr(report).splitlines() == [
+        "GraftReport of post as mixtral, scale=1.0, expert_scale={'uralic': 0.5}",
+        "  mixtral: exact",
+        "  largest logit difference to the adapter: 1e-06",
+        "  routes that agree with the adapter's: 98.7%",
+        "  doubtful: one (1 more in .warnings)",
+    ]
+    assert repr(GraftReport("post", 1.0, {})) == "GraftReport of post as an adapter, scale=1.0, expert_scale={}"
 
 
 def test_zeros_have_a_ratio():

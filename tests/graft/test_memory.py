@@ -333,6 +333,7 @@ def test_an_unrelated_post_trained_model_is_doubted(tmp_path):
     with pytest.warns(UserWarning, match="doubtful.*mlp"):
         grafted = upcycle(pico()).graft(pico(seed=3))
     assert any(reason.startswith("mlp: the change is") for reason in grafted.graft_report.warnings)
+    assert "\n  doubtful: " in repr(grafted.graft_report)
     grafted.save_pretrained(tmp_path)
     assert "- **Doubtful**: mlp: the change is" in render_card(CardFacts.of(tmp_path, name="x"))
 

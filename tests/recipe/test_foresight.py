@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from builders import perturbed
 from peft_moe_delta.cli import main
+from peft_moe_delta.kinds import size_text
 from peft_moe_delta.recipe import read_recipe
 from peft_moe_delta.recipe.data import Hashes
 from peft_moe_delta.recipe.reader import laid_over, read_change
@@ -152,11 +154,17 @@ def test_a_dry_run_says_what_would_be_done_and_does_nothing(made, tmp_path, caps
     assert printed.count("runs for the first time") == len(names)
     assert "expanded             128 tokens  runs" in printed
     assert f"The result: mixtral, in {tmp_path}/run/grafted." in printed and "run/by_context" in printed
-    assert "GB of memory; there are" in printed and "GB are free." in printed
+    assert re.search(r"takes about [\d.]+ [kM]B of memory; there are .*B\.\n", printed) and "B are free." in printed
     assert "Doubtful: languages.hu.test: " in printed and "look like 'en'. Check the file" in printed
     assert printed.endswith("Nothing was run.\n") and not (tmp_path / "run").exists()
     dry_run(made, tmp_path, command="train")
     assert "grafted" not in capsys.readouterr().out
+
+
+def test_sizes_have_a_unit_that_fits():
+    sizes = (0, 1_234, 2_500_000, 999_000_000, 80e9, 1_234e9)
+    said = ["0.0 kB", "1.2 kB", "2.5 MB", "999.0 MB", "80.0 GB", "1,234.0 GB"]
+    assert [size_text(size) for size in sizes] == said
 
 
 def test_a_dry_run_times_the_expansion_when_asked(made, tmp_path, capsys):
@@ -184,17 +192,38 @@ def test_what_is_kept_and_why_the_rest_runs_again(made, tmp_path, capsys, monkey
     def states(*words: str) -> dict[str, list[str]]:
         main([*words, str(recipe)])
         lines = capsys.readouterr().out.split("\n\n")[0].splitlines()[1:]
-        return {line.split()[0]: line.split(None, 1)[1].split("  ") for line in lines}
+        return {line.split()[0]: re.split("  +", line)[1:] for line in lines}
 
     seen = states("status")
     assert seen["expanded"][0] == "just now" and seen["expanded"][-1] == seen["base"][-1] == "kept"
-    assert seen["reviewed"][-1].strip() == "runs for the first time"
+    assert seen["reviewed"][-1] == "runs for the first time"
     assert states("run", "--dry-run")["expanded"][-1] == "kept"
     with Path(fields["languages"]["el"]["train"]).open("a") as file:
         file.write('{"text": "new"}\n')
     changed = "runs again, since the content of languages.el.train has changed (needs --overwrite)"
     assert states("status")["expanded"][-1] == changed
     assert "runs again" in states("status", "--set", "expand.steps=1")["expanded"][-1]
+
+
+def test_a_recipe_that_only_trains_has_a_status(made, tmp_path, capsys):
+    fields = {name: value for name, value in made[0].items() if name != "review"} | {"output": str(tmp_path / "run")}
+    recipe = tmp_path / "recipe.yaml"
+
+    def status() -> tuple[list[str], str]:
+        recipe.write_text(yaml.safe_dump(fields, allow_unicode=True, sort_keys=False), encoding="utf-8")
+        main(["status", str(recipe)])
+        rows, why = capsys.readouterr().out.split("\n\n")
+        return [" ".join(row.split()) for row in rows.splitlines()[1:]], why
+
+    waiting = [f"{name} runs for the first time" for name in ("base", "post_trained", "expanded")]
+    rows, why = status()
+    assert rows == waiting and why.startswith(
+        "`run` would not get further: graft: after training, routing is 'language'"
+    )
+    Run(read_recipe(str(recipe))).base()
+    fields["post_trained"] = str(tmp_path / "nowhere")
+    rows, why = status()
+    assert rows[0].endswith("kept") and rows[1:] == waiting[2:] and "nowhere" in why
 
 
 def test_hashes_of_large_files_are_remembered_until_they_change(tmp_path, monkeypatch):

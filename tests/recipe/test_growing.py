@@ -18,6 +18,7 @@ from peft_moe_delta.cli import main
 from peft_moe_delta.errors import DataError
 from peft_moe_delta.evaluation import closest_group, score_groups
 from peft_moe_delta.identifier import recognised_languages
+from peft_moe_delta.recipe import foresight
 from peft_moe_delta.sources import read_texts
 from peft_moe_delta.tuner.identifier import Identifiers
 from recipe.pico_recipe import SENTENCES
@@ -146,6 +147,17 @@ def test_a_dry_run_lists_all_that_stands_in_the_way(files, tmp_path):
         run(files | {"experts": {"uralic": 1}}, tmp_path, "--dry-run")
     with pytest.raises(SystemExit, match="--time belongs to --dry-run"):
         run(files, tmp_path, "--time")
+
+
+@pytest.mark.parametrize(("removed", "named"), [("review", "expand"), ("expand", "review")])
+def test_a_training_that_memory_cannot_hold_is_named(files, tmp_path, monkeypatch, removed, named):
+    monkeypatch.setattr(foresight, "memory_here", lambda: 1000)
+    files |= {"expand": TRAINING, "review": TRAINING}
+    del files[removed]
+    with pytest.raises(
+        SystemExit, match=rf"{named}: its training takes .*B of memory, .* 1\.0 kB\. Lower {named}\.batch"
+    ):
+        run(files, tmp_path, "--dry-run")
 
 
 def test_a_review_needs_text_of_every_group(files, tmp_path):

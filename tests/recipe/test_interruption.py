@@ -1,4 +1,4 @@
-"""Ctrl-C ends a run in one line; the next run goes on where it was and ends with the same bytes."""
+"""Ctrl-C or SIGTERM ends a run in one line; the next run goes on where it was and ends with the same bytes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ MOMENTS = 10
 @pytest.fixture
 def listening():
     """What a shell starts in the background is told to ignore Ctrl-C, and so are these tests there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
-    signal.signal(signal.SIGINT, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -46,17 +48,17 @@ def fields(recipe_fields) -> dict[str, Any]:
     return recipe_fields
 
 
-def press_at(monkeypatch: pytest.MonkeyPatch, *steps: int) -> None:
-    """Ctrl-C in the optimizer steps of these numbers, counted over everything that trains from now on."""
+def signal_at(monkeypatch: pytest.MonkeyPatch, signals: dict[int, signal.Signals]) -> None:
+    """Signals in the optimizer steps of these numbers, counted over everything that trains from now on."""
     count = iter(range(1, 1000))
     plain = StepMonitor.on_pre_optimizer_step
 
-    def pressed(self: StepMonitor, *arguments: Any, **options: Any) -> None:
+    def sent(self: StepMonitor, *arguments: Any, **options: Any) -> None:
         plain(self, *arguments, **options)
-        if next(count) in steps:
-            signal.raise_signal(signal.SIGINT)
+        if (step := next(count)) in signals:
+            signal.raise_signal(signals[step])
 
-    monkeypatch.setattr(StepMonitor, "on_pre_optimizer_step", pressed)
+    monkeypatch.setattr(StepMonitor, "on_pre_optimizer_step", sent)
 
 
 def interrupted(recipe: str, capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,7 +72,7 @@ def interrupted(recipe: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.usefixtures("listening")
-def test_a_training_goes_on_where_ctrl_c_has_stopped_it(fields, write_recipe, monkeypatch, capsys):
+def test_a_training_goes_on_where_a_signal_has_stopped_it(fields, write_recipe, monkeypatch, capsys):
     """In the middle of a line of the log; in the very last step, whose result is kept; and in the stage after that."""
     output, recipe = Path(fields["output"]), write_recipe(fields)
     run = Run(read_recipe(recipe))
@@ -79,7 +81,7 @@ def test_a_training_goes_on_where_ctrl_c_has_stopped_it(fields, write_recipe, mo
     expected = {name: contents(output / name) for name in ("base", "expanded", "reviewed")}
     shutil.rmtree(output)
     with monkeypatch.context() as patched:
-        press_at(patched, 3, 5, 5 + 3)
+        signal_at(patched, {3: signal.SIGINT, 5: signal.SIGINT, 5 + 3: signal.SIGTERM})
         assert "expanded has a checkpoint of step 3 of 5" in interrupted(recipe, capsys)
         assert sorted(path.name for path in output.iterdir()) == [".expanded.checkpoints", "base"]
         assert seen_steps(read_recipe(recipe), whole=False)[1].state == "goes on from step 3 of 5"
@@ -92,11 +94,12 @@ def test_a_training_goes_on_where_ctrl_c_has_stopped_it(fields, write_recipe, mo
 
 
 @pytest.mark.usefixtures("listening")
-def test_a_second_ctrl_c_ends_at_once():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_at_once(first):
     with pytest.raises(KeyboardInterrupt, match="second"), Interruption() as interruption:
         interruption.hold()
-        signal.raise_signal(signal.SIGINT)
-        assert interruption.asked
+        signal.raise_signal(first)
+        assert interruption.asked and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         try:
             signal.raise_signal(signal.SIGINT)
         except KeyboardInterrupt:
@@ -105,11 +108,22 @@ def test_a_second_ctrl_c_ends_at_once():
 
 
 @pytest.mark.usefixtures("listening")
-def test_what_fails_after_ctrl_c_is_its_consequence():
-    """A terminal sends it to worker processes as well, whose end is then an error."""
+def test_a_signal_that_somebody_else_handles_is_left_to_them():
+    came: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: came.append(number))
+    with Interruption() as interruption:
+        interruption.hold()
+        signal.raise_signal(signal.SIGTERM)
+    assert came == [signal.SIGTERM] and not interruption.asked
+
+
+@pytest.mark.usefixtures("listening")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_what_fails_after_a_signal_is_its_consequence(sent):
+    """A terminal, or a scheduler, sends it to worker processes as well, whose end is then an error."""
     with pytest.raises(KeyboardInterrupt, match="not saved: a worker has died"), Interruption() as interruption:
         interruption.hold()
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(sent)
         raise RuntimeError("a worker has died")
 
 

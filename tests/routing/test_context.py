@@ -1,5 +1,6 @@
 """Routing by context: scores from counts, evidence over the last tokens, what a cache remembers."""
 
+import itertools
 import math
 
 import pytest
@@ -64,22 +65,30 @@ def test_without_an_original_language_typicality_alone_decides(counts):
     assert scores[20, 0] > 0 > scores[40, 0]
 
 
-def test_evidence_is_a_sum_over_the_last_tokens_of_the_document():
+def test_evidence_is_a_bounded_sum_over_the_last_tokens_of_the_document():
     """By hand: loops over positions, with document starts, earlier tokens, padding and ids beyond the scores."""
+
+    def evidence(told):
+        found = 0
+        for score in told:
+            found = min(30 * UNITS, max(-15 * UNITS, found + score))
+        return found
+
     generator = torch.Generator().manual_seed(shifted(1))
-    scores = torch.randint(-64, 65, (V, 3), generator=generator).to(torch.int8)
+    scores = torch.randint(-50, 65, (V, 3), generator=generator).to(torch.int8)
     ids = torch.randint(-1, V + 3, (4, 40), generator=generator)
     starts = torch.rand(4, 40, generator=generator) < 0.1
     earlier = torch.randint(0, V, (4, 11), generator=generator)
-    for before, begins in ((None, None), (earlier, None), (None, starts), (earlier, starts)):
-        found = recognise(ids, scores, MEMORY, THRESHOLD, before, begins)
+    ways = itertools.product((1, MEMORY, 11, 100), ((None, None), (earlier, None), (None, starts), (earlier, starts)))
+    for memory, (before, begins) in ways:
+        found = recognise(ids, scores, memory, THRESHOLD, before, begins)
         for row in range(4):
             text = [] if before is None else before[row].tolist()
             for place, token in enumerate(ids[row].tolist()):
                 if begins is not None and begins[row, place]:
                     text = []
                 text.append(token)
-                sums = [sum(int(scores[t, c]) for t in text[-MEMORY:] if 0 <= t < V) for c in range(3)]
+                sums = [evidence(int(scores[t, c]) for t in text[-memory:] if 0 <= t < V) for c in range(3)]
                 best = max(range(3), key=sums.__getitem__)
                 assert found[row, place] == (best + 1 if sums[best] > THRESHOLD else 0)
 

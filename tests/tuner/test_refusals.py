@@ -76,6 +76,8 @@ def refused(model, error, words):
         ({"open_steps": -1}, PlanError, ["`open_steps`", "at least 0", "-1"]),
         ({"record": {"format": 2, "doubts": "none"}}, PlanError, ["`doubts` must be a list", "'none'"]),
         ({"record": {"format": 2, "steps": 1}}, PlanError, ["`record` has unknown fields ['steps']", "open_steps"]),
+        ({"expert": {}}, TypeError, ["unexpected keyword argument 'expert'. Did you mean experts?", "top_k"]),
+        ({"lora_alpha": 8}, TypeError, ["unexpected keyword argument 'lora_alpha'. Its fields: ", "expert_rank"]),
         ({"record": 2}, PlanError, ["`record` is filled in", "2", "Leave it out"]),
         ({"layers_to_transform": [1, 0]}, PlanError, ["`layers_to_transform`", "ascending", "[1, 0]"]),
         (

@@ -13,6 +13,7 @@ from ...graft.explain import adapter_config
 from ...graft.explain import explain as explained
 from ...graft.files import graft_checkpoint
 from ...graft.lora import to_lora
+from ...kinds import size_text
 from ..options import number_of, pairs_of
 
 
@@ -66,7 +67,7 @@ def lora(arguments: Namespace) -> str:
 def verify(arguments: Namespace) -> str:
     files = verified(arguments.folder)["files"]
     size = sum(file["bytes"] for file in files.values())
-    return f"{arguments.folder}: {len(files)} files, {size / 1e9:,.3f} GB, all as they were written"
+    return f"{arguments.folder}: {len(files)} files, {size_text(size)}, all as they were written"
 
 
 def explain(arguments: Namespace) -> str:

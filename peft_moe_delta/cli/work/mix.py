@@ -8,6 +8,7 @@ from typing import Any
 from ...budget import Job, measure
 from ...checkpoint import whole_folder
 from ...evaluation.identification import wrong_language_or_script
+from ...kinds import size_text
 from ...languages import ORIGINAL_GROUP
 from ...loading import load_config
 from ...mixing import fit_routers, mix, mixture_config
@@ -59,8 +60,8 @@ def _foreseen(
     for group, path in {ORIGINAL_GROUP: arguments.seed, **branches}.items():
         rows.append((group, path, ", ".join(code for code, owner in config.languages.items() if owner == group)))
     doubts = [wrong_language_or_script(texts, code, f"--text {code}={given[code]}") for code, texts in first.items()]
-    lines = [table(rows), "", f"The adapter: {arguments.output}, about {measured.experts / 1e9:,.1f} GB."]
+    lines = [table(rows), "", f"The adapter: {arguments.output}, about {size_text(measured.experts)}."]
     if arguments.base_output is not None:
-        lines.append(f"Its base, with averaged weights: {arguments.base_output}, about {measured.base / 1e9:,.1f} GB.")
+        lines.append(f"Its base, with averaged weights: {arguments.base_output}, about {size_text(measured.base)}.")
     lines.append(f"Routers: {'fitted on ' + ', '.join(given) if given else 'random, as no --text is given'}.")
     return "\n".join([*lines, *(f"Doubtful: {doubt}" for doubt in doubts if doubt), "Nothing was run."])

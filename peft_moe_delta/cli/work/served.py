@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ...checkpoint import resolve
 from ...errors import CheckpointError
 from ...files import whole_file, write_text
+from ...kinds import size_text
 from ...served.client import Server
 from ...served.compare import Comparison, compare
 from ...served.convert import check_known, convert
@@ -71,9 +72,9 @@ def gguf(arguments: Namespace) -> str:
             said = _checked_gguf(arguments, folder, prompts, partial_file, file)
     write_text(output / "Modelfile", modelfile(file.name, folder))
     made, stored = (
-        sum(path.stat().st_size for path in paths) / 1e6 for paths in ([file], folder.glob("*.safetensors"))
+        size_text(sum(path.stat().st_size for path in paths)) for paths in ([file], folder.glob("*.safetensors"))
     )
-    return f"{said}\n{file}: {made:,.1f} MB, where the export has {stored:,.1f}\nfor Ollama: {output / 'Modelfile'}"
+    return f"{said}\n{file}: {made}, where the export has {stored}\nfor Ollama: {output / 'Modelfile'}"
 
 
 def _checked_gguf(arguments: Namespace, folder: Path, prompts: Sequence[Prompt], made: Path, file: Path) -> str:
