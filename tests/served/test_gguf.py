@@ -150,7 +150,7 @@ def test_what_llama_cpp_gets_wrong_is_refused_before_anything_is_made(form, reas
 
 
 def test_what_was_not_tried_may_be_tried(tmp_path):
-    check_known(make("Qwen-MoE with rope scaling", tmp_path))
+    check_known(make("Qwen-MoE with another rope scaling", tmp_path))
 
 
 FAKE = """
