@@ -145,7 +145,7 @@ def try_out(
     ]
 
 
-def _experts_of(tuner: MoeDeltaModel, language: str) -> dict[str, Tensor]:
+def _experts_of(tuner: MoeDeltaModel, language: str) -> dict[int, Tensor]:
     """Layer -> which of its experts serve a language, (E,) bool."""
     adapter, table, rule = tuner.active_adapters[0], tuner.active_config.language_table, routing_named("language")
     group = table.group_of[table.id_of(language)]
