@@ -26,7 +26,7 @@ ONE_CARD := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=. OMP_NU
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: fuzz help docs demo demo-quick figures test test-slow test-gpu test-peft-contract test-portable test-browser \
-  test-quantised test-served engines-table bench bench-gpu evidence evidence-quick cards distributed lint wheel-test clean
+  test-quantised test-served engines-table served-demo bench bench-gpu evidence evidence-quick cards distributed lint wheel-test clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -127,6 +127,14 @@ test-served: $(INSTALLED)  ## servers asked by OpenAI's client, and GGUF files i
 engines-table: $(INSTALLED)  ## every export in every engine, live: the table of docs/serving.md (a quarter of an hour)
 	XDG_CACHE_HOME=$(CURDIR)/build/cache OMP_NUM_THREADS=1 $(BIN)/python tests/served_table.py --install --write
 	$(BIN)/python docs/generate.py
+
+# After `make demo`. Installs as engines-table and test-served do.
+served-demo: $(INSTALLED)  ## the demo's model in vLLM, llama.cpp and our own server, beside the dense model (10 minutes)
+	cd tests && ../$(BIN)/python -c 'import served_table as t; t.install("vllm"); t.install("llama.cpp")'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade \
+	  --target build/served openai jiter sentencepiece sniffio xllamacpp
+	XDG_CACHE_HOME=$(CURDIR)/build/cache $(BIN)/python -c 'from peft_moe_delta.served.convert import fetched; fetched()'
+	XDG_CACHE_HOME=$(CURDIR)/build/cache PYTHONPATH=build/served $(BIN)/python tests/served_demo.py
 
 docs: $(INSTALLED)  ## the documentation as a site, build/docs/site, with every link checked
 	$(BIN)/python docs/generate.py
