@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -139,8 +139,12 @@ def grafted_adapter(
     validation: Validation | None = None,
     *,
     warn: bool = True,
+    meant: Collection[str] = (),
 ) -> PeftModel:
-    """The experts over `W_0 + s (P - W_0)`; a loaded `post_trained` is changed in place. See `graft`."""
+    """The experts over `W_0 + s (P - W_0)`; a loaded `post_trained` is changed in place. See `graft`.
+
+    `meant`: doubts that are none, because the caller wants just that.
+    """
     if (expert_scale == "auto") != (validation is not None):
         raise GraftError(
             f'expert_scale="auto" and `validation` go together; got expert_scale={expert_scale!r} and '
@@ -159,7 +163,7 @@ def grafted_adapter(
         match_vocabularies(str(tuner.model.name_or_path), base, str(model.name_or_path), after, config),
     )  # fmt: skip
     weights.check_finite()
-    found = doubts(weights)
+    found = tuple(doubt for doubt in doubts(weights) if doubt not in meant)
     if warn:
         warn_of(found, stacklevel=5)
     if scale != Scale(1.0):

@@ -13,6 +13,7 @@ from typing import Any
 
 DOUBTFUL_RATIO = 0.5
 """From here on `||Delta|| / ||W||` is called doubtful: two unrelated models of equal norm are at sqrt(2)."""
+EQUAL = "the two checkpoints are equal: there is nothing to graft"
 
 _FAMILIES = {
     "norm": r"norm|\bln_",
@@ -85,7 +86,7 @@ class DeltaReport:
             if row.ratio >= DOUBTFUL_RATIO
         ]
         if not any(row.delta_norm for row in rows):
-            doubtful.append("the two checkpoints are equal: there is nothing to graft")
+            doubtful.append(EQUAL)
         return cls(rows, tuple(doubtful))
 
 

@@ -232,7 +232,8 @@ class Recipe:
         adapter: experts and routing.
         expand: stage 1, on the text of the languages that are not original.
         review: stage 2, routers only, on the text of all languages; None to leave it out.
-        post_trained: folder or Hub id; None where `tune` makes one.
+        post_trained: folder or Hub id; None where `tune` makes one. The same as `model` where experts are trained over
+            the post-trained model itself, and so without a graft.
         tune: supervised tuning that makes the post-trained model.
         dense: continual pre-training of the dense base on the very tokens of `expand`, plus the delta, to compare with.
         graft: how the delta is applied.
@@ -271,6 +272,11 @@ class Recipe:
     def expanded_languages(self) -> list[str]:
         """The languages that are to be learnt, in order."""
         return [code for code, language in self.languages.items() if language.group != "original"]
+
+    @property
+    def over_post_trained(self) -> bool:
+        """Whether experts are trained over the post-trained model itself, to which no delta is added."""
+        return self.post_trained == self.model
 
 
 def read_recipe(path: str | Path, *, quick: bool = False, changes: Sequence[str] = ()) -> Recipe:

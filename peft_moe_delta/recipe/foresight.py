@@ -70,6 +70,8 @@ class Outlook:
         lines = [table([("step", "trains on", "this run"), *rows]), ""]
         if self.form is not None:
             lines.append(f"The result: {self.form}, in {self.recipe.output}/grafted.")
+            if self.recipe.over_post_trained:
+                lines.append("The experts are trained over the post-trained model itself, so no delta is grafted.")
             if self.recipe.graft.by_context:
                 lines.append(f"The same model routed by context, as remote code, in {self.recipe.output}/{BY_CONTEXT}.")
         (needed, there), (written, free) = (map(size_text, pair) for pair in (self.memory, self.disk))

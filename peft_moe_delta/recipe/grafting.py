@@ -28,6 +28,7 @@ from ..evaluation.scoring import Material
 from ..graft.arithmetic import graft_tensor
 from ..graft.delta import PostTrainingDelta
 from ..graft.memory import EXPERT_SCALES, grafted_adapter, to_stock, tuner_of
+from ..graft.report import EQUAL
 from ..graft.scale import Scale
 from ..hub.card import GRAFT_FILE
 from ..loading import load_adapter, load_tokenizer
@@ -52,7 +53,8 @@ def graft(recipe: Recipe, base: Path | str, adapter: Path, post_trained: Path | 
     fields, model = recipe.graft, load_adapter(load_model(base), adapter)
     validation = _Validation(recipe, base) if fields.expert_scale == AUTO else None
     tuner = tuner_of(model)
-    grafted = grafted_adapter(tuner, post_trained, Scale(fields.scale), fields.expert_scale, validation)
+    meant = [EQUAL] if recipe.over_post_trained else []
+    grafted = grafted_adapter(tuner, post_trained, Scale(fields.scale), fields.expert_scale, validation, meant=meant)
     del model, tuner, validation  # memory that what follows needs
     shown = _calibrate(recipe, grafted, load_tokenizer(post_trained))
     chat = to_stock(
@@ -76,7 +78,8 @@ def graft_by_context(
     shares = json.loads((stock / GRAFT_FILE).read_text(encoding="utf-8"))["expert_scale"]
     tuner = tuner_of(model)
     with tuner.in_routing("context"):
-        grafted = grafted_adapter(tuner, post_trained, Scale(recipe.graft.scale), shares)
+        meant = [EQUAL] if recipe.over_post_trained else []
+        grafted = grafted_adapter(tuner, post_trained, Scale(recipe.graft.scale), shares, meant=meant)
     del model, tuner  # memory that what follows needs
     _ship(to_stock(grafted, remote_code=True), post_trained, folder, own_code=True)
 

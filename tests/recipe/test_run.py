@@ -86,6 +86,23 @@ def test_the_whole_job(recipe_fields, write_recipe, capsys):
     assert set(again.values()) == {"runs again, since the content of languages.hu.test has changed"}
 
 
+def test_experts_over_the_post_trained_model_itself(recipe_fields, write_recipe, capsys):
+    fields = {name: value for name, value in recipe_fields.items() if name not in ("tune", "dense")}
+    recipe = write_recipe({**fields, "post_trained": fields["model"], "graft": {}})
+    main(["run", recipe, "--dry-run"])
+    assert "over the post-trained model itself, so no delta is grafted" in capsys.readouterr().out
+    main(["run", recipe])
+    output = Path(fields["output"])
+    graft = json.loads((output / "grafted/graft.json").read_text())
+    assert not [doubt for doubt in graft["warnings"] if "equal" in doubt]
+    own = AutoModelForCausalLM.from_pretrained(fields["model"]).state_dict()
+    stock = AutoModelForCausalLM.from_pretrained(output / "grafted").state_dict()
+    assert all(stock[name].equal(own[name]) for name in stock if "self_attn" in name or "embed" in name)
+    report = EvalReport.load(output / "report")
+    kept = next(column for column in report.columns() if column.language == "en")
+    assert report.score("post-trained", kept).value == report.score("base", kept).value
+
+
 def test_routing_by_context_is_fitted_and_shipped_as_remote_code(recipe_fields, write_recipe, capsys):
     """Nothing names a language after the training, neither in scoring nor in the checkpoint."""
     recipe_fields["adapter"]["routing"] = "context"
