@@ -1,10 +1,10 @@
-"""`delta`: compute what post-training changed, look at it, and combine several; to share without the models."""
+"""`delta`: compute what post-training changed, look at it, combine several, apply one; to share without the models."""
 
 from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from .options import Command, new_file, new_picture
+from .options import Command, new_file, new_folder, new_picture
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
@@ -22,6 +22,16 @@ def _add_arguments(parser: ArgumentParser) -> None:
     )
     combine = jobs.add_parser("combine", help="a weighted sum of deltas over one base")
     combine.add_argument("--delta", action="append", required=True, metavar="FILE=WEIGHT", help="once or more")
+    apply = jobs.add_parser("apply", help="a delta over its base, as a model's folder to graft from")
+    apply.add_argument("file")
+    apply.add_argument("base", help="the base model: a Hub id or a folder")
+    apply.add_argument(
+        "--like",
+        metavar="MODEL",
+        help="where config, tokenizer and chat template are from, without weights: a Hub id or a folder (the base)",
+    )
+    apply.add_argument("--output", type=new_folder, required=True, help="the folder to write")
+    apply.add_argument("--overwrite", action="store_true", help="replace an output folder that holds files")
     for job in (compute, combine):
         job.add_argument(
             "--dtype",
@@ -32,4 +42,6 @@ def _add_arguments(parser: ArgumentParser) -> None:
         job.add_argument("--output", type=new_file, required=True, help="the file to write")
 
 
-COMMANDS = (Command("delta", "what post-training changed: compute, inspect, combine", _add_arguments, "delta:run"),)
+COMMANDS = (
+    Command("delta", "what post-training changed: compute, inspect, combine, apply", _add_arguments, "delta:run"),
+)

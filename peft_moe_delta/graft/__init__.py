@@ -8,7 +8,7 @@
 - `files`: `graft_checkpoint`, which reads a `trio`, writes one of the `targets`, and `side_files` beside it
 - `lora`: `to_lora`, languages as LoRA folders
 - `kinship`, `doubts`, `check`: what belongs together, what looks doubtful, what was made computes what it should
-- `delta`, `stored`, `picture`: `PostTrainingDelta`, its file, its picture
+- `delta`, `stored`, `apply`, `picture`: `PostTrainingDelta`, its file, that file over its base, its picture
 - `report`, `explain`: what a graft says of itself; what an adapter can be shipped as
 
 Import from the modules: lower ones are used by lower folders.

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from builders import perturbed, pico, randomise_experts, upcycle
 from greek import make_tokenizer
 from peft_moe_delta.cli import main
 from peft_moe_delta.graft.delta import PostTrainingDelta
+from peft_moe_delta.graft.files import graft_checkpoint
 from peft_moe_delta.graft.stored import DeltaFile
 
 
@@ -115,3 +118,46 @@ def test_without_matplotlib_the_error_says_so(pair, capsys, monkeypatch):
 def test_what_cannot_be_done_is_refused(pair, capsys, arguments, message):
     with pytest.raises(SystemExit, match=message):
         run(capsys, *(argument.format(base=pair / "base") for argument in arguments))
+
+
+def test_a_delta_applied_is_the_post_trained_model_and_grafts_as_it_does(pair, capsys):
+    delta, again = pair / "d.safetensors", pair / "again"
+    run(capsys, "compute", pair / "base", pair / "post", "--output", delta)
+    with pytest.raises(SystemExit, match="pass its folder.*--like"):
+        main(["delta", "apply", str(delta), str(pair / "base"), "--output", str(again)])
+    assert not list(pair.glob("*again*"))
+    like = pair / "like"  # what a Hub repository without weights would hold
+    shutil.copytree(pair / "post", like, ignore=shutil.ignore_patterns("*.safetensors*"))
+    run(capsys, "apply", delta, pair / "base", "--like", like, "--output", again)
+    expected, found = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair / "post", again))
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
+    assert AutoTokenizer.from_pretrained(again).get_vocab() == AutoTokenizer.from_pretrained(like).get_vocab()
+
+    adapter = upcycle(AutoModelForCausalLM.from_pretrained(pair / "base"))
+    randomise_experts(adapter)
+    adapter.save_pretrained(pair / "adapter")
+    for name, post in (("one", pair / "post"), ("other", again)):
+        graft_checkpoint(pair / "base", post, pair / "adapter", pair / name)
+    one, other = (load_file(pair / name / "model.safetensors") for name in ("one", "other"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_combination_applied(pair, capsys, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(pair / "base")
+    for name, seed in (("first", 1), ("second", 2)):
+        perturbed(base, seed=seed, scale=0.05).save_pretrained(pair / name)
+        run(capsys, "compute", pair / "base", pair / name, "--output", pair / f"{name}.safetensors")
+    weights = [f"--delta={pair / name}.safetensors={share}" for name, share in (("first", 1.0), ("second", 0.5))]
+    run(capsys, "combine", *weights, "--output", pair / "both.safetensors")
+    run(capsys, "apply", pair / "both.safetensors", pair / "base", "--output", pair / "both")
+    own, one, other, both = (
+        AutoModelForCausalLM.from_pretrained(pair / name).state_dict() for name in ("base", "first", "second", "both")
+    )
+    for name, weight in own.items():
+        expected = (
+            weight.double() + (one[name].double() - weight.double()) + 0.5 * (other[name].double() - weight.double())
+        )
+        assert (both[name].double() - expected).abs().max() < 1e-7, name
+    with pytest.raises(SystemExit, match="another base model"):
+        main(["delta", "apply", str(pair / "both.safetensors"), str(pair / "first"), "--output", str(pair / "none")])
+    assert not list(pair.glob("*none*"))

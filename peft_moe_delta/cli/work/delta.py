@@ -10,6 +10,7 @@ import torch
 from ...checkpoint import ADAPTER_FILES, resolve
 from ...errors import GraftError
 from ...graft.adapter import Adapter
+from ...graft.apply import apply_delta
 from ...graft.delta import PostTrainingDelta, weights_of
 from ...graft.doubts import expert_agreement
 from ...graft.picture import draw_delta
@@ -19,7 +20,7 @@ from ..options import pairs_of
 
 
 def run(arguments: Namespace) -> str:
-    jobs = {"compute": _compute, "inspect": _inspect, "combine": _combine}
+    jobs = {"compute": _compute, "inspect": _inspect, "combine": _combine, "apply": _apply}
     return jobs[arguments.job](arguments)
 
 
@@ -56,6 +57,11 @@ def _combine(arguments: Namespace) -> str:
     parts = pairs_of("--delta", arguments.delta, float)
     combine_deltas(list(parts.items()), arguments.output, getattr(torch, arguments.dtype))
     return _describe(DeltaFile.open(arguments.output))
+
+
+def _apply(arguments: Namespace) -> str:
+    apply_delta(arguments.file, arguments.base, arguments.output, like=arguments.like, overwrite=arguments.overwrite)
+    return f"{arguments.output}: {arguments.base} with {arguments.file}. Graft from it as from a post-trained model."
 
 
 def _describe(delta: DeltaFile) -> str:
