@@ -67,12 +67,12 @@ reads: the content of its files (under any name), every file of a model, the fie
 the steps before it. Where one of these changes, the steps that read it run again, and `peft-moe-delta status` says
 which and why. How often a training is saved is not among them.
 
-- **Ctrl-C** ends a run with one line. A training first finishes the step it is in and saves a checkpoint, hidden beside
-  the step's place (`.expanded.checkpoints`). SIGTERM does the same to a training: `kill` sends it, and so do schedulers
-  such as Slurm, which must leave time for a step and a checkpoint before they send SIGKILL. The same command goes on
-  from there, and its result is the same, byte for byte, as without the interruption, as far as the machine computes the
-  same twice. Only times, speeds and memory are its own: in `step.json`, in the last line of `log.json`, and in the
-  report. A second signal ends the run at once, without a checkpoint.
+- **Ctrl-C or SIGTERM** ends a run with one line. A training first finishes the step it is in and saves a checkpoint,
+  hidden beside the step's place (`.expanded.checkpoints`). `kill` sends SIGTERM, and so do schedulers such as Slurm,
+  which must leave time for a step and a checkpoint before they send SIGKILL. The same command goes on from there, and
+  its result is the same, byte for byte, as without the interruption, as far as the machine computes the same twice.
+  Only times, speeds and memory are its own: in `step.json`, in the last line of `log.json`, and in the report. A second
+  signal ends the run at once, without a checkpoint.
 - A checkpoint belongs to one training. When the recipe, a model or text has changed for it, the training begins anew
   and says why. Checkpoints are removed when the training is finished.
 - Against crashes, `trainer: {{save_steps: 500}}` saves every 500 steps as well, and keeps the last one.
@@ -91,8 +91,10 @@ standard output, progress and errors to standard error. `python docs/generate.py
 `--help` lists what a command takes, `--version` says which version this is. `--quiet` leaves the result, warnings and
 errors alone. `--verbose` adds the log of other libraries, and where an error arose. Both may stand anywhere.
 
-Nothing is coloured, and an error is one line, as is the end after Ctrl-C. `run` and `train` then go on where they were
-when they are started again: see [runs that stop and go on](recipe.md#runs-that-stop-and-go-on).
+Nothing is coloured, and an error is one line, as is the end after Ctrl-C or SIGTERM, which leaves nothing half done.
+`run` and `train` then go on where they were when they are started again: see
+[runs that stop and go on](recipe.md#runs-that-stop-and-go-on). So does a graft from files, from what it keeps hidden
+beside its output.
 
 The exit status is 0, or tells the kind of error:
 
