@@ -48,6 +48,8 @@ TOKENS, AT_ONCE, ROUNDS, CONTEXT = 48, 8, 5, 512
 VLLM = [str(HERE.parent / "build" / "engines" / "vllm" / "bin" / "python"), "-m", "vllm.entrypoints.openai.api_server"]
 OURS = [sys.executable, "-m", "peft_moe_delta"]
 STARTS_WITHIN, ENDS_WITHIN = 300, 30  # seconds
+# Rounds ask the same questions, of which a server that keeps prompts would read none twice; vLLM is told at its start.
+UNCACHED = {LLAMA_CPP: {"cache_prompt": False}}
 
 
 @contextmanager
@@ -107,15 +109,19 @@ def served(server: str, model: Path, gguf: Path, log: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     program = [*OURS, "serve", str(model)]
     if server == "vLLM":
-        # Rounds ask the same questions: with its cache of prefixes it would read none of them twice.
-        program = [*VLLM, "--model", str(model), "--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching"]
-        program += ["--max-model-len", str(CONTEXT)]
+        program = [*VLLM, "--model", str(model), "--dtype", "float32", "--enforce-eager"]
+        program += ["--no-enable-prefix-caching", "--max-model-len", str(CONTEXT)]
     with started([*program, "--host", "127.0.0.1", "--port", str(port)], port, log) as url:
         yield url
 
 
-def measured(url: str) -> dict[str, Any]:
-    """What a server writes in each language, and tokens a second in each round: one at a time, and several at once."""
+def measured(url: str, more: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a server writes in each language, and tokens a second in each round: one at a time, and several at once.
+
+    Args:
+        url: of the server.
+        more: further fields of each request.
+    """
     import openai
 
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600) as client:
@@ -127,6 +133,7 @@ def measured(url: str) -> dict[str, Any]:
                 messages=[{"role": "user", "content": SENTENCES[language]}],
                 max_tokens=TOKENS,
                 temperature=0,
+                extra_body=more,
             )
             assert answer.usage is not None
             return answer.choices[0].message.content or "", answer.usage.completion_tokens
@@ -234,7 +241,7 @@ def rows_of(run: Path, folder: Path, source: Sequence[str]) -> Iterator[dict[str
                     "server": server,
                     "MB": round(sum(file.stat().st_size for file in files) / 1e6),
                     "verified": verified(model, ["--url", url, *within], folder),
-                    **measured(url),
+                    **measured(url, UNCACHED.get(server)),
                 }
             print(json.dumps(row, ensure_ascii=False), flush=True)
             yield row
