@@ -129,12 +129,13 @@ engines-table: $(INSTALLED)  ## every export in every engine, live: the table of
 	$(BIN)/python docs/generate.py
 
 # After `make demo`. Installs as engines-table and test-served do.
-served-demo: $(INSTALLED)  ## the demo's model in vLLM, llama.cpp and our own server, beside the dense model (10 minutes)
+served-demo: $(INSTALLED)  ## the demo's model in vLLM, llama.cpp and our own server, beside the dense: the table of docs/serving.md
 	cd tests && ../$(BIN)/python -c 'import served_table as t; t.install("vllm"); t.install("llama.cpp")'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) --no-deps --upgrade \
 	  --target build/served openai jiter sentencepiece sniffio xllamacpp
 	XDG_CACHE_HOME=$(CURDIR)/build/cache $(BIN)/python -c 'from peft_moe_delta.served.convert import fetched; fetched()'
-	XDG_CACHE_HOME=$(CURDIR)/build/cache PYTHONPATH=build/served $(BIN)/python tests/served_demo.py
+	XDG_CACHE_HOME=$(CURDIR)/build/cache PYTHONPATH=build/served $(BIN)/python tests/served_demo.py --write
+	$(BIN)/python docs/generate.py
 
 docs: $(INSTALLED)  ## the documentation as a site, build/docs/site, with every link checked
 	$(BIN)/python docs/generate.py

@@ -1,12 +1,12 @@
-"""What is made from the code: the recipe reference with its JSON Schema, the command line, the table of engines.
+"""What is made from the code: the recipe reference with its JSON Schema, the command line, tables of docs/serving.md.
 
     python docs/generate.py            # writes them
     python docs/generate.py --check    # only says whether they are what the code says
 
 In: the dataclasses of recipes and growth files, the commands' argparse declarations, `engines`, and what
-tests/served_table.py has found of them. Out: two Markdown
-pages, the table in docs/serving.md and a schema that lies in the package, committed so that they can be read without
-building anything. A test fails when they are stale.
+tests/served_table.py and tests/served_demo.py have found. Out: two Markdown pages, the tables in docs/serving.md and a
+schema that lies in the package, committed so that they can be read without building anything. A test fails when they
+are stale.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import json
 import re
+import statistics
 import sys
 import types
 import typing
@@ -32,6 +33,7 @@ from peft_moe_delta.recipe.growth import Growth
 ROOT = Path(__file__).parents[1]
 TABLE_BEGINS, TABLE_ENDS = "<!-- the table of engines.py -->", "<!-- end of the table -->"
 ENGINES_FOUND = "docs/engines.json"
+SERVED_BEGINS, SERVED_FOUND = "<!-- the table of served_demo.json -->", "docs/served_demo.json"
 SCHEMA = "peft_moe_delta/recipe/recipe.schema.json"
 PIPE = "\\|"  # inside a table's cell
 WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", Any: "anything"}
@@ -67,12 +69,12 @@ reads: the content of its files (under any name), every file of a model, the fie
 the steps before it. Where one of these changes, the steps that read it run again, and `peft-moe-delta status` says
 which and why. How often a training is saved is not among them.
 
-- **Ctrl-C** ends a run with one line. A training first finishes the step it is in and saves a checkpoint, hidden beside
-  the step's place (`.expanded.checkpoints`). SIGTERM does the same to a training: `kill` sends it, and so do schedulers
-  such as Slurm, which must leave time for a step and a checkpoint before they send SIGKILL. The same command goes on
-  from there, and its result is the same, byte for byte, as without the interruption, as far as the machine computes the
-  same twice. Only times, speeds and memory are its own: in `step.json`, in the last line of `log.json`, and in the
-  report. A second signal ends the run at once, without a checkpoint.
+- **Ctrl-C or SIGTERM** ends a run with one line. A training first finishes the step it is in and saves a checkpoint,
+  hidden beside the step's place (`.expanded.checkpoints`). `kill` sends SIGTERM, and so do schedulers such as Slurm,
+  which must leave time for a step and a checkpoint before they send SIGKILL. The same command goes on from there, and
+  its result is the same, byte for byte, as without the interruption, as far as the machine computes the same twice.
+  Only times, speeds and memory are its own: in `step.json`, in the last line of `log.json`, and in the report. A second
+  signal ends the run at once, without a checkpoint.
 - A checkpoint belongs to one training. When the recipe, a model or text has changed for it, the training begins anew
   and says why. Checkpoints are removed when the training is finished.
 - Against crashes, `trainer: {{save_steps: 500}}` saves every 500 steps as well, and keeps the last one.
@@ -91,8 +93,10 @@ standard output, progress and errors to standard error. `python docs/generate.py
 `--help` lists what a command takes, `--version` says which version this is. `--quiet` leaves the result, warnings and
 errors alone. `--verbose` adds the log of other libraries, and where an error arose. Both may stand anywhere.
 
-Nothing is coloured, and an error is one line, as is the end after Ctrl-C. `run` and `train` then go on where they were
-when they are started again: see [runs that stop and go on](recipe.md#runs-that-stop-and-go-on).
+Nothing is coloured, and an error is one line, as is the end after Ctrl-C or SIGTERM, which leaves nothing half done.
+`run` and `train` then go on where they were when they are started again: see
+[runs that stop and go on](recipe.md#runs-that-stop-and-go-on). So does a graft from files, from what it keeps hidden
+beside its output.
 
 The exit status is 0, or tells the kind of error:
 
@@ -252,16 +256,22 @@ def command_page() -> str:
 
 
 def serving_page() -> str:
-    """The page as it is, with the engines' table of today."""
+    """The page as it is, with the tables of today."""
     page = (ROOT / "docs/serving.md").read_text(encoding="utf-8")
-    before, _, rest = page.partition(TABLE_BEGINS)
-    after = rest.partition(TABLE_ENDS)[2]
     found = json.loads((ROOT / ENGINES_FOUND).read_text(encoding="utf-8"))
     versions = "\n".join(
         f"- {name}: {found[name]['version'] if name in found else version}" for name, version in engines.ENGINES.items()
     )
     source = f"The versions, of cells with a number; the others were found at {engines.MEASURED}:\n\n{versions}"
-    return f"{before}{TABLE_BEGINS}\n\n{engines_table(found)}\n\n{source}\n\n{TABLE_ENDS}{after}"
+    page = with_table(page, TABLE_BEGINS, f"{engines_table(found)}\n\n{source}")
+    demo = json.loads((ROOT / SERVED_FOUND).read_text(encoding="utf-8"))
+    return with_table(page, SERVED_BEGINS, served_demo_table(demo))
+
+
+def with_table(page: str, begins: str, table: str) -> str:
+    """A page with a table in the place of the one that begins there."""
+    before, _, rest = page.partition(begins)
+    return f"{before}{begins}\n\n{table}\n\n{TABLE_ENDS}{rest.partition(TABLE_ENDS)[2]}"
 
 
 def engines_table(found: dict[str, Any]) -> str:
@@ -283,6 +293,49 @@ def engine_cell(known: str, found: dict[str, Any] | None) -> str:
     if found["outcome"] == "exact" and engines.runs(known):
         return f"exact{known.removeprefix(engines.OK).removeprefix(engines.NOT_RUN)} ({number})"
     return f"{said} ({'exact here, ' if found['outcome'] == 'exact' else ''}{number})"
+
+
+def served_demo_table(found: dict[str, Any]) -> str:
+    """Models by servers, as tests/served_demo.py has found them, and on what machine."""
+    many = f"{found['at_once']} at once (llama.cpp takes one after another)"
+    heads = ["model", "server", "MB of weights", "tokens/s, one at a time", f"tokens/s, {many}"]
+    heads += ["mixture / dense, one at a time, at once", "beside transformers"]
+    heads.append(f"answers beside {found['rows'][0]['server']}'s")
+    lines = [f"| {' | '.join(heads)} |", "|---|---|---:|---:|---:|---|---|---|"]
+    for row in found["rows"]:
+        ratio = "" if row["ratio"] is None else ", ".join(f"{row['ratio'][how]:.2f}" for how in ("one", "many"))
+        cells = [row["model"], row["server"], str(row["MB"]), rate_cell(row["one"]), rate_cell(row["many"]), ratio]
+        lines.append(f"| {' | '.join([*cells, verified_cell(row['verified']), answers_cell(row['parts_at'])])} |")
+    rounds = "one round" if found["rounds"] == 1 else f"the median of {found['rounds']} rounds, with quartiles"
+    said = f"Tokens a second: {rounds}; answers of {found['max_tokens']} tokens at most. {found['machine']}"
+    return "\n".join([*lines, "", said])
+
+
+def rate_cell(rates: list[float]) -> str:
+    """The median of the rounds, with their quartiles where there are several."""
+    if len(rates) == 1:
+        return f"{rates[0]:.1f}"
+    low, median, high = statistics.quantiles(rates, n=4, method="inclusive")
+    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+
+
+def verified_cell(verified: dict[str, Any]) -> str:
+    """What `verify-served` has found."""
+    if "error" in verified:
+        return f"not compared: {verified['error'].replace('|', PIPE)}"
+    largest = "no number" if verified["largest"] is None else f"largest difference {verified['largest']:.1g}"
+    return f"{'agrees' if verified['agrees'] else 'differs'} within {verified['tolerance']:.2g}, {largest}"
+
+
+def answers_cell(parts_at: dict[str, int | None] | None) -> str:
+    """Where answers leave those of the first server; empty where there is nothing to compare."""
+    if parts_at is None:
+        return ""
+    if not any(parts_at.values()):
+        return "the same"
+    return ", ".join(
+        f"{language}: {'the same' if place is None else f'from word {place}'}" for language, place in parts_at.items()
+    )
 
 
 def argument_rows(parser: argparse.ArgumentParser) -> Iterator[str]:

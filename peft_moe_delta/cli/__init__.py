@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from ..program import NAME, VERSION
 from . import allocation, budget, delta, evaluate, graft, mix, pipeline, publish, served
-from .failure import CheckFailed, failure_of
+from .failure import CheckFailed, failure_of, sigterm_as_ctrl_c
 from .options import Command
 from .parser import Parser, printable
 
@@ -49,7 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     verbosity = getattr(chosen, "verbosity", "normal")
     try:
-        result = _carry_out(chosen.chosen, chosen, verbosity)
+        with sigterm_as_ctrl_c():
+            result = _carry_out(chosen.chosen, chosen, verbosity)
     except CheckFailed as found:
         print(printable(str(found)))
         sys.exit(1)

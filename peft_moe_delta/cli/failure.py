@@ -6,10 +6,15 @@
 | 2 | the command line, a recipe or another file of settings cannot be read |
 | 3 | a file, a model or the Hub: missing, damaged, not to be written, out of reach |
 | 4 | out of memory |
-| 130 | interrupted, by Ctrl-C, or by SIGTERM while a recipe trains |
+| 130 | interrupted, by Ctrl-C or SIGTERM |
 """
 
 from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
 
@@ -27,6 +32,20 @@ class Failure(SystemExit):
     def __init__(self, line: str, status: int) -> None:
         super().__init__(line)
         self.code = status
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the block, so that whoever has made something temporary removes it. Where
+    somebody else handles it, it stays theirs; outside of the main thread, which alone gets signals, nothing is done."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def failure_of(error: BaseException) -> Failure | None:

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_USUAL: dict[signal.Signals, Callable[[int, FrameType | None], Any] | signal.Handlers] = {
-    signal.SIGINT: signal.default_int_handler,
-    signal.SIGTERM: signal.SIG_DFL,
+_USUAL: dict[signal.Signals, tuple[Callable[[int, FrameType | None], Any] | signal.Handlers, ...]] = {
+    signal.SIGINT: (signal.default_int_handler,),
+    signal.SIGTERM: (signal.SIG_DFL, signal.default_int_handler),
 }
-"""What Python starts with."""
+"""What Python starts with, and for SIGTERM what our command line puts in its place."""
 
 
 class Interruption:
@@ -36,6 +36,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
         return self
@@ -45,7 +46,8 @@ class Interruption:
         if threading.current_thread() is not threading.main_thread():
             return
         for number, usual in _USUAL.items():
-            if signal.getsignal(number) == usual:
+            if (before := signal.getsignal(number)) in usual:
+                self._before[number] = before
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -55,9 +57,9 @@ class Interruption:
 
     def _release(self) -> None:
         """Both signals do what they did before."""
-        for number, usual in _USUAL.items():
+        for number, before in self._before.items():
             if signal.getsignal(number) == self._note:
-                signal.signal(number, usual)
+                signal.signal(number, before)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -175,13 +175,15 @@ def listening():
 
 
 @pytest.mark.usefixtures("listening")
-def test_ctrl_c_ends_in_one_line_and_status_130(recipe_fields, write_recipe, monkeypatch, capsys):
-    monkeypatch.setattr(stages, "get_peft_model", lambda *arguments: signal.raise_signal(signal.SIGINT))
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_one_line_and_status_130(recipe_fields, write_recipe, monkeypatch, capsys, sent):
+    monkeypatch.setattr(stages, "get_peft_model", lambda *arguments: signal.raise_signal(sent))
     with pytest.raises(SystemExit) as stopped:
         main(["train", write_recipe(recipe_fields)])
     assert stopped.value.code == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted: ")
     assert sorted(p.name for p in Path(recipe_fields["output"]).iterdir()) == ["base"]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.fixture

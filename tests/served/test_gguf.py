@@ -3,12 +3,15 @@ tokenizer's; what llama.cpp gets wrong is refused before."""
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig
 
 from greek import make_tokenizer
@@ -17,7 +20,7 @@ from peft_moe_delta.errors import ServingError
 from peft_moe_delta.served.convert import DRIVER, cached, check_known, converter
 from peft_moe_delta.served.modelfile import MARK, modelfile, turns_of
 from peft_moe_delta.served.reference import Reference
-from peft_moe_delta.served.rounding import SLACK, rounded, tolerance_for
+from peft_moe_delta.served.rounding import SLACK, RoundedInputs, round_weights, rounded, tolerance_for
 from served.forms import BY_LANGUAGE, REMOTE_CODE, make
 from served.pico_export import TEMPLATE, export
 
@@ -36,6 +39,7 @@ GEMMA = (
     "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content }}<end_of_turn>\n{% endfor %}"
     "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+EXCHANGED = ("block_sparse_moe.experts.0.", "block_sparse_moe.experts.1.")
 ROLES = {
     "system": '{{ if eq .Role "system" }}%s{{ .Content }}%s{{ end }}',
     "user": '{{ if eq .Role "user" }}%s{{ .Content }}%s{{ end }}',
@@ -118,16 +122,47 @@ def test_rounding_is_that_of_the_type():
     assert torch.equal(rounded(weight, "bf16"), weight.bfloat16().float())
 
 
-def test_a_tolerance_is_what_rounding_does_and_routers_are_not_rounded(tmp_path):
-    reference = Reference(str(make("Mixtral", tmp_path)))
+@pytest.mark.parametrize(("form", "router"), [("Mixtral", ".gate.weight"), ("GraniteMoe", ".router.weight")])
+def test_a_tolerance_is_what_rounding_does_and_routers_are_not_rounded(tmp_path, form, router):
+    reference = Reference(str(make(form, tmp_path)))
     prompts = [reference.ids_of("the cat sat on the mat")]
     before, weights = reference.logprobs(prompts[0]), {n: p.clone() for n, p in reference.model.named_parameters()}
     assert tolerance_for(reference, prompts, "f32") == reference.tolerance == 1e-3
     tolerance = tolerance_for(reference, prompts, "bf16")
-    moved = (reference.logprobs(prompts[0]) - before).abs().max().item()
+    with RoundedInputs(reference.model, "bf16"):
+        moved = (reference.logprobs(prompts[0]) - before).abs().max().item()
     assert tolerance == pytest.approx(SLACK * moved) and moved > 1e-3
     kept = {n for n, p in reference.model.named_parameters() if torch.equal(p, weights[n])}
-    assert kept == {n for n in weights if n.endswith((".gate.weight", "norm.weight"))}
+    assert kept == {n for n in weights if n.endswith((router, "norm.weight"))} and any(router in n for n in kept)
+
+
+def expert_by_expert(experts, hidden, chosen, shares):
+    """What a mixture computes of each token, (T, hidden), with what its matrices read in bf16."""
+    output = torch.zeros_like(hidden)
+    for token, row in enumerate(rounded(hidden, "bf16")):
+        for expert, share in zip(chosen[token].tolist(), shares[token], strict=True):
+            gate, up = (experts.gate_up_proj[expert] @ row).chunk(2)
+            output[token] += share * (experts.down_proj[expert] @ rounded(experts.act_fn(gate) * up, "bf16"))
+    return output
+
+
+def test_every_matrix_but_a_router_reads_rounded_inputs(tmp_path):
+    """Counted out by hooks on linear modules, which routers are none of here, and a loop over tokens and experts."""
+    model = Reference(str(make("Mixtral", tmp_path))).model
+    ids = torch.arange(3, 15)[None]
+    round_weights(model, "bf16")
+    with torch.no_grad():
+        weights_alone = model(ids).logits
+        with RoundedInputs(model, "bf16"):
+            found = model(ids).logits
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_pre_hook(lambda _, given: (rounded(given[0], "bf16"),))
+            if hasattr(module, "gate_up_proj"):
+                module.forward = functools.partial(expert_by_expert, module)
+        expected = model(ids).logits
+    moved = (weights_alone - expected).abs().max()
+    assert moved > 1e-3 and (found - expected).abs().max() < 0.1 * moved
 
 
 @pytest.mark.parametrize(
@@ -254,6 +289,26 @@ def test_a_file_that_differs_is_not_kept(llama_cpp, mixtral, tmp_path, capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 1 and "No file was written. Try --outtype f32" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_with_two_experts_exchanged_is_out_of_what_rounding_may_do(llama_cpp, mixtral, tmp_path, capsys):
+    main(["gguf", str(mixtral), str(tmp_path / "right"), "--pre-tokenizer", "gpt-2"])
+    rows = json.loads((mixtral / "served.json").read_text())["verified"]
+    (right,) = (row for row in rows if row["form"] == "pico-mixtral-q8_0.gguf")
+    assert 0 < right["difference"] < right["tolerance"]
+    exchanged = shutil.copytree(mixtral, tmp_path / "exchanged")
+    (file,) = exchanged.glob("*.safetensors")
+    weights = load_file(file)
+    first, second = ([name for name in weights if f"layers.1.{part}" in name] for part in EXCHANGED)
+    changed = dict(zip([*first, *second], [weights[name] for name in [*second, *first]], strict=True))
+    save_file(weights | changed, file, metadata={"format": "pt"})
+    main(["gguf", str(exchanged), str(tmp_path / "wrong"), "--pre-tokenizer", "gpt-2", "--no-check"])
+    capsys.readouterr()
+    asked = ["--gguf", str(tmp_path / "wrong" / "exchanged-q8_0.gguf"), "--tolerance", str(right["tolerance"])]
+    with pytest.raises(SystemExit) as stopped:
+        main(["verify-served", str(mixtral), *asked])
+    assert stopped.value.code == 1 and "does not agree with" in capsys.readouterr().out
 
 
 def test_a_mixtures_experts_are_no_linear_modules_which_is_all_that_other_libraries_quantise(tmp_path):

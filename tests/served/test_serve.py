@@ -297,7 +297,8 @@ def test_load(server):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_interrupted(adapter):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_interrupted(adapter, sent):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "peft_moe_delta", "serve", str(adapter.folder), "--port", "0", "--name", "pico"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as run:
@@ -310,7 +311,7 @@ def test_the_command_serves_until_it_is_interrupted(adapter):
             found[1] + "/v1/completions", json={"prompt": "the", "language": "hu", "max_tokens": 2}, timeout=600
         )
         assert answered.ok
-        run.send_signal(signal.SIGINT)
+        run.send_signal(sent)
         out, _ = run.communicate(timeout=600)
     assert run.returncode == 0 and out == "pico is no longer served\n"
 
