@@ -306,8 +306,8 @@ def served_demo_table(found: dict[str, Any]) -> str:
         ratio = "" if row["ratio"] is None else ", ".join(f"{row['ratio'][how]:.2f}" for how in ("one", "many"))
         cells = [row["model"], row["server"], str(row["MB"]), rate_cell(row["one"]), rate_cell(row["many"]), ratio]
         lines.append(f"| {' | '.join([*cells, verified_cell(row['verified']), answers_cell(row['parts_at'])])} |")
-    rounds = "one round" if found["rounds"] == 1 else f"the median of {found['rounds']} rounds, with quartiles"
-    said = f"Tokens a second: {rounds}; answers of {found['max_tokens']} tokens at most. {found['machine']}"
+    rounds = "of one round" if found["rounds"] == 1 else f"the median of {found['rounds']} rounds, with quartiles"
+    said = f"Tokens per second are {rounds}, for answers of at most {found['max_tokens']} tokens. {found['machine']}"
     return "\n".join([*lines, "", said])
 
 
