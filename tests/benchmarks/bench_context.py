@@ -86,15 +86,15 @@ def large_delta_pair(seed: int, family: str = "qwen3") -> Pair:
     return Pair(base, tuned, tokenizer, tasks, texts, held_out, moved(base, tuned))
 
 
-def upcycled(pair: Pair, seed: int) -> PeftModel:
-    """The base with an expert for each new language, expanded by language; routers fitted for learned routing."""
+def expanded(base: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, texts: Text, seed: int) -> PeftModel:
+    """The base with an expert for each new language, expanded by language."""
     torch.manual_seed(seed)
     languages = {ENGLISH: "original", "hu": "hungarian", "el": "greek"}
     experts = {group: 1 for group in languages.values() if group != "original"}
     model = get_peft_model(
-        copy_of(pair.base), MoeDeltaConfig(languages=languages, experts=experts, routing="language", top_k=1)
+        copy_of(base), MoeDeltaConfig(languages=languages, experts=experts, routing="language", top_k=1)
     )
-    rows = rows_of(pair.tokenizer, pair.texts, seed)
+    rows = rows_of(tokenizer, texts, seed)
     generator = torch.Generator().manual_seed(seed)
 
     def batches() -> Iterator[dict[str, Any]]:
@@ -104,8 +104,6 @@ def upcycled(pair: Pair, seed: int) -> PeftModel:
             yield {"input_ids": ids, "labels": ids, "language": code, "use_cache": False}
 
     fit(model, batches(), EXPANSION_STEPS, 4e-3)
-    model.base_model.start_review(routing="learned")
-    fit_routers(model, {code: texts[:200] for code, texts in pair.texts.items()}, pair.tokenizer, max_length=LENGTH)
     return model.eval()
 
 
@@ -143,7 +141,9 @@ def run(seed: int, family: str) -> tuple[Pair, dict[str, Figures], Calibration]:
     """Every way of routing, from one random seed."""
     pair = large_delta_pair(seed, family)
     found = {"base": figures(pair.base, pair), "tuned": figures(pair.tuned, pair)}
-    model = upcycled(pair, seed)
+    model = expanded(pair.base, pair.tokenizer, pair.texts, seed)
+    model.base_model.start_review(routing="learned")
+    fit_routers(model, {code: texts[:200] for code, texts in pair.texts.items()}, pair.tokenizer, max_length=LENGTH)
     grafted = model.graft(pair.tuned)
     with grafted.base_model.in_routing("language"):
         found["by language, told"] = figures(grafted, pair, told=True, right=1.0)
