@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from frontier.methods import METHODS
 from frontier.pictures import draw
 from frontier.runs import Run, carry_out
 from frontier.scores import DOCUMENTS, Results
+from frontier.study import Study, untried
 from frontier.tables import NOTHING, filled, page
 from pairs import Making, copy_of
 
@@ -59,19 +61,21 @@ def pair(text):
 @pytest.fixture(scope="module")
 def short():
     """Few points and little calibration."""
-    calibration = {**family.CALIBRATION, "conversations": 3, "steps": 1, "weights": (1.0,)}
+    calibration = {**family.CALIBRATION, "steps": 1, "weights": (1.0,)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(family, "SHARES", (1.0,))
         patch.setattr(family, "SCALES", (1.0,))
         patch.setattr(family, "CALIBRATION", calibration)
         patch.setattr(family, "CALIBRATED_ON", 6)
+        patch.setattr(family, "CONVERSATIONS", 3)
         yield
 
 
 def run_into(folder: Path, text: material.Material, pair: material.Pair, methods: list[str]) -> Path:
     """Scores of two steps of training."""
     for method in methods:
-        run = Run("qwen3", method, 2 if METHODS[method].trains else 0, 0, 1e-3)
+        trains = METHODS[method].trains
+        run = Run("qwen3", method, 2 if trains else 0, 0, 1e-3 if trains else 0.0)
         carry_out(run, pair, text, folder)
     return folder
 
@@ -100,17 +104,58 @@ def test_the_same_scores_give_the_same_tables_and_pictures(scores, tmp_path):
     assert "ours learned, top-1" in made[0][0] and "![frontiers" in made[0][0] and len(made[0][1]) == 1
 
 
-def test_runs_of_other_models_or_documents_are_not_compared(scores, tmp_path):
-    mixed = tmp_path / "mixed"
-    shutil.copytree(scores, mixed)
-    file = mixed / "qwen3" / "dense-2-0.json"
+def test_what_is_compared_is_of_one_pair_of_models(scores, tmp_path):
+    both = tmp_path / "both"
+    shutil.copytree(scores, both)
+    [folder] = both.glob("qwen3-0-*")
+    other = both / "qwen3-0-another"
+    shutil.copytree(folder, other)
+    for file in other.glob("*.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**found, "pair_digest": "another"}), encoding="utf-8")
+    (folder / "dense-2.json").unlink()  # neither of both is half of the other
+    [setting] = Results.read(both).settings
+    assert [digest for _, _, digest in Results.read(both).models(setting).values()] == ["another"]
+    (other / "ours-learned-2.json").unlink()
+    assert Results.read(both).seeds(setting) == []
+    assert page(Results.read(both), []) == NOTHING
+
+
+def test_runs_of_other_documents_are_not_compared(scores, tmp_path):
+    shutil.copytree(scores, tmp_path / "mixed")
+    [file] = (tmp_path / "mixed").glob("*/dense-2.json")
     found = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps({**found, "pair_digest": "another"}), encoding="utf-8")
-    with pytest.raises(DataError, match="different models"):
-        Results.read(mixed)
     file.write_text(json.dumps({**found, "text_digest": "another"}), encoding="utf-8")
     with pytest.raises(DataError, match="other documents"):
-        Results.read(mixed)
+        Results.read(tmp_path / "mixed")
+
+
+def test_a_study_goes_on_with_what_is_not_there(scores, tmp_path):
+    results = tmp_path / "results"
+    shutil.copytree(scores, results)
+    methods = ("post-trained", "dense", "ours-learned")
+    study = Study(tmp_path, tmp_path, results, tmp_path / "pairs", {"qwen3": (2, 4)}, (0, 1), methods, (1e-3,))
+    left = [[(run.method, run.steps, run.seed) for run in runs] for runs in study.to_do()]
+    assert left == [
+        [("post-trained", 0, 0)], [("post-trained", 0, 1)],
+        [("dense", 2, 1)], [("ours-learned", 2, 1)],
+        [("dense", 4, 0)], [("ours-learned", 4, 0)], [("dense", 4, 1)], [("ours-learned", 4, 1)],
+    ]  # fmt: skip
+    assert replace(study, lengths={"qwen3": (2,)}, seeds=(0,)).to_do() == []
+    assert replace(study, lengths={"qwen3": (2,)}, seeds=(0,), rates=(2e-3,)).to_do() != []  # of another rate
+
+
+def test_rates_are_tried_until_the_best_has_worse_neighbours(tmp_path):
+    study = Study(tmp_path, tmp_path, tmp_path, tmp_path)
+    run, reached = Run("qwen3", "dense", 160, 0), {1e-4: 0.0, 3e-4: 0.3, 1e-3: 0.5, 3e-3: 0.2, 1e-2: 0.1, 3e-2: 0.0}
+    (tmp_path / "rates").mkdir()
+    tried = []
+    while rates := untried(study, run):
+        tried += rates
+        for rate in rates:
+            found = {"rate": rate, "reach": reached[rate], "criterion": 0.0}
+            study.trial_file(replace(run, rate=rate)).write_text(json.dumps(found), encoding="utf-8")
+    assert tried == [3e-3, 1e-3, 1e-2, 3e-4] and study.with_rate(run).rate == 1e-3
 
 
 @pytest.mark.slow
@@ -119,7 +164,8 @@ def test_every_method_runs(method, tmp_path, text, pair, short):
     [file] = run_into(tmp_path, text, pair, [method]).glob("*/*.json")
     found = json.loads(file.read_text(encoding="utf-8"))
     assert found["parameters"] >= pair.base.num_parameters() and found["flops"]["en"] > 0
-    assert all(np.isfinite(sum(map(sum, point["test"]["bits"].values()))) for point in found["points"])
+    tested = [point["test"] for point in found["points"] if "test" in point]
+    assert tested and all(np.isfinite(sum(map(sum, one["bits"].values()))) for one in tested)
 
 
 def test_new_blocks_add_nothing_at_first(text, pair):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,16 +20,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from peft_moe_delta import calibrate_routers
+from peft_moe_delta import calibrate_routers, made_up_conversations
 from peft_moe_delta.graft.arithmetic import graft_tensor
 from peft_moe_delta.graft.memory import grafted_adapter, tuner_of
 from peft_moe_delta.graft.scale import Scale
 
 from .material import Material, Pair
 
-SHARES, SCALES = (0.25, 0.5, 0.75, 1.0), (0.5, 0.75, 1.0)
-CALIBRATION: Mapping[str, Any] = {"conversations": 64, "steps": 30, "max_length": LENGTH, "weights": (1.0, 4.0, 16.0)}
-CALIBRATED_ON = 100  # documents of each language
+SHARES, SCALES = (0.125, 0.25, 0.5, 1.0), (0.5, 1.0)
+CALIBRATION: Mapping[str, Any] = {"steps": 30, "max_length": LENGTH}
+CALIBRATED_ON, CONVERSATIONS = 100, 64  # documents of each language; made up by the post-trained model
 
 
 @dataclass(frozen=True)
@@ -73,9 +74,9 @@ def grafted_family(model: PeftModel, tuned: PreTrainedModel, *, told: bool = Fal
     return Family(lambda a, s: grafted(model, tuned, a, s), added(model), told, **turned)
 
 
-def calibrated_family(model: PeftModel, pair: Pair, text: Material, seed: int) -> Family:
+def calibrated_family(model: PeftModel, pair: Pair, text: Material, seed: int, **turned: Any) -> Family:
     """Of a model with learned routing, whose routers are calibrated after the graft, once for each scale."""
-    return Family(Calibrated(model, pair.tuned, text, seed), added(model))
+    return Family(Calibrated(model, pair.tuned, text, seed), added(model), **turned)
 
 
 @dataclass
@@ -92,13 +93,19 @@ class Calibrated:
         if scale not in self.routers:
             found = grafted(self.model, self.tuned, 1.0, scale)
             texts = {code: documents[:CALIBRATED_ON] for code, documents in self.text.train.items()}
-            calibrate_routers(found, texts, self.text.tokenizer, seed=self.seed, **CALIBRATION)
+            chats = self.conversations
+            calibrate_routers(found, texts, self.text.tokenizer, conversations=chats, seed=self.seed, **CALIBRATION)
             self.routers[scale] = [rows.detach().clone() for rows in routers_of(found)]
         found = grafted(self.model, self.tuned, share, scale)
         with torch.no_grad():
             for rows, calibrated in zip(routers_of(found), self.routers[scale], strict=True):
                 rows.copy_(calibrated)
         return found.eval()
+
+    @cached_property
+    def conversations(self) -> list[str]:
+        """Those of the whole post-trained model, for every scale."""
+        return made_up_conversations(self.tuned, self.text.tokenizer, CONVERSATIONS, seed=self.seed)
 
 
 def routers_of(model: PeftModel) -> list[Tensor]:

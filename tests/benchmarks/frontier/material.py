@@ -59,7 +59,7 @@ class HeldOut:
     tasks: Mapping[str, Tasks]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Material:
     """Text and questions.
 
@@ -105,7 +105,7 @@ class Material:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pair:
     """A base model and its post-trained descendant.
 

@@ -1,15 +1,19 @@
 """The methods, an entry each: `(pair, text, rate, steps, seed)` -> a `Family`.
 
 All of them read the same new-language text in the same order. A method that is not ours gets the graft where its idea
-does not forbid it: what is compared is where new languages are kept, not who has a delta.
+does not forbid it: what is compared is where new languages are kept, not who has a delta. Methods that train the same
+and differ in what comes after share a training, and each has a copy of what it made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
+import torch
 from pairs import ENGLISH, LENGTH, copy_of, fit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -29,6 +33,7 @@ MEASURED: Mapping[str, Any] = {
 """How much plans are made on; DMoE's own rate would hardly move a model of this size."""
 IDENTIFIED = 400  # documents of each language that an identifier counts
 REVIEWED = 8  # one step of review for so many of expansion
+KEPT = 4  # trainings that a process holds, for methods that share them and their learning rates
 Make = Callable[[Pair, Material, float, int, int], Family]
 
 
@@ -40,11 +45,13 @@ class Method:
         title: what tables call it.
         make: trains it.
         trains: whether there is anything to train, and so a rate and a number of steps.
+        training: the name of the training, where methods have the same.
     """
 
     title: str
     make: Make
     trains: bool = True
+    training: str = ""
 
 
 # -- dense ------------------------------------------------------------------------------------------------------------
@@ -105,15 +112,44 @@ def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
 # -- experts ----------------------------------------------------------------------------------------------------------
 
 
-def ours_over_post_trained(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
-    """Experts of the post-trained model itself, without a graft."""
-    model = expand(upcycled(pair.tuned, text), text, rate, steps, seed)
-    return grafted_family(model, pair.tuned, told=True, scales=(1.0,))
+@lru_cache(KEPT)
+def by_language(pair: Pair, text: Material, rate: float, steps: int, seed: int, over: str = "base") -> PeftModel:
+    """An expert in each layer for every new language, expanded over the base or over the post-trained model itself."""
+    return expand(upcycled(getattr(pair, over), text), text, rate, steps, seed)
 
 
-def ours_by_language(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
-    model = expand(upcycled(pair.base, text), text, rate, steps, seed)
-    return grafted_family(model, pair.tuned, told=True)
+def copy_after(train: Callable[..., PeftModel], *setting: Any) -> PeftModel:
+    """A copy of what a training made. What comes next draws the same numbers whether it was trained just now or not."""
+    model = deepcopy(train(*setting))
+    torch.manual_seed(setting[4])
+    return model
+
+
+def told(*setting: Any, over: str = "base") -> Family:
+    """Told the language of each text."""
+    return grafted_family(copy_after(by_language, *setting, over), setting[0].tuned, told=True, **scales_of(over))
+
+
+def by_context(*setting: Any, over: str = "base") -> Family:
+    """The language is read from the text so far."""
+    model, (pair, text, *_) = copy_after(by_language, *setting, over), setting
+    fit_identifier(model, {code: found[:IDENTIFIED] for code, found in text.train.items()}, text.tokenizer)
+    tuner_of(model).active_config.change(routing="context")
+    return grafted_family(model, pair.tuned, **scales_of(over))
+
+
+def learned(*setting: Any, over: str = "base", top_k: int = 1) -> Family:
+    """Behind routers that are calibrated after the graft: a stock checkpoint."""
+    model, (pair, text, *_, seed) = copy_after(by_language, *setting, over), setting
+    model.start_review(routing="learned")
+    tuner_of(model).active_config.change(top_k=top_k)
+    fit_routers(model, {code: found[:200] for code, found in text.train.items()}, text.tokenizer, max_length=LENGTH)
+    return calibrated_family(model, pair, text, seed, **scales_of(over))
+
+
+def scales_of(over: str) -> dict[str, tuple[float, ...]]:
+    """Over the post-trained model there is no delta to be scaled."""
+    return {"scales": (1.0,)} if over == "tuned" else {}
 
 
 def ours_by_language_low_rank(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
@@ -121,35 +157,20 @@ def ours_by_language_low_rank(pair: Pair, text: Material, rate: float, steps: in
     return grafted_family(model, pair.tuned, told=True)
 
 
-def ours_by_context(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
-    """As by language, but the language is read from the text so far."""
-    model = expand(upcycled(pair.base, text), text, rate, steps, seed)
-    fit_identifier(model, {code: found[:IDENTIFIED] for code, found in text.train.items()}, text.tokenizer)
-    tuner_of(model).active_config.change(routing="context")
-    return grafted_family(model, pair.tuned)
-
-
-def ours_learned(pair: Pair, text: Material, rate: float, steps: int, seed: int, top_k: int = 1) -> Family:
-    """Experts expanded by language, behind routers that are calibrated after the graft: a stock checkpoint."""
-    model = expand(upcycled(pair.base, text), text, rate, steps, seed)
-    model.start_review(routing="learned")
-    tuner_of(model).active_config.change(top_k=top_k)
-    fit_routers(model, {code: found[:200] for code, found in text.train.items()}, text.tokenizer, max_length=LENGTH)
-    return calibrated_family(model, pair, text, seed)
-
-
-def ours_learned_top_2(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
-    return ours_learned(pair, text, rate, steps, seed, top_k=2)
+@lru_cache(KEPT)
+def two_stages(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> PeftModel:
+    """MoE-LPR's (arXiv 2408.11396): shared experts and routers that learn together, then a review."""
+    return reviewed(pair, text, rate, steps, seed)
 
 
 def moe_lpr(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
-    """Shared experts and routers that learn together, then a review (MoE-LPR, arXiv 2408.11396); no delta."""
-    return grafted_family(reviewed(pair, text, rate, steps, seed), pair.tuned, scales=(0.0,))
+    """As published, without a delta."""
+    return grafted_family(copy_after(two_stages, pair, text, rate, steps, seed), pair.tuned, scales=(0.0,))
 
 
 def moe_lpr_grafted(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
-    """MoE-LPR's experts with the delta, as DeltaMoE (arXiv 2605.18083) has it."""
-    return calibrated_family(reviewed(pair, text, rate, steps, seed), pair, text, seed)
+    """With the delta, as DeltaMoE (arXiv 2605.18083) has it."""
+    return calibrated_family(copy_after(two_stages, pair, text, rate, steps, seed), pair, text, seed)
 
 
 def layer_moe(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
@@ -241,15 +262,27 @@ METHODS: Mapping[str, Method] = {
     "dense-post-trained": Method("dense CPT of the post-trained", dense_post_trained),
     "lora": Method("LoRA CPT + delta", lora),
     "block-expansion": Method("block expansion + delta", block_expansion),
-    "moe-lpr": Method("MoE-LPR, no delta", moe_lpr),
-    "moe-lpr-grafted": Method("MoE-LPR + delta", moe_lpr_grafted),
+    "moe-lpr": Method("MoE-LPR, no delta", moe_lpr, training="two stages"),
+    "moe-lpr-grafted": Method("MoE-LPR + delta", moe_lpr_grafted, training="two stages"),
     "layer-moe": Method("LayerMoE plan + delta", layer_moe),
     "dmoe": Method("DMoE groups + delta", dmoe),
-    "ours-over-post-trained": Method("ours over the post-trained, told", ours_over_post_trained),
-    "ours-by-language": Method("ours by language, told", ours_by_language),
+    "over-told": Method("ours over the post-trained, told", partial(told, over="tuned"), training="over"),
+    "over-context": Method(
+        "ours over the post-trained, by context", partial(by_context, over="tuned"), training="over"
+    ),
+    "over-learned": Method("ours over the post-trained, learned", partial(learned, over="tuned"), training="over"),
+    "ours-by-language": Method("ours by language, told", told, training="ours"),
     "ours-low-rank": Method("ours by language, rank 8, told", ours_by_language_low_rank),
-    "ours-by-context": Method("ours by context", ours_by_context),
-    "ours-learned": Method("ours learned, top-1", ours_learned),
-    "ours-learned-top-2": Method("ours learned, top-2", ours_learned_top_2),
+    "ours-by-context": Method("ours by context", by_context, training="ours"),
+    "ours-learned": Method("ours learned, top-1", learned, training="ours"),
+    "ours-learned-top-2": Method("ours learned, top-2", partial(learned, top_k=2), training="ours"),
 }
 """In the order of tables; CPT: continual pre-training."""
+
+
+def by_training(methods: Iterable[str]) -> list[list[str]]:
+    """Methods that share a training side by side."""
+    found: dict[str, list[str]] = {}
+    for name in methods:
+        found.setdefault(METHODS[name].training or name, []).append(name)
+    return list(found.values())

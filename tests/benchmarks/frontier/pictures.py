@@ -22,7 +22,8 @@ UNTRAINED = ("base", "post-trained")
 def draw(results: Results, folder: Path) -> list[Path]:
     """A picture for each setting. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    return [draw_setting(results, setting, folder / f"{stem(setting)}.svg") for setting in results.settings]
+    shown = [setting for setting in results.settings if results.seeds(setting)]
+    return [draw_setting(results, setting, folder / f"{stem(setting)}.svg") for setting in shown]
 
 
 def draw_setting(results: Results, setting: Setting, path: Path) -> Path:
@@ -55,7 +56,7 @@ def curve(results: Results, setting: Setting, method: str, kept: str, gained: st
 def line(panel: Any, method: str, values: np.ndarray) -> None:
     """Ours in full lines, others dashed, each method in its colour."""
     index = list(METHODS).index(method)
-    ours = method.startswith("ours")
+    ours = METHODS[method].title.startswith("ours")
     panel.plot(
         LEVELS, values, label=METHODS[method].title, color=matplotlib.colormaps["tab20"](index % 20),
         linestyle="-" if ours else "--", linewidth=1.6 if ours else 1.2,

@@ -51,9 +51,9 @@ class Run:
     seed: int
     rate: float = 0.0
 
-    @property
-    def file(self) -> str:
-        return f"{self.pair}/{self.method}-{self.steps}-{self.seed}.json"
+    def file(self, digest: str) -> str:
+        """Of the results: a folder for each pair of models."""
+        return f"{self.pair}-{self.seed}-{digest}/{self.method}-{self.steps}.json"
 
     def family(self, pair: Pair, text: Material) -> Family:
         """Train."""
@@ -63,16 +63,33 @@ class Run:
 
 def carry_out(run: Run, pair: Pair, text: Material, folder: Path) -> None:
     """Train, score and write; nothing where the file is there."""
-    if (folder / run.file).is_file():
+    file = folder / run.file(pair.digest)
+    if file.is_file():
         return
     started = time.process_time()
     family = run.family(pair, text)
     trained = time.process_time()
     reference = score(pair.tuned, text, "validation", told=False)
-    points = [point(family, share, scale, text, reference) for scale in family.scales for share in family.shares]
+    held = text.held_out["validation"]
+    turns = [(share, scale) for scale in family.scales for share in family.shares]
+    validation = [score(family.at(*turn), text, "validation", told=family.told) for turn in turns]
+    points: list[dict[str, Any]] = [
+        {
+            "share": share,
+            "scale": scale,
+            "criterion": round(criterion(one, reference, text), 5),
+            "validation": totals(one, held),
+        }
+        for (share, scale), one in zip(turns, validation, strict=True)
+    ]
     chosen = max(range(len(points)), key=lambda index: points[index]["criterion"])
-    model = family.at(points[chosen]["share"], points[chosen]["scale"])
-    points[chosen]["other"] = score(model, text, "other", told=family.told)
+    # Tables need no test of a point that validation keeps off every frontier.
+    for index in sorted({chosen, len(points) - 1} | on_frontiers(totals(reference, held), points)):
+        model = family.at(*turns[index])
+        points[index]["test"] = score(model, text, "test", told=family.told)
+        if index == chosen or turns[index] == (1.0, 1.0):
+            points[index]["other"] = score(model, text, "other", told=family.told)
+    model = family.at(*turns[chosen])
     found = {
         **asdict(run),
         "pair_digest": pair.digest,
@@ -87,22 +104,16 @@ def carry_out(run: Run, pair: Pair, text: Material, folder: Path) -> None:
         "seconds": {"training": round(trained - started, 1), "scoring": round(time.process_time() - trained, 1)},
         "points": points,
     }
-    (folder / run.file).parent.mkdir(parents=True, exist_ok=True)
-    write_text(folder / run.file, in_lines(found))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, in_lines(found))
 
 
-def point(family: Family, share: float, scale: float, text: Material, reference: Scores) -> dict[str, Any]:
-    """Scores of one `(a, s)`; text of another domain only where everything is kept, and later at the chosen point."""
-    model = family.at(share, scale)
-    validation = score(model, text, "validation", told=family.told)
-    found = {
-        "share": share,
-        "scale": scale,
-        "criterion": round(criterion(validation, reference, text), 5),
-        "validation": totals(validation, text.held_out["validation"]),
-        "test": score(model, text, "test", told=family.told),
-    }
-    return found | ({"other": score(model, text, "other", told=family.told)} if share == scale == 1.0 else {})
+def on_frontiers(reference: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> set[int]:
+    """Indices of the points that are on a frontier of validation text, as `Results` has it."""
+    begins = [reference] if any(point["scale"] == 1.0 for point in points) else []
+    before, *each = (means(one) for one in (reference, *begins, *(point["validation"] for point in points)))
+    found = {int(i) for axes in AXES for i in frontier(*(np.array([e[n] - before[n] for e in each]) for n in axes))}
+    return {index - len(begins) for index in found if index >= len(begins)}
 
 
 def validate(run: Run, pair: Pair, text: Material) -> dict[str, float]:

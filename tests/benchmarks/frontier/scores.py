@@ -38,6 +38,10 @@ class Setting:
     pair: str
     steps: int
 
+    def run(self, method: str) -> tuple[str, int]:
+        """A method, and the steps that it takes here."""
+        return method, self.steps if METHODS[method].trains else 0
+
     def __str__(self) -> str:
         return f"{self.pair}, {self.steps} steps"
 
@@ -48,10 +52,11 @@ class Scored:
 
     Attributes:
         record: the JSON.
-        test: measure -> (1 + resamples, points), with the post-trained model itself as the first point.
+        test: measure -> (1 + resamples, points), of the points that were tested.
         validation: measure -> (points,), likewise.
         chosen: the point that validation chose, as an index into these.
         other: measure -> (1 + resamples,) on the other domain's text at the chosen point.
+        anchored: whether the first point is the post-trained model, which a share of 0 gives.
     """
 
     record: Mapping[str, Any]
@@ -59,10 +64,17 @@ class Scored:
     validation: Mapping[str, np.ndarray]
     chosen: int
     other: Mapping[str, np.ndarray]
+    anchored: bool
 
     def on_frontier(self, kept: str, gained: str) -> tuple[np.ndarray, np.ndarray]:
-        """Test scores of the points that validation puts on the frontier, in order: kept and gained, (R, points)."""
+        """Test scores of the points that validation puts on the frontier, in order: kept and gained, (R, points).
+
+        The post-trained model is always one of them, where there is a way to it: a user who wants to lose nothing takes
+        it, also where validation says that another point loses nothing and gains.
+        """
         points = frontier(self.validation[kept], self.validation[gained])
+        if self.anchored and 0 not in points:
+            points = np.concatenate([[0], points])
         return self.test[kept][:, points], self.test[gained][:, points]
 
     def area(self, kept: str, gained: str) -> np.ndarray:
@@ -83,11 +95,12 @@ class Results:
     """All runs of a folder.
 
     Attributes:
-        runs: `(pair, method, steps, seed)` -> the JSON.
+        runs: for each pair of models, `(pair, seed, digest)`, what was run on it: `(method, steps)` -> the JSON. On
+            another processor the same seed makes another pair, with another digest; what is compared is of one.
         sizes: bytes of every held-out document, by part and language.
     """
 
-    runs: Mapping[tuple[str, str, int, int], Mapping[str, Any]]
+    runs: Mapping[tuple[str, int, str], Mapping[tuple[str, int], Mapping[str, Any]]]
     sizes: Mapping[str, Mapping[str, Sequence[int]]]
     _scored: dict[Any, Scored] = field(default_factory=dict)
 
@@ -95,72 +108,73 @@ class Results:
     def read(cls, folder: Path) -> Results:
         """
         Raises:
-            DataError: runs of one pair and seed that are of different models, or of other documents.
+            DataError: runs of other documents.
         """
-        runs, digests = {}, {}
+        runs: dict[tuple[str, int, str], dict[tuple[str, int], Mapping[str, Any]]] = {}
         for file in sorted(folder.glob("*/*.json")):
             if file.parent.name == "rates":
                 continue
             one = json.loads(file.read_text(encoding="utf-8"))
-            runs[one["pair"], one["method"], one["steps"], one["seed"]] = one
-            digests.setdefault((one["pair"], one["seed"]), set()).add(one["pair_digest"])
-        if mixed := [key for key, found in digests.items() if len(found) > 1]:
-            raise DataError(
-                f"{folder}: runs of {mixed} are of different models, so they cannot be compared. Delete those of one."
-            )
+            models = one["pair"], one["seed"], one["pair_digest"]
+            runs.setdefault(models, {})[one["method"], one["steps"]] = one
         sizes = json.loads((folder / DOCUMENTS).read_text(encoding="utf-8")) if runs else {}
-        if any(one["text_digest"] != digest_of(sizes) for one in runs.values()):
+        if any(one["text_digest"] != digest_of(sizes) for found in runs.values() for one in found.values()):
             raise DataError(f"{folder}: runs scored other documents than {DOCUMENTS} names. Delete them, run again.")
         return cls(runs, sizes)
 
     @property
     def settings(self) -> list[Setting]:
         """Pairs and steps with at least one trained method."""
-        found = {Setting(pair, steps) for pair, method, steps, _ in self.runs if METHODS[method].trains}
+        found = {
+            Setting(pair, steps)
+            for (pair, _, _), found in self.runs.items()
+            for method, steps in found
+            if METHODS[method].trains
+        }
         return sorted(found, key=lambda setting: (list(PAIRS).index(setting.pair), setting.steps))
+
+    def methods(self, setting: Setting) -> list[str]:
+        """Those that were run on any pair of models."""
+        found = [found for (pair, _, _), found in self.runs.items() if pair == setting.pair]
+        return [method for method in METHODS if any(setting.run(method) in one for one in found)]
+
+    def models(self, setting: Setting) -> dict[int, tuple[str, int, str]]:
+        """By seed a pair of models on which every method of the setting was run, where there is one."""
+        wanted = {setting.run(method) for method in self.methods(setting)}
+        whole = [key for key, found in self.runs.items() if key[0] == setting.pair and wanted <= found.keys()]
+        return {seed: (pair, seed, digest) for pair, seed, digest in sorted(whole)}
 
     def seeds(self, setting: Setting) -> list[int]:
         """Seeds for which every method of the setting is there."""
-        by_method = [self._seeds(setting, method) for method in self.methods(setting)]
-        return sorted(set.intersection(*by_method)) if by_method else []
-
-    def methods(self, setting: Setting) -> list[str]:
-        return [method for method in METHODS if self._seeds(setting, method)]
-
-    def _seeds(self, setting: Setting, method: str) -> set[int]:
-        return {s for p, m, n, s in self.runs if (p, m) == (setting.pair, method) and n == self._steps(setting, m)}
-
-    @staticmethod
-    def _steps(setting: Setting, method: str) -> int:
-        return setting.steps if METHODS[method].trains else 0
+        return list(self.models(setting))
 
     def scored(self, setting: Setting, method: str) -> list[Scored]:
         """A method's runs, by seed."""
-        return [self._one(setting, method, seed) for seed in self.seeds(setting)]
+        return [self._one(models, setting.run(method)) for models in self.models(setting).values()]
 
     def post_trained(self, setting: Setting) -> dict[str, float]:
         """The post-trained model's own measures, means over seeds: bits per byte and shares of questions."""
         wholes = [
-            next(p for p in self.runs[setting.pair, ANCHOR, 0, seed]["points"] if p["scale"] == 1.0)
-            for seed in self.seeds(setting)
+            next(p for p in self.runs[models][ANCHOR, 0]["points"] if p["scale"] == 1.0)
+            for models in self.models(setting).values()
         ]
         found = [self._tested(whole, "test") for whole in wholes]
         return {name: abs(float(np.mean([one[name][0] for one in found]))) for name in found[0]}
 
-    def _one(self, setting: Setting, method: str, seed: int) -> Scored:
-        key = (setting.pair, method, self._steps(setting, method), seed)
-        if key not in self._scored:
-            self._scored[key] = self._read(self.runs[key], self.runs[setting.pair, ANCHOR, 0, seed])
-        return self._scored[key]
+    def _one(self, models: tuple[str, int, str], run: tuple[str, int]) -> Scored:
+        if (models, run) not in self._scored:
+            self._scored[models, run] = self._read(self.runs[models][run], self.runs[models][ANCHOR, 0])
+        return self._scored[models, run]
 
     def _read(self, run: Mapping[str, Any], anchor: Mapping[str, Any]) -> Scored:
         # The post-trained model is what a share of 0 leaves, wherever there is a delta.
         whole = next(point for point in anchor["points"] if point["scale"] == 1.0)
         begins = [whole] if any(point["scale"] == 1.0 for point in run["points"]) else []
-        points = [*begins, *run["points"]]
+        chosen = run["points"][run["chosen"]]
+        points = [*begins, *(point for point in run["points"] if "test" in point)]
         test, other, validation = (
             [self._tested(point, "test") for point in (whole, *points)],
-            [self._tested(point, "other") for point in (whole, run["points"][run["chosen"]])],
+            [self._tested(point, "other") for point in (whole, chosen)],
             [means(point["validation"]) for point in (whole, *points)],
         )
         return Scored(
@@ -169,8 +183,9 @@ class Results:
             validation={
                 name: np.array([one[name] - validation[0][name] for one in validation[1:]]) for name in validation[0]
             },
-            chosen=run["chosen"] + len(begins),
+            chosen=next(index for index, point in enumerate(points) if point is chosen),
             other={name: other[1][name] - other[0][name] for name in other[0]},
+            anchored=bool(begins),
         )
 
     def _tested(self, point: Mapping[str, Any], part: str) -> dict[str, np.ndarray]:
@@ -184,11 +199,15 @@ class Results:
             skill[code] = self.weights["skill", code] @ np.array([int(digit) for digit in right]) / len(right)
         return means({"bits": bits, "skill": skill})
 
+    @property
+    def _any(self) -> Mapping[str, Any]:
+        return next(iter(next(iter(self.runs.values())).values()))
+
     @cached_property
     def weights(self) -> dict[tuple[str, str], np.ndarray]:
         """How often each document and question is drawn, the same for all methods and seeds."""
         counts = {(part, code): len(n) for part in ("test", "other") for code, n in self.sizes[part].items()}
-        one = next(iter(self.runs.values()))["points"][0]["test"]["skill"]
+        one = next(point["test"]["skill"] for point in self._any["points"] if "test" in point)
         counts |= {("skill", code): len(right) for code, right in one.items()}
         return {key: document_weights(n, RESAMPLES, i) for i, (key, n) in enumerate(sorted(counts.items()))}
 

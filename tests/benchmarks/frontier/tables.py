@@ -13,7 +13,7 @@ from .intervals import interval
 from .methods import METHODS
 from .scores import AXES, GAIN, LOWEST, RETENTION, Results, Scored, Setting
 
-OURS = ("ours-learned", "ours-by-context")
+OURS = ("ours-learned", "ours-by-context", "over-learned", "over-context")
 """Those that nobody tells a language: what is compared with everything else."""
 BUDGETS = {"en": -0.02, "skill": -0.02}
 HALF = 0.5
@@ -23,7 +23,7 @@ NOTHING = "No run has been committed yet, so there is nothing to claim here."
 
 def page(results: Results, pictures: Sequence[Path]) -> str:
     """Everything between the page's markers."""
-    if not results.settings:
+    if not any(results.seeds(setting) for setting in results.settings):
         return NOTHING
     parts = [costs(results), *(part for setting in results.settings for part in section(results, setting, pictures))]
     return "\n\n".join(parts)
@@ -56,14 +56,13 @@ def stem(setting: Setting) -> str:
 
 def costs(results: Results) -> str:
     """Parameters, operations and learning rates."""
-    first = results.settings[0]
+    first = next(setting for setting in results.settings if results.seeds(setting))
     rows = []
     for method in results.methods(first):
-        runs = [run for (pair, name, _, _), run in results.runs.items() if (pair, name) == (first.pair, method)]
-        one = runs[0]
-        rates = ", ".join(dict.fromkeys(f"{run['rate']:g}" for run in runs)) if METHODS[method].trains else ""
+        one = results.scored(first, method)[0].record
+        rate = f"{one['rate']:g}" if METHODS[method].trains else ""
         flops = [f"{value / 1e6:.2f}" for value in one["flops"].values()]
-        rows.append((METHODS[method].title, f"{one['trained']:,}", f"{one['parameters']:,}", *flops, rates))
+        rows.append((METHODS[method].title, f"{one['trained']:,}", f"{one['parameters']:,}", *flops, rate))
     head = ("", "trained parameters", "all", "MFLOPs per token, English", "new language", "learning rate")
     return f"What each method costs, on the pair {first.pair}:\n\n" + table(head, rows)
 
