@@ -54,7 +54,8 @@ def test_the_table_has_a_line_for_each_row_and_says_how_it_was_measured():
         "| dense | A | 10 | 4.0 | 2.0 |  | agrees within 0.001, largest difference 4e-05 |  |",
     ]
     assert heads.count("|") == line.count("|") == body[0].count("|")
-    assert last == "Tokens a second: the median of 3 rounds, with quartiles; answers of 48 tokens at most. One core."
+    rounds = "Tokens per second are the median of 3 rounds, with quartiles"
+    assert last == f"{rounds}, for answers of at most 48 tokens. One core."
 
 
 def test_cells():
