@@ -102,7 +102,7 @@ def test_the_weight_moves_tokens_to_expert_0():
     found = calibrate(planted(), weights=(1e-3, 1.0, 1e3), steps=0)
     curve, tried = found.curve, [trial.weight for trial in found.curve]
     assert tried == sorted(tried) and {1e-3, 1.0, 1e3} < set(tried)
-    best = min((trial for trial in curve if trial.weight in (1e-3, 1.0, 1e3)), key=lambda trial: trial.cost).weight
+    best = min((trial for trial in curve if trial.weight in (1e-3, 1.0, 1e3)), key=lambda trial: trial.cost(1.0)).weight
     assert set(tried) - {1e-3, 1.0, 1e3} == {best / 2, best * 2}
     rights = [trial.original_right for trial in curve]
     assert rights == sorted(rights)
@@ -160,6 +160,8 @@ def test_tokens_that_stay_astray_are_doubted():
         (TEXTS, {"weights": ()}, DataError, "weights: got"),
         (TEXTS, {"weights": (0.0,)}, DataError, "weights: got"),
         (TEXTS, {"steps": -1}, DataError, "steps: got -1"),
+        (TEXTS, {"answer_cost": -0.5}, DataError, "answer_cost: got -0.5"),
+        (TEXTS, {"answer_cost": float("nan")}, DataError, "answer_cost: got nan"),
         (TEXTS, {"held_out": 1.0}, DataError, "held_out: got 1.0"),
     ],
 )

@@ -23,6 +23,7 @@ worse. An answer, which was written greedily, is lost where one of its tokens wo
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -58,6 +59,7 @@ def calibrate_routers(
     conversations: Sequence[str] | int = 200,
     weights: Sequence[float] = WEIGHTS,
     steps: int = 100,
+    answer_cost: float = 1.0,
     learning_rate: float = 2e-2,
     held_out: float = 0.25,
     max_length: int = 256,
@@ -78,6 +80,8 @@ def calibrate_routers(
             your own or of `made_up_conversations`; `[]` for none, which leaves chat to chance.
         weights: of an error on an original token, to choose from; half and double the best one are tried as well.
         steps: of the review; 0 leaves it out.
+        answer_cost: what the loss of all answers counts as, in nats per token; with less, routers that change some of
+            them are kept for what they gain in the new languages.
         learning_rate: of the review.
         held_out: share of each source that is held back to choose by.
         max_length: tokens of a document that are used.
@@ -97,10 +101,11 @@ def calibrate_routers(
             f"Under routing {tuner.active_config.routing!r} no router is asked, so there is nothing to calibrate. It "
             'holds as it is; for routers that choose, call start_review(routing="learned") before the graft.'
         )
-    if not weights or not min(weights) > 0 or steps < 0 or not 0 < held_out < 1:
+    if not weights or not min(weights) > 0 or steps < 0 or not 0 < held_out < 1 or not 0 <= answer_cost < math.inf:
         raise DataError(
             f"weights: got {list(weights)}, expected numbers above 0; steps: got {steps}, expected 0 or more; "
-            f"held_out: got {held_out}, expected a share between 0 and 1."
+            f"held_out: got {held_out}, expected a share between 0 and 1; answer_cost: got {answer_cost}, expected at "
+            "least 0."
         )
     tokenizer = tokenizer or tokenizer_of(tuner.model)
     if isinstance(conversations, int):
@@ -115,18 +120,21 @@ def calibrate_routers(
     def look(routers: list[Routers]) -> list[Tried]:
         return try_out(tuner, sources, routers, batch_size, progress) if routers else []
 
-    earlier, *closed = _closed_forms(model, sources, before, weights, batch_size, look)
-    best = min(closed, key=_cost)
+    def cost(tried: Tried) -> float:
+        return tried.trial.cost(answer_cost)
+
+    earlier, *closed = _closed_forms(model, sources, before, weights, batch_size, look, cost)
+    best = min(closed, key=cost)
     candidates = [earlier, *closed]
     if steps:
         best.routers.fill(tuner)
         _review(tuner, sources, best.routers.weight, steps, learning_rate, batch_size, seed)
         candidates += look([Routers.of(tuner, "review", best.routers.weight)])
-    kept = min(candidates, key=_cost)
+    kept = min(candidates, key=cost)
     kept.routers.fill(tuner)
     curve = tuple(sorted((one.trial for one in closed), key=lambda trial: trial.weight))
     found = Calibration(
-        kept.routers.name, best.routers.weight, curve, earlier.rows, kept.rows, len(conversations), steps
+        kept.routers.name, best.routers.weight, curve, earlier.rows, kept.rows, len(conversations), steps, answer_cost
     )
     _note(tuner, found)
     return found
@@ -139,6 +147,7 @@ def _closed_forms(
     weights: Sequence[float],
     batch_size: int,
     look: Callable[[list[Routers]], list[Tried]],
+    cost: Callable[[Tried], float],
 ) -> list[Tried]:
     """The routers that there were, and the closed form under every weight, and under half and double the best one."""
     tuner = cast("MoeDeltaModel", model.base_model)
@@ -152,12 +161,8 @@ def _closed_forms(
         return Routers.of(tuner, "closed form", weight)
 
     found = look([before, *map(closed_form, weights)])
-    best = min(found[1:], key=_cost).routers.weight
+    best = min(found[1:], key=cost).routers.weight
     return found + look([closed_form(weight) for weight in (best / 2, best * 2) if weight not in weights])
-
-
-def _cost(tried: Tried) -> float:
-    return tried.trial.cost
 
 
 def _note(tuner: MoeDeltaModel, found: Calibration) -> None:

@@ -65,11 +65,10 @@ class Trial:
     new_cost: float
     answers: float
 
-    @property
-    def cost(self) -> float:
-        """What is to be small. All answers lost count as much as a nat on every token of the new languages: means
-        alone would not tell, as one token in the wrong expert spoils an answer and hardly moves a mean."""
-        return self.original_cost + self.new_cost + 1 - self.answers
+    def cost(self, answer_cost: float) -> float:
+        """What is to be small. All answers lost count as much as `answer_cost` nats on every token of new languages:
+        means alone would not tell, as one token in the wrong expert spoils an answer and hardly moves a mean."""
+        return self.original_cost + self.new_cost + answer_cost * (1 - self.answers)
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ class Calibration:
         before, after: a row a source.
         conversations: how many were used, those held back included.
         steps: of the review that was tried.
+        answer_cost: what the loss of all answers counted as, in nats per token.
     """
 
     kept: str
@@ -92,6 +92,7 @@ class Calibration:
     after: tuple[Routed, ...] = field(repr=False)
     conversations: int
     steps: int
+    answer_cost: float
 
     @property
     def doubts(self) -> tuple[str, ...]:

@@ -173,12 +173,14 @@ class Calibrate:
         documents: of each language's training text, drawn at random.
         conversations: that the post-trained model makes up itself; none where its tokenizer has no chat template.
         steps: of the review behind the closed form; 0 to leave it out.
+        answer_cost: what the loss of all answers counts as, in nats per token of the new languages.
         sequence_length: tokens of a document that are used.
     """
 
     documents: Annotated[int, Within(2)] = 100
     conversations: Annotated[int, Within(0)] = 100
     steps: Annotated[int, Within(0)] = 60
+    answer_cost: NotNegative = 1.0
     sequence_length: Annotated[int, Within(2)] = 128
 
 

@@ -116,6 +116,7 @@ def _calibrate(recipe: Recipe, grafted: PeftModel, tokenizer: PreTrainedTokenize
                 tokenizer,
                 conversations=made,
                 steps=fields.steps,
+                answer_cost=fields.answer_cost,
                 max_length=fields.sequence_length,
                 seed=recipe.seed,
                 progress=bar("calibration"),

@@ -74,9 +74,11 @@ def grafted_family(model: PeftModel, tuned: PreTrainedModel, *, told: bool = Fal
     return Family(lambda a, s: grafted(model, tuned, a, s), added(model), told, **turned)
 
 
-def calibrated_family(model: PeftModel, pair: Pair, text: Material, seed: int, **turned: Any) -> Family:
+def calibrated_family(
+    model: PeftModel, pair: Pair, text: Material, seed: int, options: Mapping[str, Any] = {}, **turned: Any
+) -> Family:
     """Of a model with learned routing, whose routers are calibrated after the graft, once for each scale."""
-    return Family(Calibrated(model, pair.tuned, text, seed), added(model), **turned)
+    return Family(Calibrated(model, pair.tuned, text, seed, {**CALIBRATION, **options}), added(model), **turned)
 
 
 @dataclass
@@ -87,6 +89,7 @@ class Calibrated:
     tuned: PreTrainedModel
     text: Material
     seed: int
+    options: Mapping[str, Any]
     routers: dict[float, list[Tensor]] = field(default_factory=dict)
 
     def __call__(self, share: float, scale: float) -> nn.Module:
@@ -94,7 +97,7 @@ class Calibrated:
             found = grafted(self.model, self.tuned, 1.0, scale)
             texts = {code: documents[:CALIBRATED_ON] for code, documents in self.text.train.items()}
             chats = self.conversations
-            calibrate_routers(found, texts, self.text.tokenizer, conversations=chats, seed=self.seed, **CALIBRATION)
+            calibrate_routers(found, texts, self.text.tokenizer, conversations=chats, seed=self.seed, **self.options)
             self.routers[scale] = [rows.detach().clone() for rows in routers_of(found)]
         found = grafted(self.model, self.tuned, share, scale)
         with torch.no_grad():

@@ -32,6 +32,8 @@ MEASURED: Mapping[str, Any] = {
 }  # fmt: skip
 """How much plans are made on; DMoE's own rate would hardly move a model of this size."""
 IDENTIFIED = 400  # documents of each language that an identifier counts
+UPPER: Mapping[str, Any] = {"answer_cost": 0.25}
+"""How routers in the upper half are calibrated: they hardly change answers, so that what they gain decides."""
 REVIEWED = 8  # one step of review for so many of expansion
 KEPT = 4  # trainings that a process holds, for methods that share them and their learning rates
 Make = Callable[[Pair, Material, float, int, int], Family]
@@ -113,9 +115,15 @@ def with_lora(model: PreTrainedModel, rank: int) -> PeftModel:
 
 
 @lru_cache(KEPT)
-def by_language(pair: Pair, text: Material, rate: float, steps: int, seed: int, over: str = "base") -> PeftModel:
-    """An expert in each layer for every new language, expanded over the base or over the post-trained model itself."""
-    return expand(upcycled(getattr(pair, over), text), text, rate, steps, seed)
+def by_language(
+    pair: Pair, text: Material, rate: float, steps: int, seed: int, over: str = "base", upper: bool = False
+) -> PeftModel:
+    """An expert in each layer for every new language, expanded over the base or over the post-trained model itself.
+
+    `upper`: in the upper half of the layers alone.
+    """
+    changes = upper_half(pair) if upper else {}
+    return expand(upcycled(getattr(pair, over), text, **changes), text, rate, steps, seed)
 
 
 def copy_after(train: Callable[..., PeftModel], *setting: Any) -> PeftModel:
@@ -138,13 +146,13 @@ def by_context(*setting: Any, over: str = "base") -> Family:
     return grafted_family(model, pair.tuned, **scales_of(over))
 
 
-def learned(*setting: Any, over: str = "base", top_k: int = 1) -> Family:
+def learned(*setting: Any, over: str = "base", top_k: int = 1, upper: bool = False) -> Family:
     """Behind routers that are calibrated after the graft: a stock checkpoint."""
-    model, (pair, text, *_, seed) = copy_after(by_language, *setting, over), setting
+    model, (pair, text, *_, seed) = copy_after(by_language, *setting, over, upper), setting
     model.start_review(routing="learned")
     tuner_of(model).active_config.change(top_k=top_k)
     fit_routers(model, {code: found[:200] for code, found in text.train.items()}, text.tokenizer, max_length=LENGTH)
-    return calibrated_family(model, pair, text, seed, **scales_of(over))
+    return calibrated_family(model, pair, text, seed, UPPER if upper else {}, **scales_of(over))
 
 
 def scales_of(over: str) -> dict[str, tuple[float, ...]]:
@@ -171,6 +179,12 @@ def moe_lpr(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> F
 def moe_lpr_grafted(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
     """With the delta, as DeltaMoE (arXiv 2605.18083) has it."""
     return calibrated_family(copy_after(two_stages, pair, text, rate, steps, seed), pair, text, seed)
+
+
+def moe_lpr_upper(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
+    """The same with experts in the upper half of the layers."""
+    model = reviewed(pair, text, rate, steps, seed, **upper_half(pair))
+    return calibrated_family(model, pair, text, seed, UPPER)
 
 
 def layer_moe(pair: Pair, text: Material, rate: float, steps: int, seed: int) -> Family:
@@ -245,6 +259,12 @@ def named(language: Any, ids: Any) -> dict[str, Any]:
     return {"input_ids": ids, "labels": ids, "language": language, "use_cache": False}
 
 
+def upper_half(pair: Pair) -> dict[str, Any]:
+    """Experts in the upper half of the layers alone: every router reads what the layers below saw of the context."""
+    layers = pair.base.config.num_hidden_layers
+    return {"layers_to_transform": list(range(layers // 2, layers))}
+
+
 def shared_group(text: Material) -> dict[str, str]:
     """All new languages in one group."""
     return {ENGLISH: "original", **dict.fromkeys(text.new, "expanded")}
@@ -264,6 +284,7 @@ METHODS: Mapping[str, Method] = {
     "block-expansion": Method("block expansion + delta", block_expansion),
     "moe-lpr": Method("MoE-LPR, no delta", moe_lpr, training="two stages"),
     "moe-lpr-grafted": Method("MoE-LPR + delta", moe_lpr_grafted, training="two stages"),
+    "moe-lpr-upper": Method("MoE-LPR + delta, upper half", moe_lpr_upper),
     "layer-moe": Method("LayerMoE plan + delta", layer_moe),
     "dmoe": Method("DMoE groups + delta", dmoe),
     "over-told": Method("ours over the post-trained, told", partial(told, over="tuned"), training="over"),
@@ -271,11 +292,15 @@ METHODS: Mapping[str, Method] = {
         "ours over the post-trained, by context", partial(by_context, over="tuned"), training="over"
     ),
     "over-learned": Method("ours over the post-trained, learned", partial(learned, over="tuned"), training="over"),
+    "over-learned-upper": Method(
+        "ours over the post-trained, learned, upper half", partial(learned, over="tuned", upper=True)
+    ),
     "ours-by-language": Method("ours by language, told", told, training="ours"),
     "ours-low-rank": Method("ours by language, rank 8, told", ours_by_language_low_rank),
     "ours-by-context": Method("ours by context", by_context, training="ours"),
     "ours-learned": Method("ours learned, top-1", learned, training="ours"),
     "ours-learned-top-2": Method("ours learned, top-2", partial(learned, top_k=2), training="ours"),
+    "ours-learned-upper": Method("ours learned, top-1, upper half", partial(learned, upper=True)),
 }
 """In the order of tables; CPT: continual pre-training."""
 

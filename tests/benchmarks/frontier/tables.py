@@ -13,7 +13,7 @@ from .intervals import interval
 from .methods import METHODS
 from .scores import AXES, GAIN, LOWEST, RETENTION, Results, Scored, Setting
 
-OURS = ("ours-learned", "ours-by-context", "over-learned", "over-context")
+OURS = ("ours-learned-upper", "ours-by-context", "over-learned-upper", "over-context")
 """Those that nobody tells a language: what is compared with everything else."""
 BUDGETS = {"en": -0.02, "skill": -0.02}
 HALF = 0.5
