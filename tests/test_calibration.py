@@ -110,6 +110,19 @@ def test_the_weight_moves_tokens_to_expert_0():
 
 
 @pytest.mark.filterwarnings("ignore:Grafting looks doubtful")
+@pytest.mark.parametrize("answer_cost", [0.0, 0.25, 100.0])
+def test_what_a_lost_answer_costs_decides_which_weight_is_kept(answer_cost):
+    found = calibrate(planted(), weights=(1e-2, 1.0, 1e2), steps=0, answer_cost=answer_cost)
+    costs = {
+        trial.weight: trial.original_cost + trial.new_cost + answer_cost * (1 - trial.answers) for trial in found.curve
+    }
+    assert found.answer_cost == answer_cost and costs[found.weight] == min(costs.values())
+    if answer_cost == 100.0:
+        kept = next(trial.answers for trial in found.curve if trial.weight == found.weight)
+        assert kept == max(trial.answers for trial in found.curve)
+
+
+@pytest.mark.filterwarnings("ignore:Grafting looks doubtful")
 def test_a_calibrated_graft_is_exported_as_it_is_and_says_so(tmp_path):
     model = planted(tmp_path / "post_trained")
     found = calibrate(model)
