@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,10 +79,10 @@ class Budget:
         advice: what would make the job as it is fit; empty where it fits.
     """
 
-    job: Job
+    job: Job = field(repr=False)
     gpus: int
     memory: int
-    measured: Measured
+    measured: Measured = field(repr=False)
     strategies: tuple[Strategy, ...]
     advice: tuple[str, ...]
 

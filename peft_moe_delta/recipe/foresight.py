@@ -41,6 +41,8 @@ from .stages import BY_CONTEXT, adapter_config, settled_precision
 LOOKED_AT = 30  # rows of every file
 _COUNTED = 50_000  # tokens of a language, before its text is judged by its size
 _FULL_TRAINING = 4  # weights, gradients and two states of AdamW, of a model that trains whole
+_WHOLE = {"tune": "give `post_trained` instead of `tune`", "dense": "leave `dense` out"}
+"""Sections that train a whole model, and what to do without."""
 _PICKLES = "*.bin"
 
 
@@ -57,7 +59,7 @@ class Outlook:
         doubts: what looks wrong, and need not be.
     """
 
-    recipe: Recipe
+    recipe: Recipe = field(repr=False)
     steps: list[Seen]
     form: str | None
     memory: tuple[int, int]
@@ -302,30 +304,38 @@ def _look_at_memory(recipe: Recipe) -> tuple[Measured, tuple[int, int]]:
         RecipeError: as `check_memory`.
     """
     measured = measure(expansion_of(recipe, autocast=settled_precision(recipe.precision) == "bf16"))
-    needs = {"expand": measured.total}
-    needs |= dict.fromkeys((n for n in ("tune", "dense") if getattr(recipe, n)), _FULL_TRAINING * measured.base)
-    other = "set adapter.expert_rank, or take another machine: `peft-moe-delta plan` says what fits"
-    return measured, check_memory(needs, other)
+    needs = {
+        name: (
+            _FULL_TRAINING * measured.base,
+            f"It trains all weights of the model: {instead}, or take another machine.",
+        )
+        for name, instead in _WHOLE.items()
+        if getattr(recipe, name)
+    }
+    needs["expand"] = (
+        measured.total,
+        "Lower expand.batch_size or expand.sequence_length, set adapter.expert_rank, or take another machine: "
+        "`peft-moe-delta plan` says what fits.",
+    )
+    return measured, check_memory(needs)
 
 
-def check_memory(needs: Mapping[str, int], other: str) -> tuple[int, int]:
+def check_memory(needs: Mapping[str, tuple[int, str]]) -> tuple[int, int]:
     """Bytes that trainings take at the most, and that there are.
 
     Args:
-        needs: section of a training -> what it takes.
-        other: what to do beside smaller batches, for the error.
+        needs: section of a training -> what it takes, and what to do where that is too much.
 
     Raises:
         RecipeError: one takes more than there are.
     """
     there = memory_here()
-    for name, size in needs.items():
+    for name, (size, advice) in needs.items():
         if size > there:
             raise RecipeError(
-                f"{name}: its training takes {size_text(size)} of memory, and there are {size_text(there)}. "
-                f"Lower {name}.batch_size or {name}.sequence_length, {other}."
+                f"{name}: its training takes {size_text(size)} of memory, and there are {size_text(there)}. {advice}"
             )
-    return max(needs.values()), there
+    return max(size for size, _ in needs.values()), there
 
 
 def memory_here() -> int:

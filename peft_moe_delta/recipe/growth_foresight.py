@@ -6,7 +6,7 @@ config and tokenizer, of text the first documents.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 
 from ..budget import Job, measure
@@ -35,9 +35,9 @@ class GrowthOutlook:
         doubts: what looks wrong, and need not be.
     """
 
-    growth: Growth
+    growth: Growth = field(repr=False)
     new: dict[str, str]
-    job: Job
+    job: Job = field(repr=False)
     memory: tuple[int, int]
     doubts: list[str]
 
@@ -74,7 +74,8 @@ def look_ahead_of_growth(growth: Growth) -> GrowthOutlook:
     job = _expansion(growth, base, grown)
     trains = "review" if growth.expand is None and growth.review is not None else "expand"
     with found.of():
-        memory = check_memory({trains: measure(job).total}, "or take another machine")
+        advice = f"Lower {trains}.batch_size or {trains}.sequence_length, or take another machine."
+        memory = check_memory({trains: (measure(job).total, advice)})
     found.refuse()
     return GrowthOutlook(growth, new, job, memory, found.doubts)
 

@@ -125,6 +125,26 @@ FAULTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ["post_trained=", "tune={tasks: none.jsonl, steps: 2, batch_size: 2, learning_rate: 1.0e-3}"],
+            "tune: its training takes .*It trains all weights of the model: give `post_trained` instead of `tune`",
+        ),
+        (
+            ["dense={steps: 2, batch_size: 2, sequence_length: 16, learning_rate: 1.0e-3}"],
+            "dense: its training takes .*It trains all weights of the model: leave `dense` out",
+        ),
+        ([], "expand: its training takes .*Lower expand.batch_size .*set adapter.expert_rank"),
+    ],
+)
+def test_what_to_do_without_memory_depends_on_what_takes_it(made, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setattr("peft_moe_delta.recipe.foresight.memory_here", lambda: 1000)
+    with pytest.raises(SystemExit, match=message):
+        dry_run(made, tmp_path, *changes)
+
+
 @pytest.mark.parametrize(("change", "message"), FAULTS, ids=[change for change, _ in FAULTS])
 def test_a_dry_run_finds_what_stands_in_the_way(made, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(Trainer, "train", lambda *arguments: pytest.fail("trained in a dry run"))
