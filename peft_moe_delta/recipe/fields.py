@@ -32,10 +32,10 @@ class Language:
     """One language: its group, and where its text is.
 
     Attributes:
-        group: `original` for a language that the base model speaks; others share the experts of their group.
-        train: text that experts and routers learn from.
-        test: text that every model is scored on.
-        validation: text that an expert scale of `auto` is chosen on.
+        group: `original` if the base model speaks the language. Languages with the same other name share experts.
+        train: the text that experts and routers are trained on.
+        test: the text that every model is scored on.
+        validation: the text on which an `expert_scale` of `auto` is chosen.
     """
 
     group: str
@@ -49,9 +49,9 @@ class Tasks:
     """A set of tasks with exact answers: files with `prompt` and `answer`.
 
     Attributes:
-        test: what every model is scored on.
-        validation: what an expert scale of `auto` is chosen on, beside text.
-        language: the code of the language that the tasks are about.
+        test: the tasks that every model is scored on.
+        validation: the tasks on which, beside text, an `expert_scale` of `auto` is chosen.
+        language: the code of the tasks' language.
     """
 
     test: str | TaskSource
@@ -64,11 +64,12 @@ class Training:
     """One run of the plain Trainer.
 
     Attributes:
-        steps: of the optimiser.
-        batch_size: sequences in a pass, and in each step, unless `trainer` accumulates gradients over several passes.
-        learning_rate: at its highest, after a warm-up; a cosine follows.
-        sequence_length: in tokens: one to read and one to predict at the least.
-        trainer: other arguments of transformers' `TrainingArguments` by their names, such as `weight_decay: 0.1`,
+        steps: number of optimizer steps.
+        batch_size: sequences per forward pass. A step reads as many, or more if `trainer` sets
+            `gradient_accumulation_steps`.
+        learning_rate: the highest rate; it is reached by a warm-up and then falls along a cosine.
+        sequence_length: tokens per sequence.
+        trainer: any other arguments of transformers' `TrainingArguments`, such as `weight_decay: 0.1`,
             `gradient_accumulation_steps: 8`, `report_to: tensorboard` or `save_steps: 500`.
     """
 
@@ -91,10 +92,10 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning(Training):
-    """Supervised tuning of the base model on tasks, for recipes that bring no post-trained model.
+    """Supervised tuning of the base model on tasks, for recipes without a `post_trained` model.
 
     Attributes:
-        tasks: where they are, with `prompt` and `answer`.
+        tasks: the tasks' file, with columns `prompt` and `answer`.
     """
 
     tasks: str | TaskSource
@@ -102,16 +103,16 @@ class Tuning(Training):
 
 @dataclass(frozen=True)
 class Adapter:
-    """`MoeDeltaConfig`, as far as a recipe sets it.
+    """The fields of `MoeDeltaConfig` that a recipe can set.
 
     Attributes:
-        experts: group -> experts in each layer, one number for all or a list; or the file of a plan, which `allocate`
-            wrote.
+        experts: group -> new experts per layer, as one number for all layers or as a list with a number for each; or
+            the path of a plan that `allocate` wrote.
         routing: `learned`, `language`, `context` or `classifier`.
-        top_k: experts per token; None for 2.
-        expert_rank: rank of low-rank experts; None for full copies of the MLP.
-        layers_to_transform: layers that get experts; None for all.
-        classifier_layers: layers with a gate, under `classifier`.
+        top_k: experts that each token uses; None means 2.
+        expert_rank: rank of low-rank experts; None means full copies of the MLP.
+        layers_to_transform: the layers that get experts; None means all.
+        classifier_layers: the layers with a gate, under `classifier`.
     """
 
     experts: dict[str, Any] | str
@@ -124,13 +125,12 @@ class Adapter:
 
 @dataclass(frozen=True, kw_only=True)
 class Review(Training):
-    """The review stage, in which the routers alone learn, as in `MoeDeltaModel.start_review`.
+    """The review stage, which trains the routers alone, as `MoeDeltaModel.start_review` does.
 
     Attributes:
-        routing: from here on; None for that of the adapter.
-        language_prior_coef: weight of the loss that sends languages to the experts of their group; None
-            for 0.1.
-        language_prior_groups: the groups that this loss is about; None for those that were there before.
+        routing: the routing from this stage on; None keeps the adapter's.
+        language_prior_coef: weight of the loss that sends each language to the experts of its group; None means 0.1.
+        language_prior_groups: the groups that this loss concerns; None means those that existed before.
     """
 
     routing: str | None = None
@@ -140,18 +140,19 @@ class Review(Training):
 
 @dataclass(frozen=True)
 class Graft:
-    """How the post-training delta is applied, and as what the model is shipped; most fields as in `merge_and_graft`.
+    """How the delta is applied, and in which form the model is saved; most fields are those of `merge_and_graft`.
 
     Attributes:
-        expert_scale: share of the experts' own change: of all, or by group; or `auto`, chosen on held-out text.
-        scale: share of the post-training delta.
-        language: under routing by language, the one to ship: what it runs on.
-        replicate_dense_layers: where no architecture keeps dense layers, write copies of their one expert.
-        remote_code: ship a modelling file with it, which holds what no stock architecture does.
-        by_context: ship it once more, routed by context, as remote code in the folder `by_context`; the adapter then
-            can tell its languages apart as well.
-        architecture: the stock architecture to take; none for the first that is exact.
-        serve_with: the engine that is to run the stock checkpoint: vllm, llama.cpp, mlx, openvino, sglang or
+        expert_scale: the share of the experts' own change that is kept: one number, a number for each group, or `auto`
+            to choose it on validation text.
+        scale: the share of the post-training delta that is added.
+        language: under routing by language, save the dense model of this language.
+        replicate_dense_layers: if the stock architecture has no dense layers, fill those layers with copies of the MLP.
+        remote_code: save a modelling file with the model if no stock architecture can express it.
+        by_context: also save the model routed by context, as remote code in the folder `by_context`. The adapter gets
+            an identifier of its languages, too.
+        architecture: the stock architecture to use; None means the first that is exact.
+        serve_with: the engine that must be able to run the stock checkpoint: vllm, llama.cpp, mlx, openvino, sglang or
             transformers.
     """
 
@@ -167,14 +168,16 @@ class Graft:
 
 @dataclass(frozen=True)
 class Calibrate:
-    """How routers are calibrated on the grafted model, as in `calibrate_routers`; routing by language needs none.
+    """How `calibrate_routers` fits the routers to the grafted model. Routing by language needs no calibration.
 
     Attributes:
-        documents: of each language's training text, drawn at random.
-        conversations: that the post-trained model makes up itself; none where its tokenizer has no chat template.
-        steps: of the review behind the closed form; 0 to leave it out.
-        answer_cost: what the loss of all answers counts as, in nats per token of the new languages.
-        sequence_length: tokens of a document that are used.
+        documents: how many documents of each language's training text to use, drawn at random.
+        conversations: how many conversations the post-trained model makes up; none if its tokenizer has no chat
+            template.
+        steps: training steps after the closed form; 0 leaves them out.
+        answer_cost: how much losing all answers counts when routers are chosen, in nats per token of the new languages.
+            With less, the new languages gain more and more answers may change.
+        sequence_length: how many tokens of a document to use.
     """
 
     documents: Annotated[int, Within(2)] = 100
@@ -186,12 +189,12 @@ class Calibrate:
 
 @dataclass(frozen=True)
 class Limits:
-    """How much held-out material is scored; None for all of it.
+    """How much held-out material is scored; None means all of it.
 
     Attributes:
-        test_documents, validation_documents: documents of each language, drawn at random.
-        document_bytes: of each of them, from its beginning.
-        test_tasks, validation_tasks: tasks of each set.
+        test_documents, validation_documents: number of documents for each language, drawn at random.
+        document_bytes: how many bytes of each document to score, from its beginning.
+        test_tasks, validation_tasks: number of tasks from each set.
     """
 
     test_documents: Count | None = None
@@ -203,15 +206,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Card:
-    """What a model card says beyond what the steps know.
+    """What you add to the model cards.
 
     Attributes:
-        name: the stand-alone model's title; its adapter is called the same with `-adapter`.
-        base_model, post_trained: Hub ids, where the recipe's models are folders.
+        name: the stand-alone model's title. The adapter's is the same with `-adapter`.
+        base_model, post_trained: the models' Hub ids, if the recipe names folders.
         parents: model -> licence, for parents whose own cards do not state one.
-        licence: what to state; None for the strictest of the parents'.
-        data: what was trained on, and under which terms.
-        limits: what a user must know.
+        licence: the licence to state; None means the strictest of the parents'.
+        data: what the model was trained on, and under which terms.
+        limits: what users must know.
     """
 
     name: str
@@ -225,29 +228,29 @@ class Card:
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole job.
+    """A whole run, from the base model to the grafted one and its report.
 
     Attributes:
-        model: the base model: folder or Hub id.
-        output: where every step leaves its folder.
-        languages: code -> group and text.
+        model: the base model's folder or Hub id.
+        output: the folder in which every step gets a folder.
+        languages: language code -> its group and text.
         adapter: experts and routing.
-        expand: stage 1, on the text of the languages that are not original.
-        review: stage 2, routers only, on the text of all languages; None to leave it out.
-        post_trained: folder or Hub id; None where `tune` makes one. The same as `model` where experts are trained over
-            the post-trained model itself, and so without a graft.
+        expand: stage 1, which trains the experts on the text of the new languages.
+        review: stage 2, which trains the routers on the text of all languages; None leaves it out.
+        post_trained: the post-trained model's folder or Hub id; None if `tune` makes one. If it is the same as `model`,
+            experts are trained over the post-trained model itself and nothing is grafted.
         tune: supervised tuning that makes the post-trained model.
-        dense: continual pre-training of the dense base on the very tokens of `expand`, plus the delta, to compare with.
+        dense: for comparison, continual pre-training of the dense base on the same tokens as `expand`, plus the delta.
         graft: how the delta is applied.
-        calibrate: what is done for the routers after the graft, where the model ships any; false to leave it out.
-        tasks: name -> tasks with exact answers, scored beside the text.
-        unseen: code -> held-out text of languages that nobody names: what becomes of them.
+        calibrate: how routers are calibrated after the graft; false leaves it out.
+        tasks: name -> tasks with exact answers, which are scored beside the text.
+        unseen: language code -> held-out text of languages that the adapter does not know, to see how they change.
         limits: how much is scored.
-        card: what the model cards say; None for no cards.
-        push: Hub repository that the stock checkpoint goes to when everything is done; None to keep it here.
-        num_hidden_layers: cut the base model down to its first layers, to try a recipe out.
-        precision: of the arithmetic; `auto` for the faster one on this machine. Weights are trained in fp32.
-        seed: of every random choice.
+        card: what to add to the model cards; None means no cards.
+        push: the Hub repository to upload the stock checkpoint to at the end; None means no upload.
+        num_hidden_layers: use only so many of the base model's first layers, to try a recipe out.
+        precision: of the arithmetic; `auto` takes what is faster on this machine. Weights are trained in fp32.
+        seed: the seed of every random choice.
     """
 
     model: str

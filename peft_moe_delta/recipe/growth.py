@@ -22,8 +22,8 @@ class GrowthLanguage:
     """One language of a growth file.
 
     Attributes:
-        group: new or known.
-        train: where its text is.
+        group: its group, a new or an existing one.
+        train: its training text.
     """
 
     group: str
@@ -32,10 +32,10 @@ class GrowthLanguage:
 
 @dataclass(frozen=True, kw_only=True)
 class GrowthTraining(Training):
-    """Expansion of an adapter that grows.
+    """Training of an adapter's new experts.
 
     Attributes:
-        routing: from here on, as in `MoeDeltaModel.start_expansion`; None for that of the adapter.
+        routing: the routing from this stage on, as in `MoeDeltaModel.start_expansion`; None keeps the adapter's.
     """
 
     routing: str | None = None
@@ -46,17 +46,18 @@ class Growth:
     """A growth file: what to add to an adapter.
 
     Attributes:
-        adapter: folder or Hub id of the adapter, which stays as it is.
-        output: folder of the grown adapter.
-        languages: code -> group and text: those to add, and for a review those the adapter knows.
-        experts: new group -> experts in each transformed layer, as in `add_languages`.
-        model: the base model; None for the one the adapter names.
-        start_from: `"closest"` for the group whose experts write the new text in the fewest bits, a group's name, one
-            a new group, or None for expert 0.
-        expand: training of the new experts on the new languages; None to leave them untrained.
-        review: training of the new router rows, from where `fit_routers` puts them, on equally much text of every
-            group, but for the new ones, of which there is as much less as `fit_routers` weighs them less; None to leave
-            it out.
+        adapter: the adapter's folder or Hub id. It is not changed.
+        output: the folder for the grown adapter.
+        languages: language code -> group and text, of the languages to add. A review also needs those that the adapter
+            knows already.
+        experts: new group -> its experts per transformed layer, as in `add_languages`.
+        model: the base model; None means the one that the adapter names.
+        start_from: the group whose experts the new ones start as copies of: a name, a name for each new group, or
+            `"closest"` for the group that predicts the new text best. None means expert 0.
+        expand: how the new experts are trained; None leaves them untrained.
+        review: how the new router rows are trained, after `fit_routers` has set them; None leaves it out. Every earlier
+            group gives as much text as the others, and a new group less, in the proportion in which `fit_routers`
+            weighs it less.
         precision: as in a recipe.
         seed: as in a recipe.
     """

@@ -24,11 +24,11 @@ class Source:
         path: a file (.txt, .jsonl, .json, .csv, .tsv or .parquet; all but the last also as .gz, .bz2, .xz or .zst), a
             folder of such files, a pattern such as `corpus/*.txt`, a data set on the Hub as `hf://owner/name`, or a
             list of these, read one after another.
-        config: of a data set on the Hub; None for its only one, or its default.
-        split: of a data set on the Hub.
-        limit: rows to use, from the beginning; None for all.
-        part: of every ten rows, `test` has the second, `validation` the third, and `train` the others, so that one file
-            is enough; `all` has them all.
+        config: the configuration of a data set on the Hub; None means its only one, or its default.
+        split: the split of a data set on the Hub.
+        limit: how many rows to use, from the beginning; None means all.
+        part: which rows to use, so that one file is enough for all: of every ten rows, `test` has the second,
+            `validation` the third, and `train` the others. `all` has every row.
     """
 
     path: str | list[str]
@@ -69,12 +69,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class TextSource(Source):
-    """Text with more to say than a path: which column it is in, how much of it counts.
+    """Where text is, and which part of it to use, for when a path alone does not say enough.
 
     Attributes:
-        column: that the text is in.
-        language_column: that says which language a row is in, in codes of any standard. Where it exists, a language
-            reads its own rows, so that several languages may name one file; null to read every row.
+        column: the column of the text.
+        language_column: the column of each row's language, in codes of any standard. If a file has it, a language reads
+            only its own rows, so several languages can share a file. null means to read every row.
     """
 
     column: str = "text"
@@ -93,11 +93,11 @@ class TextSource(Source):
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSource(Source):
-    """Tasks with more to say than a path.
+    """Where tasks are, and which part of them to use, for when a path alone does not say enough.
 
     Attributes:
-        prompt: column of what a model is asked.
-        answer: column of the one right answer.
+        prompt: the column of what a model is asked.
+        answer: the column of the one right answer.
     """
 
     prompt: str = "prompt"
