@@ -43,34 +43,37 @@ class MoeDeltaConfig(PeftConfig):
     """Configuration of [`MoeDeltaModel`]: MLP blocks become experts that belong to language groups.
 
     Args:
-        languages: language code -> group. The group `"original"` is that of the languages the base model speaks.
-        experts: group -> new experts in each transformed layer; one number, or one a layer (0 leaves a layer without).
-            An `ExpertPlan` says the same, and sets `layers_to_transform` where it is for some layers only.
-        top_k: experts a token uses; a token that may use fewer uses all of those. None for 2.
-        routing: `"learned"`, every token may use every expert (MoE-LPR); `"language"`, the experts of its language's
-            group, from `language_ids` (X-MOD, DMoE); `"context"`, the same, where calls that name no language have
-            it read from the text so far (`fit_identifier`); `"classifier"`, as learned, but on `classifier_layers` a
-            gate sends original-language tokens to expert 0 alone (LayerMoE).
-        classifier_layers: decoder layers that get such a gate, of use under that routing; see `most_similar_layers`.
-        expert_rank: None for full copies of the MLP; a rank r for `W_e = W_0 + B_e A_e` over the frozen MLP.
-        attention_experts: None for MLP experts alone; `"full"` or `"shared_kv"` grow as many experts beside each
-            layer's attention, mixed softly (BAM): with everything their own, keys, values and so a cache included, or
-            with keys and values shared.
-        norm_topk_prob: whether a token's weights are renormalised after top-k, which preserves the model's function;
-            False keeps the probabilities as they are (BAM, with `top_k=1`).
-        router_z_loss_coef: weight of the z-loss on all routers, soft ones included.
+        languages: language code -> group. Languages that the base model speaks are in the group `"original"`.
+        experts: group -> number of new experts per transformed layer, as one number for all layers or as a list with a
+            number for each (0 leaves a layer without). Or an `ExpertPlan`, which also sets `layers_to_transform` if it
+            covers only some layers.
+        top_k: how many experts each token uses, at most as many as it may use. None means 2.
+        routing: which experts a token may use. `"learned"`: all of them; the router chooses (MoE-LPR). `"language"`:
+            those of its language's group, and the call names the language (X-MOD, DMoE). `"context"`: the same, but if
+            the call names no language, it is read from the text so far (see `fit_identifier`). `"classifier"`: as
+            learned, but in `classifier_layers` a gate first sends tokens of original languages to expert 0 (LayerMoE).
+        classifier_layers: the decoder layers with such a gate; see `most_similar_layers`.
+        expert_rank: None for experts that are full copies of the MLP; a rank r for low-rank ones,
+            `W_e = W_0 + B_e A_e` over the frozen MLP.
+        attention_experts: None for experts of the MLP alone. `"full"` and `"shared_kv"` also make as many experts of
+            each layer's attention, which every token mixes softly (BAM), with keys, values and cache of their own or
+            shared.
+        norm_topk_prob: whether the weights of a token's top k experts are scaled to a sum of 1, so that the model
+            computes what it did before training; False keeps the probabilities as they are (BAM, with `top_k=1`).
+        router_z_loss_coef: weight of the z-loss on all routers.
         target_modules: the MLP blocks, as in PEFT; None finds them by the model's type.
-        exclude_modules: module names to leave out, as in PEFT.
-        layers_to_transform: decoder layers to transform; None for all.
-        layers_pattern: name of the layer list where it is not the usual one, as in PEFT.
-        modules_to_save: further modules to train (in both stages) and save whole, as in PEFT.
-        load_balancing_coef: weight of the load-balancing loss; None for the stage's default (0.01, 0 in review).
-        language_prior_coef: weight of the language-prior loss; None for the stage's default (0, 0.1 in review).
-        language_prior_groups: groups whose tokens that loss sends to their own experts; None for the stage's default
-            (every group; in review the original languages and whatever was there before the newest growth step).
-        classifier_coef: weight of the gates' cross-entropy; None for the stage's default (0, 0.1 in review).
-        verify_base: whether to refuse a base model with other weights than the adapter was trained on. Not saved.
-        record: what is filled in: the stage, the order of ids, growth, new tokens, grafts. Leave it out.
+        exclude_modules: modules to leave out, as in PEFT.
+        layers_to_transform: the decoder layers that get experts, as in PEFT; None means all.
+        layers_pattern: the name of the layer list if it is an unusual one, as in PEFT.
+        modules_to_save: further modules to train (in both stages) and to save whole, as in PEFT.
+        load_balancing_coef: weight of the load-balancing loss; None means 0.01 in expansion and 0 in review.
+        language_prior_coef: weight of the language-prior loss; None means 0 in expansion and 0.1 in review.
+        language_prior_groups: the groups whose tokens this loss sends to their own experts; None means every group in
+            expansion, and in review the original languages and all groups before the newest growth step.
+        classifier_coef: weight of the gates' cross-entropy; None means 0 in expansion and 0.1 in review.
+        verify_base: whether to refuse a base model whose weights differ from those that the adapter was trained on. Not
+            saved.
+        record: filled in by the library (stage, order of ids, growth, new tokens, grafts). Leave it out.
 
     Raises:
         LanguageError: `languages` is empty or malformed, or an unknown group in `language_prior_groups`.
