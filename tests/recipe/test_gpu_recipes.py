@@ -11,9 +11,11 @@ from peft_moe_delta.recipe import checks, read_recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SHARED = {"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 32_768}
+QWEN = ("qwen3", {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                  "num_attention_heads": 16, "vocab_size": 151_936, "tie_word_embeddings": True})  # fmt: skip
 MODELS = {
-    "qwen3-0.6b": ("qwen3", {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                             "num_attention_heads": 16, "vocab_size": 151_936, "tie_word_embeddings": True}),
+    "qwen3-0.6b": QWEN,
+    "qwen3-0.6b-chat": QWEN,
     "llama-3.1-8b": ("llama", {"hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
                                "num_attention_heads": 32, "vocab_size": 128_256}),
 }  # fmt: skip
