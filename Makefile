@@ -31,7 +31,7 @@ ONE_CARD := CUDA_VISIBLE_DEVICES=$${CUDA_VISIBLE_DEVICES:-0} PYTHONPATH=. OMP_NU
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
 
-demo: $(INSTALLED)  ## the whole job on a real model: prints the table (25 minutes on 2 quiet cores)
+demo: $(INSTALLED)  ## the whole job on a real model: prints the table (up to 25 minutes on 2 quiet cores with bf16 units)
 	$(BIN)/python examples/demo_inputs.py --output build/demo/inputs --also de
 	$(RUN) $(BIN)/peft-moe-delta run examples/demo.yaml
 
